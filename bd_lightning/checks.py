@@ -1,0 +1,36 @@
+"""One-sentence refusals of values that no computation should be started with."""
+
+import math
+
+
+def positive(**values: float) -> None:
+    """Refuse values that are not finite and above zero.
+
+    Raises:
+        ValueError: naming the first offending argument.
+    """
+    for name, value in values.items():
+        if not (math.isfinite(value) and value > 0):
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def in_range(low: float, high: float, **values: float) -> None:
+    """Refuse values outside the closed interval [low, high].
+
+    Raises:
+        ValueError: naming the first offending argument.
+    """
+    for name, value in values.items():
+        if not low <= value <= high:
+            raise ValueError(f"{name} must lie between {low:g} and {high:g}, got {value}")
+
+
+def one_of(choices: tuple[str, ...], **values: str) -> None:
+    """Refuse values that are not among the choices.
+
+    Raises:
+        ValueError: naming the first offending argument and the choices.
+    """
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")

@@ -1,0 +1,126 @@
+r"""Field divergences as losses that need only samples.
+
+For a mobility m(x) = E_y[k(x, y)] (see `kernels`) the two field divergences of the paper (arXiv 2410.01796, §3) are,
+up to a constant,
+
+    L_grad(g) = E_x[ ‖g(x)‖² + m(x) tr ∇g(x) ],        L_id(s) = E_x[ s(x)² − 2 m(x) s(x) ],
+
+with m replaced by its estimate m̂ from pairs of samples. Integration by parts shows the minimisers
+s* = m and g* = ½(m ∇log p + ∇m).
+
+At a noise level σ > 0, where x̃ = x + σn with n ~ N(0, I), the same g* also minimises the *denoising* form, which
+needs no trace (Stein's identity turns one into the other):
+
+    E ‖ g(x̃) − ½( m̂(x̃) (−n/σ) + ∇m̂(x̃) ) ‖²,        m̂ independent of (x, n) given x̃.
+
+*Factored* fields put g = ½ m S, so that S* = ∇log p_σ + ∇log m. Training multiplies S by m̂ rather than by a network,
+so the noise of the kernel cancels out of the target:
+
+    denoising    ¼ m̂² ‖ S + n/σ − ∇log m̂ ‖²
+    divergence   ¼ m̂² ‖S‖² + ½ m̂² tr ∇S + ½ m̂ ∇m̂·S        (tr ∇(m̂S) = m̂ tr ∇S + ∇m̂·S)
+
+All functions return one loss per sample, shape (B,), without weights; x, fields and ∇m̂ have shape (B, *), m̂ (B,).
+
+References:
+    | Li et al., Bellman Diffusion, arXiv 2410.01796, §3
+    | Vincent, A Connection Between Score Matching and Denoising Autoencoders, 2011 (the denoising form)
+    | Hutchinson, A Stochastic Estimator of the Trace, 1989
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bd_lightning.checks import one_of
+
+TRACES = ("hutchinson", "gaussian", "sliced", "exact")
+
+
+def bcast(a: Tensor, like: Tensor) -> Tensor:
+    """Reshape a, shape (B,), so that it multiplies `like`, shape (B, *)."""
+    return a.reshape(-1, *(1,) * (like.ndim - 1))
+
+
+def inner(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean inner products of two batches of shape (B, *); shape (B,)."""
+    return (a * b).flatten(1).sum(1)
+
+
+def scalar_loss(s: Tensor, m: Tensor) -> Tensor:
+    """L_id per sample: s² − 2 m̂ s, minimised by s = m."""
+    return s.square() - 2 * m * s
+
+
+def divergence_loss(g: Tensor, trace: Tensor, m: Tensor) -> Tensor:
+    """L_grad per sample: ‖g‖² + m̂ tr ∇g."""
+    return inner(g, g) + m * trace
+
+
+def sliced_divergence_loss(g: Tensor, v: Tensor, vjv: Tensor, m: Tensor) -> Tensor:
+    """The paper's sliced L_grad per sample: (vᵀg)² + m̂ vᵀ(∇g)v, E vvᵀ = I."""
+    return inner(g, v).square() + m * vjv
+
+
+def factored_divergence_loss(S: Tensor, trace: Tensor, m: Tensor, grad_m: Tensor) -> Tensor:
+    """L_grad of g = ½ m̂ S per sample: ¼ m̂²‖S‖² + ½ m̂² tr ∇S + ½ m̂ ∇m̂·S."""
+    return m.square() * (inner(S, S) / 4 + trace / 2) + m * inner(grad_m, S) / 2
+
+
+def denoising_loss(g: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, grad_m: Tensor) -> Tensor:
+    """‖g − ½(m̂(−n/σ) + ∇m̂)‖² per sample, for x̃ = x + σn."""
+    residual = g - 0.5 * (grad_m - bcast(m / sigma, g) * noise)
+    return inner(residual, residual)
+
+
+def factored_denoising_loss(S: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, grad_m: Tensor) -> Tensor:
+    """The denoising form for g = ½ m̂ S per sample: ¼ ‖m̂(S + n/σ) − ∇m̂‖²."""
+    residual = bcast(m, S) * (S + noise / bcast(sigma, S)) - grad_m
+    return inner(residual, residual) / 4
+
+
+def probes(x: Tensor, method: str, generator: torch.Generator | None = None) -> Tensor:
+    """Directions v in which the Jacobian is probed, with Σ_k E v_k v_kᵀ = I.
+
+    Args:
+        x: points, shape (B, *).
+        method: "hutchinson" (Rademacher), "gaussian", "sliced" (Rademacher; the paper's losses use v for ‖g‖² too),
+            or "exact" (all d unit vectors; for d up to about eight).
+        generator: source of randomness.
+
+    Returns:
+        Directions, shape (K, B, *): K = d for "exact", else 1.
+
+    Raises:
+        ValueError: for another method.
+    """
+    one_of(TRACES, trace=method)
+    if method == "exact":
+        d = x[0].numel()
+        eye = torch.eye(d, device=x.device, dtype=x.dtype)
+        return eye.reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
+    v = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+    return (v if method == "gaussian" else torch.where(v < 0, -1.0, 1.0).to(x.dtype))[None]
+
+
+def probe_jacobian(
+    function: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor, v: Tensor
+) -> tuple[Tensor, Any, Tensor]:
+    """Value and Σ_k v_kᵀ J v_k of a field, by forward-mode differentiation; gradients reach the parameters.
+
+    Args:
+        function: maps x, shape (B, *), to (field of the same shape, anything else computed with it). It is called
+            once per direction.
+        x: points, shape (B, *).
+        v: directions, shape (K, B, *), from `probes`.
+
+    Returns:
+        The field at x, the function's second output, and the quadratic form Σ_k v_kᵀ J v_k, shape (B,): the trace,
+        exactly or in expectation.
+    """
+    total = x.new_zeros(len(x))
+    for direction in v:
+        value, tangent, aux = torch.func.jvp(function, (x,), (direction,), has_aux=True)
+        total = total + inner(tangent, direction)
+    return value, aux, total

@@ -1,0 +1,96 @@
+r"""The pair of gradient and scalar field networks.
+
+`Fields` turns the two outputs (F, a) of a network into fields at noise level σ, with m_ref(σ) the kernel's typical
+mobility and σ_d the standard deviation of the data:
+
+    scalar field     s = m_ref(σ) softplus(a + c),   c such that s = m_ref at a = 0; s ≥ 0 keeps √s defined
+    gradient field   factored   g = ½ s S,  S = (D − x)/σ²,  D = c_skip x + c_out F(c_in x, c_noise)
+                     direct     g = ½ m_ref(σ) F / √(ε + σ²)
+
+S stands for ∇log p_σ + ∇log m and D for a denoiser. The coefficients are those of EDM:
+c_skip = σ_d²/(σ² + σ_d²), c_out = σσ_d/√(σ² + σ_d²), c_in = 1/√(σ² + σ_d²), c_noise = ¼ ln σ.
+
+References:
+    | Li et al., Bellman Diffusion, arXiv 2410.01796, §3
+    | Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364, Table 1
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bd_lightning.checks import one_of, positive
+from bd_lightning.divergences import bcast
+from bd_lightning.kernels import Kernel
+
+PARAMETRISATIONS = ("factored", "direct")
+_SOFTPLUS_SHIFT = math.log(math.e - 1)  # softplus of it is one
+
+
+class Fields(nn.Module):
+    """Gradient and scalar field from one network with two heads, or from two networks.
+
+    Args:
+        network: maps (x, c_noise, label) to (F, a), see `networks`.
+        kernel: the pair kernel that the fields are trained with; it fixes their scale.
+        sigma_data: standard deviation σ_d of the data.
+        dim: number of data dimensions.
+        parametrisation: "factored" or "direct". A single-scale model (σ = 0) has to be "direct".
+        scalar_network: a network of its own for the scalar field, whose F is not used; None shares the trunk.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        kernel: Kernel,
+        sigma_data: float,
+        dim: int,
+        parametrisation: str = "factored",
+        scalar_network: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        one_of(PARAMETRISATIONS, parametrisation=parametrisation)
+        positive(sigma_data=sigma_data, dim=dim)
+        self.network, self.scalar_network = network, scalar_network
+        self.kernel, self.sigma_data, self.dim = kernel, sigma_data, dim
+        self.factored = parametrisation == "factored"
+
+    def reference(self, sigma: Tensor) -> Tensor:
+        """Typical mobility m_ref at noise levels sigma; shape of sigma."""
+        return self.kernel.reference(sigma, self.sigma_data, self.dim)
+
+    def heads(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """What the losses are written in: (S, s) of factored fields, (g, s) of direct ones.
+
+        Args:
+            x: points, shape (B, *).
+            sigma: noise levels, shape (B,).
+            label: class indices, shape (B,), for class-conditional networks.
+
+        Returns:
+            S or g, shape (B, *), and s, shape (B,).
+        """
+        total = sigma.square() + self.sigma_data**2
+        scaled = x * bcast(total.rsqrt(), x)
+        c_noise = sigma.clamp_min(1e-4).log() / 4
+        out, a = self.network(scaled, c_noise, label)
+        if self.scalar_network is not None:
+            _, a = self.scalar_network(scaled, c_noise, label)
+        s = self.reference(sigma) * F.softplus(a.float() + _SOFTPLUS_SHIFT)
+        out = out.float()
+        if self.factored:
+            # S = (D − x)/σ² with c_skip − 1 = −σ²/(σ² + σ_d²): written without the cancellation at small σ
+            return bcast(self.sigma_data / (sigma * total.sqrt()), x) * out - x / bcast(total, x), s
+        return bcast(0.5 * self.reference(sigma) * (self.kernel.epsilon + sigma.square()).rsqrt(), x) * out, s
+
+    def forward(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The fields (s, g) at x (B, *) and noise levels sigma (B,); shapes (B,) and (B, *)."""
+        h, s = self.heads(x, sigma, label)
+        return s, 0.5 * bcast(s, x) * h if self.factored else h
+
+
+def log_gradient(s: Tensor, g: Tensor) -> Tensor:
+    """S = 2g/s, which stands for ∇log p_σ + ∇log m; shape of g. s is kept above the smallest normal number."""
+    return 2 * g / bcast(s.clamp_min(torch.finfo(s.dtype).tiny), g)

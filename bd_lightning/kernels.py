@@ -1,0 +1,214 @@
+r"""Pair kernels and the mobility they estimate.
+
+A pair kernel k(x, y) stands for the density in the field divergences: averaged over data points y it is the
+*mobility*
+
+    m(x) = E_y[k(x, y)],        ∇m(x) = E_y[∇_x k(x, y)].
+
+For every kernel the minimisers of the two field divergences (arXiv 2410.01796, §3) are, on the support of p,
+
+    s*(x) = m(x),        g*(x) = ½ (m ∇log p + ∇m)(x) = ∇(p m)(x) / (2 p(x)),
+
+and the Bellman Diffusion dynamics with these fields leave p unchanged. `Exact` with ε → 0 gives the fields of the
+paper, m = p and g* = ∇p. With slices m is an average of one-dimensional marginals and stays O(1) in any dimension.
+
+Noise levels. At noise level σ the fields belong to p_σ = p * N(0, σ²I): x is a noised point, y stays clean, and the
+kernel's variance is v = ε + σ². A single-scale model is σ = 0 throughout.
+
+A kernel is called as `kernel(x, y, sigma, weights)` and returns the estimate (m̂, ∇m̂) of shapes (B,) and (B, d). The
+weights, (B, N) with rows that sum to one, say which pairs take part: `leave_one_out` or `single_partner`.
+
+References:
+    | Li et al., Bellman Diffusion, arXiv 2410.01796, §3 (field divergences, slicing)
+    | Song et al., Sliced Score Matching, arXiv 1905.07088 (random projections)
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bd_lightning.checks import positive
+
+
+def leave_one_out(batch: int, pool: int | None = None, offset: int = 0, device: torch.device | None = None) -> Tensor:
+    """Weights that average over every pair except a point with itself.
+
+    Args:
+        batch: number of query points B.
+        pool: number of partners N; the batch itself if None.
+        offset: where the batch starts in the pool; query i is left out at column offset + i.
+        device: where to put the result.
+
+    Returns:
+        Weights, shape (B, N), rows summing to one.
+
+    Raises:
+        ValueError: if the pool has fewer than two points.
+    """
+    pool = batch if pool is None else pool
+    if pool < 2:
+        raise ValueError(f"a kernel estimate needs a batch of at least 2 points, got {pool}; raise the batch size")
+    weights = torch.full((batch, pool), 1 / (pool - 1), device=device)
+    rows = torch.arange(batch, device=device)
+    weights[rows, rows + offset] = 0
+    return weights
+
+
+def single_partner(batch: int, device: torch.device | None = None) -> Tensor:
+    """Weights that give point i the single partner i + 1 (cyclic), one pair per sample as in the paper.
+
+    Returns:
+        Weights, shape (B, B), rows summing to one.
+
+    Raises:
+        ValueError: if the batch has fewer than two points.
+    """
+    if batch < 2:
+        raise ValueError(f"a kernel estimate needs a batch of at least 2 points, got {batch}; raise the batch size")
+    return torch.eye(batch, device=device).roll(1, dims=1)
+
+
+def squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """‖x_i − y_j‖² for x of shape (B, d) and y of shape (N, d); shape (B, N)."""
+    cross = torch.addmm(x.square().sum(1, keepdim=True), x, y.T, alpha=-2)
+    return (cross + y.square().sum(1)).clamp_min(0)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Base of the pair kernels.
+
+    Args:
+        epsilon: variance ε of the kernel at σ = 0, in squared data units.
+    """
+
+    epsilon: float = 1e-3
+
+    def __post_init__(self) -> None:
+        positive(epsilon=self.epsilon)
+
+    def __call__(
+        self, x: Tensor, y: Tensor, sigma: Tensor, weights: Tensor, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Estimate the mobility and its gradient.
+
+        Args:
+            x: query points, shape (B, d).
+            y: clean data points, shape (N, d).
+            sigma: noise level of each query point, shape (B,), in data units.
+            weights: pair weights, shape (B, N), rows summing to one.
+            generator: source of randomness, for kernels that draw directions.
+
+        Returns:
+            The estimates m̂, shape (B,), and ∇m̂, shape (B, d).
+        """
+        raise NotImplementedError
+
+    def order(self, dim: int) -> int:
+        """The dimension of the Gaussian density that k stands for: d, 1 for slices, 0 for a constant."""
+        raise NotImplementedError
+
+    def reference(self, sigma: Tensor, sigma_data: float, dim: int) -> Tensor:
+        r"""A typical mobility m_ref(σ), by which networks and step sizes are scaled.
+
+        It is E[k(x̃, y)] for data from N(0, σ_data² I): (2π(ε + σ² + 2σ_data² + σ²))^{−k/2} with k = `order(dim)`.
+
+        Args:
+            sigma: noise levels, any shape.
+            sigma_data: standard deviation of the data.
+            dim: number of data dimensions d.
+
+        Returns:
+            m_ref, of the shape of sigma.
+        """
+        variance = self.epsilon + 2 * sigma.square() + 2 * sigma_data**2
+        return (2 * math.pi * variance).pow(-self.order(dim) / 2)
+
+
+class _Radial(Kernel):
+    """Kernels of the distance alone: k = exp(l(r², v)), r² = ‖x − y‖²."""
+
+    def log(self, r2: Tensor, variance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+        """log k and its derivative in r², for r2 of shape (B, N) and variance of shape (B, 1)."""
+        raise NotImplementedError
+
+    def __call__(self, x, y, sigma, weights, generator=None):
+        variance = (self.epsilon + sigma.square())[:, None]
+        log_k, slope = self.log(squared_distances(x, y), variance, x.shape[1])
+        k = weights * log_k.exp()
+        pull = 2 * k * slope  # ∇_x k(r²) = 2 k'(r²) (x − y)
+        return k.sum(1), pull.sum(1, keepdim=True) * x - pull @ y
+
+
+@dataclass(frozen=True)
+class Exact(_Radial):
+    """k = N(x − y; 0, vI), v = ε + σ²: the mobility is the density p_√v itself.
+
+    For low dimension. The density under- or overflows single precision in tens of dimensions, and it all but
+    vanishes between modes, where the dynamics then stand still.
+    """
+
+    def order(self, dim):
+        return dim
+
+    def log(self, r2, variance, dim):
+        return -r2 / (2 * variance) - dim / 2 * (2 * math.pi * variance).log(), -1 / (2 * variance)
+
+
+@dataclass(frozen=True)
+class ClosedFormSlices(_Radial):
+    """The mean over all slices, k = E_w N(wᵀ(x − y); 0, v) for w ~ N(0, I/d).
+
+    wᵀu is Gaussian with variance ‖u‖²/d, so that k = (2π(v + ‖x − y‖²/d))^{−1/2}: an inverse multiquadric kernel,
+    without the noise of drawn slices, at the cost of one distance matrix.
+    """
+
+    def order(self, dim):
+        return 1
+
+    def log(self, r2, variance, dim):
+        total = variance + r2 / dim
+        return -0.5 * (2 * math.pi * total).log(), -1 / (2 * dim * total)
+
+
+@dataclass(frozen=True)
+class Sliced(Kernel):
+    """Drawn slices, k_w = N(wᵀ(x − y); 0, v) with w ~ N(0, I/d), as in the paper's sliced losses.
+
+    Every query point draws its own directions. The mean over directions is `ClosedFormSlices`.
+
+    Args:
+        epsilon: variance ε of the kernel at σ = 0, in squared units of the projected data.
+        slices: number of directions drawn for each query point.
+    """
+
+    slices: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        positive(slices=self.slices)
+
+    def order(self, dim):
+        return 1
+
+    def __call__(self, x, y, sigma, weights, generator=None):
+        w = torch.randn(len(x), self.slices, x.shape[1], device=x.device, dtype=x.dtype, generator=generator)
+        w = w / math.sqrt(x.shape[1])
+        variance = (self.epsilon + sigma.square())[:, None, None]
+        u = torch.einsum("bkd,bd->bk", w, x)[..., None] - w @ y.T  # (B, slices, N)
+        k = weights[:, None] * (-u.square() / (2 * variance)).exp() / (2 * math.pi * variance).sqrt() / self.slices
+        slope = (-u / variance * k).sum(-1)
+        return k.sum((1, 2)), torch.einsum("bk,bkd->bd", slope, w)
+
+
+@dataclass(frozen=True)
+class Constant(Kernel):
+    """k = 1: the gradient field is ½ ∇log p_σ, training is denoising score matching, sampling is Langevin's."""
+
+    def order(self, dim):
+        return 0
+
+    def __call__(self, x, y, sigma, weights, generator=None):
+        return torch.ones_like(x[:, 0]), torch.zeros_like(x)

@@ -1,0 +1,141 @@
+"""Loggers of a run folder: metrics.csv always, Weights & Biases if configured."""
+
+import csv
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch.loggers import CSVLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.loggers.logger import rank_zero_experiment
+from lightning.pytorch.utilities import rank_zero_info
+
+from bd_lightning.checks import positive
+
+
+class _AppendingWriter(ExperimentWriter):
+    """Keeps the rows of an earlier part of the run instead of deleting them."""
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if path.is_file():
+            with path.open(newline="") as file:
+                self.metrics_keys = sorted(next(csv.reader(file), []))
+
+
+class MetricsCSV(CSVLogger):
+    """Writes <run folder>/metrics.csv; a resumed run appends to it.
+
+    Args:
+        run_dir: the run folder.
+        flush_every: steps between writes.
+    """
+
+    def __init__(self, run_dir: str | Path, flush_every: int = 50) -> None:
+        super().__init__(str(run_dir), name="", version="", flush_logs_every_n_steps=flush_every)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The writer behind this logger."""
+        if self._experiment is None:
+            os.makedirs(self.log_dir, exist_ok=True)
+            self._experiment = _AppendingWriter(log_dir=self.log_dir)
+        return self._experiment
+
+    def log_hyperparams(self, params: Any = None) -> None:
+        """Nothing: the run folder has config.yaml."""
+
+
+class WandB(WandbLogger):
+    """A Weights & Biases run that never asks for a login and never waits for a server.
+
+    Without an API key, or when the server does not answer within `timeout`, the run is kept offline in the run folder
+    and one line says how to sync it. The x-axis is the trainer's global step, and val/fid is summarised by its
+    minimum. Only rank 0 starts a run.
+
+    Args:
+        project: W&B project.
+        name: display name; W&B invents one if None.
+        group: group of runs, e.g. the seeds of one experiment.
+        job_type: what this run is within its group.
+        tags: tags.
+        notes: a longer description.
+        entity: user or team that owns the project.
+        mode: "auto" as described; "online", "offline" or "disabled" are passed to W&B as they are. The environment
+            variable WANDB_MODE has the last word.
+        log_model: upload checkpoints as artifacts: True at the end of the run, "all" as they are written.
+        timeout: seconds to wait for the server.
+        run_dir: the run folder; its name is the run's id, so that a resumed run continues the same one.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        project: str = "bellman-diffusion",
+        name: str | None = None,
+        group: str | None = None,
+        job_type: str | None = None,
+        tags: list[str] | None = None,
+        notes: str | None = None,
+        entity: str | None = None,
+        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+        log_model: bool | Literal["all"] = False,
+        timeout: float = 20.0,
+    ) -> None:
+        positive(timeout=timeout)
+        super().__init__(
+            name=name,
+            save_dir=str(run_dir),
+            project=project,
+            id=Path(run_dir).name,
+            log_model=log_model,
+            group=group,
+            job_type=job_type,
+            tags=tags,
+            notes=notes,
+            entity=entity,
+        )
+        self.mode, self.timeout, self.run_dir = mode, timeout, Path(run_dir)
+
+    def _choose_mode(self) -> str:
+        import wandb
+
+        mode = os.environ.get("WANDB_MODE") or self.mode
+        if mode == "auto":
+            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
+        return mode
+
+    def _start(self, mode: str) -> Any:
+        import wandb
+
+        settings = wandb.Settings(init_timeout=self.timeout, silent=True)
+        return wandb.init(**self._wandb_init, mode=mode, settings=settings)
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> Any:
+        """The W&B run, started at first use."""
+        if self._experiment is None:
+            import wandb
+
+            os.environ.setdefault("WANDB_SILENT", "true")
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            mode = self._choose_mode()
+            try:
+                run = self._start(mode)
+            except wandb.errors.CommError as error:
+                rank_zero_info(f"W&B did not answer ({str(error).splitlines()[0]}); the run goes on offline.")
+                wandb.teardown()
+                mode, run = "offline", self._start("offline")
+            if mode == "offline":
+                folder = Path(run.dir).parent
+                rank_zero_info(f"W&B is offline; to upload this run later: wandb sync {folder}")
+            elif mode == "online":
+                rank_zero_info(f"W&B: {run.url}")
+            if mode != "disabled":
+                run.define_metric("trainer/global_step")
+                run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
+                run.define_metric("val/fid", step_metric="trainer/global_step", summary="min")
+            self._experiment = run
+        return self._experiment

@@ -1,0 +1,5 @@
+"""LightningModules: they wire fields, losses and samplers to optimisers and logging."""
+
+from bd_lightning.modules.bellman import BellmanDiffusion
+
+__all__ = ["BellmanDiffusion"]

@@ -1,0 +1,254 @@
+"""Bellman Diffusion as a LightningModule."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from bd_lightning import divergences, kernels
+from bd_lightning.checks import in_range, one_of, positive
+from bd_lightning.dynamics import SampleNoise, Sampler
+from bd_lightning.fields import Fields
+
+
+class BellmanDiffusion(L.LightningModule):
+    """Learns the gradient and the scalar field of a data density and samples from them.
+
+    The default is multi-scale: fields of p_σ at every noise level, log σ ~ N(noise_mean, noise_std²). With
+    `multi_scale` False it is the paper's model, fields of p alone, which needs the divergence estimator and direct
+    parametrisation. Losses are weighted so that the gradient field's is EDM's, (2σ/m̂)²(1 + σ²/σ_d²)/d, and the scalar
+    field's is relative to m_ref².
+
+    Args:
+        network: trunk with two heads (see `networks`).
+        kernel: pair kernel (see `kernels`); `Constant` is denoising score matching.
+        shape: shape of one sample, from the data module.
+        sigma_data: standard deviation of the data, from the data module.
+        samplers: samplers by name; the data they return lies in [−1, 1] for images.
+        sampler: name of the one that prediction and metrics use.
+        scalar_network: a separate network for the scalar field; None shares the trunk.
+        parametrisation: "factored" or "direct" (see `fields`).
+        estimator: "denoising" or "divergence" (see `divergences`).
+        trace: how the divergence estimator takes the trace: "hutchinson", "gaussian", "sliced" or "exact".
+        pairs: "all" pairs of a batch except a point with itself, or a "single" partner for each point.
+        multi_scale: fields at every noise level, or at σ = 0 alone.
+        noise_mean: mean of log σ, σ in data units.
+        noise_std: standard deviation of log σ.
+        scalar_weight: weight of the scalar field's loss.
+        lr: learning rate of Adam.
+        betas: Adam's decay rates.
+        weight_decay: decoupled weight decay.
+        warmup_steps: steps over which the learning rate rises linearly.
+        lr_decay: "cosine" to zero over the run, or "none".
+
+    Raises:
+        ValueError: for values out of range and for combinations that have no meaning.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        kernel: kernels.Kernel,
+        shape: Sequence[int],
+        sigma_data: float,
+        samplers: dict[str, Sampler],
+        sampler: str = "ode",
+        scalar_network: nn.Module | None = None,
+        parametrisation: str = "factored",
+        estimator: str = "denoising",
+        trace: str = "hutchinson",
+        pairs: str = "all",
+        multi_scale: bool = True,
+        noise_mean: float = -0.8,
+        noise_std: float = 1.2,
+        scalar_weight: float = 0.1,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        warmup_steps: int = 100,
+        lr_decay: str = "cosine",
+    ) -> None:
+        super().__init__()
+        one_of(("denoising", "divergence"), estimator=estimator)
+        one_of(divergences.TRACES, trace=trace)
+        one_of(("all", "single"), pairs=pairs)
+        one_of(("cosine", "none"), lr_decay=lr_decay)
+        one_of(tuple(samplers), sampler=sampler)
+        positive(lr=lr, noise_std=noise_std)
+        in_range(0, math.inf, weight_decay=weight_decay, warmup_steps=warmup_steps, scalar_weight=scalar_weight)
+        for i, beta in enumerate(betas):
+            in_range(0, 1, **{f"betas[{i}]": beta})
+        if not multi_scale and (estimator != "divergence" or parametrisation != "direct"):
+            raise ValueError(
+                "multi_scale=false needs estimator=divergence and parametrisation=direct: "
+                "without noise there is nothing to denoise"
+            )
+        if trace == "sliced" and parametrisation == "factored":
+            raise ValueError("trace=sliced is the paper's loss for parametrisation=direct; use hutchinson here")
+        self.shape = tuple(shape)
+        self.dim = math.prod(self.shape)
+        self.conditional = bool(getattr(network, "conditional", False))
+        self.kernel = kernel
+        self.fields = Fields(network, kernel, sigma_data, self.dim, parametrisation, scalar_network)
+        self.samplers, self.sampler = dict(samplers), sampler
+        self.estimator, self.trace, self.pairs = estimator, trace, pairs
+        self.multi_scale, self.noise_mean, self.noise_std = multi_scale, noise_mean, noise_std
+        self.scalar_weight = scalar_weight
+        self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
+        self.warmup_steps, self.lr_decay = warmup_steps, lr_decay
+
+    # ---- losses
+
+    def mobility(self, x: Tensor, y: Tensor, sigma: Tensor, generator: torch.Generator | None = None):
+        """m̂ (B,) and ∇m̂ (B, *shape) at x (B, *shape) from the clean batch y that x was made from, in float32."""
+        pair = kernels.leave_one_out if self.pairs == "all" else kernels.single_partner
+        weights = pair(len(x), device=x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            m, grad_m = self.kernel(x.flatten(1).float(), y.flatten(1).float(), sigma.float(), weights, generator)
+        return m, grad_m.reshape(x.shape)
+
+    def losses(self, x: Tensor, label: Tensor | None = None, generator: torch.Generator | None = None):
+        """Weighted losses of one batch, per sample.
+
+        Args:
+            x: clean data, shape (B, *shape).
+            label: class indices (B,), used by a conditional network.
+            generator: source of noise and of probing directions; the global one if None.
+
+        Returns:
+            A dictionary of vectors of shape (B,): "gradient" and "scalar" (the two weighted losses), "sigma", and
+            "relative_s" (s/m_ref).
+        """
+
+        def randn(*size: int) -> Tensor:
+            return torch.randn(size, device=x.device, generator=generator)
+
+        label = label if self.conditional else None
+        d, fields = self.dim, self.fields
+        if self.multi_scale:
+            sigma = (self.noise_mean + self.noise_std * randn(len(x))).exp()
+            noise = randn(*x.shape)
+            point = x + divergences.bcast(sigma, x) * noise
+        else:
+            sigma, noise, point = x.new_zeros(len(x)), None, x
+        m, grad_m = self.mobility(point, x, sigma, generator)
+        reference = fields.reference(sigma)
+        if self.multi_scale:
+            weight = 4 * sigma.square() * (1 + sigma.square() / fields.sigma_data**2) / d
+        else:
+            weight = torch.full_like(sigma, 4 * fields.sigma_data**2 / d)
+
+        if self.estimator == "denoising":
+            h, s = fields.heads(point, sigma, label)
+            if fields.factored:
+                loss = divergences.factored_denoising_loss(h, noise, sigma, m, grad_m) / m.square()
+            else:
+                loss = divergences.denoising_loss(h, noise, sigma, m, grad_m) / reference.square()
+        else:
+            v = divergences.probes(point, self.trace, generator)
+            h, s, form = divergences.probe_jacobian(lambda p: fields.heads(p, sigma, label), point, v)
+            if fields.factored:
+                loss = divergences.factored_divergence_loss(h, form, m, grad_m)
+            elif self.trace == "sliced":
+                loss = divergences.sliced_divergence_loss(h, v[0], form, m)
+            else:
+                loss = divergences.divergence_loss(h, form, m)
+            loss = loss / reference.square()
+        scalar = divergences.scalar_loss(s / reference, m / reference)
+        return {
+            "gradient": weight * loss,
+            "scalar": self.scalar_weight * scalar,
+            "sigma": sigma,
+            "relative_s": (s / reference).detach(),
+        }
+
+    def _step(self, stage: str, batch: Any, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        x, label = batch
+        terms = self.losses(x, label, generator)
+        loss = (terms["gradient"] + terms["scalar"]).mean()
+        values = {"loss": loss, "loss_gradient": terms["gradient"].mean(), "loss_scalar": terms["scalar"].mean()}
+        self.log_dict(
+            {f"{stage}/{name}": value.detach() for name, value in values.items()},
+            on_step=stage == "train",
+            on_epoch=stage != "train",
+            sync_dist=stage != "train",
+            batch_size=len(x),
+        )
+        return {"loss": loss} | {name: value.detach() for name, value in terms.items()}
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Losses of one batch (x, label); the vectors beside "loss" are for callbacks."""
+        return self._step("train", batch)
+
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        generator = torch.Generator(self.device).manual_seed(batch_idx)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._step(stage, batch, generator)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """The training losses with the same noise at every validation."""
+        return self._evaluate("val", batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """The training losses on the test split, with fixed noise."""
+        return self._evaluate("test", batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        """Adam with linear warm-up and, if asked for, cosine decay over the run, stepped every batch."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        total = int(self.trainer.estimated_stepping_batches) if self.lr_decay == "cosine" else 0
+
+        def rate(step: int) -> float:
+            warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+            return warm * (0.5 * (1 + math.cos(math.pi * min(1.0, step / total))) if total else 1.0)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # ---- sampling
+
+    @torch.no_grad()
+    def sample(
+        self,
+        indices: Sequence[int],
+        sampler: str | None = None,
+        seed: int = 0,
+        label: Tensor | None = None,
+        watch: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Draw samples. Sample i of a seed is the same in any batch and on any rank.
+
+        Args:
+            indices: indices of the samples, length B.
+            sampler: name of a sampler of this module; its default if None.
+            seed: seed of the whole set.
+            label: class indices, shape (B,), for a conditional network.
+            watch: called with (step, state) along the way.
+
+        Returns:
+            Samples in the model's units ([−1, 1] for images), shape (B, *shape).
+
+        Raises:
+            SamplingDiverged: when chains are lost.
+        """
+        return self.samplers[sampler or self.sampler](
+            _Conditioned(self.fields, label), SampleNoise(indices, self.shape, seed, self.device), watch
+        )
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Samples for a batch of requests: "index", "seed" and, for a conditional network, "label"; each (B,)."""
+        label = batch["label"] if self.conditional else None
+        return self.sample(batch["index"].tolist(), seed=int(batch["seed"][0]), label=label)
+
+
+class _Conditioned:
+    """Fields with the class filled in."""
+
+    def __init__(self, fields: Fields, label: Tensor | None) -> None:
+        self.fields, self.label, self.reference = fields, label, fields.reference
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return self.fields(x, sigma, self.label)

@@ -1,0 +1,56 @@
+"""Conditioning: embedding of the noise level and of the class."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from bd_lightning.checks import positive
+
+
+class ConditionEmbedding(nn.Module):
+    """Sinusoidal features of c_noise and a learned class vector, through a small MLP.
+
+    Args:
+        width: size of the embedding.
+        num_classes: number of classes of the data.
+        conditional: embed the class as well.
+        frequencies: number of sine–cosine pairs, spread geometrically from 1 to 100 radians per unit of c_noise.
+
+    Raises:
+        ValueError: if the network is to be conditional and the data has no classes.
+    """
+
+    def __init__(
+        self, width: int, num_classes: int = 0, conditional: bool = False, frequencies: int = 32
+    ) -> None:
+        super().__init__()
+        positive(width=width, frequencies=frequencies)
+        self.register_buffer("frequencies", torch.logspace(0, 2, frequencies), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        if conditional and num_classes < 1:
+            raise ValueError("conditional needs a data set with classes, and this one has none")
+        self.classes = nn.Embedding(num_classes, width) if conditional else None
+
+    def forward(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
+        """Embed c_noise (B,) and, for a conditional network, label (B,); shape (B, width).
+
+        Raises:
+            ValueError: if a label is given to an unconditional network, or none to a conditional one.
+        """
+        angles = c_noise[:, None] * self.frequencies
+        h = self.mlp(math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], 1))
+        if (self.classes is None) != (label is None):
+            raise ValueError(
+                "labels were given, but the network is unconditional"
+                if self.classes is None
+                else "the network is class-conditional and needs labels"
+            )
+        return h if self.classes is None else h + self.classes(label)
+
+
+def zero_init(layer: nn.Module) -> nn.Module:
+    """Set a layer's parameters to zero, so that the network starts from its preconditioning."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer

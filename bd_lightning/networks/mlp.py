@@ -1,0 +1,65 @@
+"""A residual MLP for small images, latents and low-dimensional data."""
+
+import math
+
+from torch import Tensor, nn
+
+from bd_lightning.checks import in_range, positive
+from bd_lightning.networks.embedding import ConditionEmbedding, zero_init
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inner = nn.Linear(width, width)
+        self.condition = nn.Linear(width, 2 * width)
+        self.outer = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), nn.Linear(width, width))
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        scale, shift = self.condition(emb).chunk(2, dim=1)
+        return x + self.outer(self.inner(self.norm(x)) * (1 + scale) + shift)
+
+
+class MLP(nn.Module):
+    """Residual MLP on the flattened input.
+
+    Args:
+        shape: shape of one sample, from the data module.
+        num_classes: number of classes of the data.
+        conditional: condition on the class.
+        width: width of the hidden layers.
+        depth: number of residual blocks.
+        dropout: dropout probability inside the blocks.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        num_classes: int = 0,
+        conditional: bool = False,
+        width: int = 256,
+        depth: int = 4,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        positive(width=width, depth=depth)
+        in_range(0, 1, dropout=dropout)
+        dim = math.prod(shape)
+        self.conditional = conditional
+        self.embed = ConditionEmbedding(width, num_classes, conditional)
+        self.act = nn.SiLU()
+        self.enter = nn.Linear(dim, width)
+        self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.gradient_head = zero_init(nn.Linear(width, dim))
+        self.scalar_head = zero_init(nn.Linear(width, 1))
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map x (B, *shape), c_noise (B,) and label (B,) or None to F (B, *shape) and a (B,)."""
+        emb = self.act(self.embed(c_noise, label))
+        h = self.enter(x.flatten(1))
+        for block in self.blocks:
+            h = block(h, emb)
+        h = self.act(self.norm(h))
+        return self.gradient_head(h).reshape(x.shape), self.scalar_head(h).squeeze(1)

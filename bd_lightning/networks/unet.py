@@ -1,0 +1,143 @@
+"""A small U-Net for images.
+
+Residual blocks modulated by the noise level, after Dhariwal and Nichol (arXiv 2105.05233), with self-attention at
+the resolutions asked for. Attention is written with plain matrix products, because the fused kernels have no
+forward-mode derivative and the divergence form of the losses needs one.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bd_lightning.checks import in_range, positive
+from bd_lightning.networks.embedding import ConditionEmbedding, zero_init
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(8, channels), channels)
+
+
+class _Attention(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.heads = max(1, channels // 64)
+        self.norm = _norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
+        weights = (q.transpose(-1, -2) @ k / math.sqrt(c // self.heads)).softmax(-1)
+        return x + self.out((v @ weights.transpose(-1, -2)).reshape(b, c, h, w))
+
+
+class _Block(nn.Module):
+    """Two 3×3 convolutions with a residual connection; the embedding scales and shifts between them."""
+
+    def __init__(self, c_in: int, c_out: int, width: int, dropout: float, attention: bool) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = _norm(c_in), _norm(c_out)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.condition = nn.Linear(width, 2 * c_out)
+        self.dropout = nn.Dropout(dropout)
+        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.attention = _Attention(c_out) if attention else nn.Identity()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        scale, shift = self.condition(emb)[:, :, None, None].chunk(2, dim=1)
+        h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        return self.attention(self.skip(x) + self.conv2(self.dropout(h)))
+
+
+class UNet(nn.Module):
+    """U-Net with a gradient head at full resolution and a scalar head on the pooled bottleneck.
+
+    Args:
+        shape: (channels, height, width) of one image, from the data module.
+        num_classes: number of classes of the data.
+        conditional: condition on the class.
+        channels: channels at each resolution; every further entry halves height and width (odd sizes round up).
+        blocks: residual blocks at each resolution, going down; one more going up.
+        attention: indices into `channels` where blocks attend to the whole image, e.g. [1, 2].
+        dropout: dropout probability inside the blocks.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        num_classes: int = 0,
+        conditional: bool = False,
+        channels: Sequence[int] = (32, 64),
+        blocks: int = 1,
+        attention: Sequence[int] = (),
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"a U-Net needs images of shape (channels, height, width), the data has shape {shape}")
+        if not channels:
+            raise ValueError("channels needs at least one entry")
+        for level in attention:
+            if not 0 <= level < len(channels):
+                raise ValueError(f"attention level {level} does not exist: channels has {len(channels)} entries")
+        in_range(0, 1, dropout=dropout)
+        positive(blocks=blocks, **{f"channels[{i}]": c for i, c in enumerate(channels)})
+        width = 4 * channels[0]
+        self.conditional = conditional
+        self.embed = ConditionEmbedding(width, num_classes, conditional)
+
+        def block(c_in: int, c_out: int, level: int) -> _Block:
+            return _Block(c_in, c_out, width, dropout, level in attention)
+
+        self.enter = nn.Conv2d(shape[0], channels[0], 3, padding=1)
+        self.down, self.pool = nn.ModuleList(), nn.ModuleList()
+        skips, c = [channels[0]], channels[0]
+        for level, c_out in enumerate(channels):
+            stage = nn.ModuleList()
+            for _ in range(blocks):
+                stage.append(block(c, c_out, level))
+                c = c_out
+                skips.append(c)
+            self.down.append(stage)
+            if level < len(channels) - 1:
+                self.pool.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                skips.append(c)
+        self.middle = block(c, c, len(channels) - 1)
+        self.scalar_head = nn.Sequential(_norm(c), nn.SiLU(), zero_init(nn.Linear(c, 1)))
+        self.up, self.grow = nn.ModuleList(), nn.ModuleList()
+        for level, c_out in reversed(list(enumerate(channels))):
+            stage = nn.ModuleList()
+            for _ in range(blocks + 1):
+                stage.append(block(c + skips.pop(), c_out, level))
+                c = c_out
+            self.up.append(stage)
+            if level > 0:
+                self.grow.append(nn.Conv2d(c, c, 3, padding=1))
+        self.gradient_head = nn.Sequential(_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, shape[0], 3, padding=1)))
+
+    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map x (B, C, H, W), c_noise (B,) and label (B,) or None to F (B, C, H, W) and a (B,)."""
+        emb = F.silu(self.embed(c_noise, label))
+        h = self.enter(x)
+        skips = [h]
+        for level, stage in enumerate(self.down):
+            for block in stage:
+                h = block(h, emb)
+                skips.append(h)
+            if level < len(self.pool):
+                h = self.pool[level](h)
+                skips.append(h)
+        h = self.middle(h, emb)
+        a = self.scalar_head(h.mean((2, 3))).squeeze(1)
+        for level, stage in enumerate(self.up):
+            for block in stage:
+                h = block(torch.cat([h, skips.pop()], 1), emb)
+            if level < len(self.grow):
+                h = self.grow[level](F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
+        return self.gradient_head(h), a

@@ -1,0 +1,19 @@
+"""Callbacks: periodic side effects around training. None of them touches the training random numbers, and none is
+part of the checkpointed module. Those that evaluate run between the two swaps of `EMAWeightAveraging` at validation,
+so they see averaged weights; `train.py` puts the averaging callback behind them to make it so."""
+
+from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss
+from callbacks.features import ClassifierFeatures, InceptionFeatures
+from callbacks.metrics import ImageMetrics
+from callbacks.samples import ImageWriter, SampleGrid, Trajectory
+
+__all__ = [
+    "ClassifierFeatures",
+    "FieldDiagnostics",
+    "ImageMetrics",
+    "ImageWriter",
+    "InceptionFeatures",
+    "NonFiniteLoss",
+    "SampleGrid",
+    "Trajectory",
+]

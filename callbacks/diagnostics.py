@@ -1,0 +1,104 @@
+"""What the fields do during training, and a stop when the loss is no longer a number."""
+
+import time
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from callbacks.drawing import run_folder
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training met a loss that is not a number."""
+
+
+class FieldDiagnostics(L.Callback):
+    """Logs, every `trainer.log_every_n_steps` steps: the two losses by noise level, the share of the scalar field near
+    zero, the norm of the gradient before clipping, and images per second over all devices (validation not counted).
+
+    Stops the run at the first non-finite loss, before the weights are changed, and keeps the batch.
+
+    Args:
+        edges: borders of the noise levels' bins, in data units.
+        near_zero: s counts as near zero below this share of its typical size m_ref.
+    """
+
+    def __init__(
+        self, edges: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0), near_zero: float = 1e-3
+    ) -> None:
+        if list(edges) != sorted(edges) or not edges:
+            raise ValueError(f"edges must ascend, got {list(edges)}")
+        self.edges, self.near_zero = tuple(edges), near_zero
+        borders = [f"{e:g}" for e in self.edges]
+        self.logged_step = 0
+        self.bins = [f"below-{borders[0]}", *map("-".join, zip(borders, borders[1:])), f"above-{borders[-1]}"]
+        self._clear()
+
+    def _clear(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.images, self.seconds, self.last = 0, 0.0, time.perf_counter()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock."""
+        self._clear()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Leave validation out of the rate."""
+        self.last = time.perf_counter()
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int):
+        """Remember the batch, in case its loss is not finite."""
+        self.batch = batch
+
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
+        """Stop at a non-finite loss."""
+        if not torch.isfinite(loss):
+            path = run_folder(trainer) / f"nonfinite-batch-rank{trainer.global_rank}.pt"
+            torch.save({"batch": self.batch, "step": trainer.global_step}, path)
+            raise NonFiniteLoss(
+                f"the loss is {loss.item()} at step {trainer.global_step}; the batch is kept in {path}. "
+                "Look for broken data, or lower model.lr or set trainer.gradient_clip_val"
+            )
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        """Log the norm of the gradient."""
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+            pl_module.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the batch to the bins and, at a logging step, log them."""
+        sigma = outputs["sigma"]
+        place = torch.bucketize(sigma, torch.tensor(self.edges, device=sigma.device))
+        ones = torch.ones_like(sigma)
+        vectors = {
+            "count": ones,
+            "gradient": outputs["gradient"],
+            "scalar": outputs["scalar"],
+            "near_zero": (outputs["relative_s"] < self.near_zero).float(),
+        }
+        for name, vector in vectors.items():
+            binned = torch.zeros(len(self.bins), device=sigma.device).index_add_(0, place, vector.float())
+            self.sums[name] = self.sums[name] + binned if name in self.sums else binned
+        now = time.perf_counter()
+        self.images += len(sigma) * trainer.world_size
+        self.seconds += now - self.last
+        self.last = now
+        due = trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step != self.logged_step
+        if due and trainer.global_step > 0:
+            self.logged_step = trainer.global_step
+            counts = self.sums["count"].tolist()
+            values = {
+                "field/s_near_zero": float(self.sums["near_zero"].sum()) / sum(counts),
+                "train/images_per_second": self.images / self.seconds,
+            }
+            for term in ("gradient", "scalar"):
+                for name, total, count in zip(self.bins, self.sums[term].tolist(), counts):
+                    if count:
+                        values[f"field/{term}_loss_sigma_{name}"] = total / count
+            pl_module.log_dict(values, on_step=True)
+            self._clear()

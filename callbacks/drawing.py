@@ -1,0 +1,72 @@
+"""Drawing samples on all ranks, and putting pictures where people look for them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from bd_lightning.checks import one_of
+from datamodules.base import to_uint8
+
+
+def check_sampler(pl_module: L.LightningModule, name: str | None, owner: str) -> None:
+    """Refuse a sampler that the module does not have.
+
+    Raises:
+        ValueError: naming the callback and the samplers that exist.
+    """
+    if name is not None:
+        one_of(tuple(pl_module.samplers), **{f"{owner}: sampler": name})
+
+
+def draw(
+    trainer: L.Trainer, pl_module: L.LightningModule, n: int, batch_size: int, seed: int, sampler: str | None
+) -> Iterator[Tensor]:
+    """This rank's share of n samples, as bytes, a batch at a time.
+
+    Sample i depends on the seed and on i alone, and goes to rank i modulo the number of ranks. A class-conditional
+    module is asked for class i modulo the number of classes.
+    """
+    mine = range(trainer.global_rank, n, trainer.world_size)
+    for start in range(0, len(mine), batch_size):
+        indices = mine[start : start + batch_size]
+        label = None
+        if pl_module.conditional:
+            label = torch.tensor([i % pl_module.num_classes for i in indices], device=pl_module.device)
+        yield to_uint8(pl_module.sample(indices, sampler=sampler, seed=seed, label=label))
+
+
+def draw_together(
+    trainer: L.Trainer, pl_module: L.LightningModule, n: int, batch_size: int, seed: int, sampler: str | None
+) -> Tensor:
+    """All n samples on every rank, in order, bytes of shape (n, C, H, W) on the CPU."""
+    world = trainer.world_size
+    padded = -(-n // world) * world  # equal shares; the few too many are cut off
+    mine = torch.cat(list(draw(trainer, pl_module, padded, batch_size, seed, sampler)))
+    if world == 1:
+        return mine[:n].cpu()
+    shares = pl_module.all_gather(mine)  # (world, n / world, C, H, W)
+    return shares.transpose(0, 1).flatten(0, 1)[:n].cpu()
+
+
+def grid_image(images: Tensor, columns: int = 8, zoom: int | None = None) -> Image.Image:
+    """A picture of images, bytes of shape (n, C, H, W), enlarged without smoothing to at least 32 pixels each."""
+    zoom = zoom or max(1, 32 // images.shape[-1])
+    images = images.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
+    return Image.fromarray(make_grid(images, nrow=columns, padding=2).permute(1, 2, 0).numpy())
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """The run folder."""
+    return Path(trainer.default_root_dir)
+
+
+def publish_image(trainer: L.Trainer, key: str, path: Path, caption: str) -> None:
+    """Log a picture that lies at `path` with every logger that takes pictures. Call on rank 0."""
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            logger.log_image(key, [str(path)], step=trainer.global_step, caption=[caption])

@@ -1,0 +1,216 @@
+"""Features that FID and KID are computed in."""
+
+import hashlib
+import json
+import os
+import time
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from bd_lightning.checks import positive
+from datamodules.base import ImageDataModule, to_unit
+
+
+def cache_path(data: ImageDataModule, what: str, *keys: Any) -> Path:
+    """A file under <data.root>/.cache for something derived from a data set, named by all it depends on."""
+    digest = hashlib.sha256(json.dumps([data.fingerprint, *keys], default=str).encode()).hexdigest()[:12]
+    return Path(data.root) / ".cache" / f"{data.name}-{what}-{digest}.pt"
+
+
+def save_cached(value: Any, path: Path) -> None:
+    """Write a cache file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(f".{os.getpid()}.part")
+    torch.save(value, part)
+    part.replace(path)
+
+
+def load_cached(path: Path) -> Any:
+    """Read a cache file; None if there is none or it is broken."""
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # a cache that cannot be read is a cache miss
+        return None
+
+
+class ImageFeatures(nn.Module):
+    """Base: maps bytes (B, C, H, W) to features (B, num_features).
+
+    Attributes:
+        num_features: size of a feature vector.
+        description: what is written beside every number computed with these features.
+        key: identifies the features in caches.
+    """
+
+    num_features: int
+    description: str
+    key: tuple
+
+    @abstractmethod
+    def prepare(self, data: ImageDataModule) -> None:
+        """Load or train what the features need. Called on every rank, on rank 0 first.
+
+        Raises:
+            ValueError: if these features cannot be had for this data.
+        """
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """Numbers about the features themselves, for the log."""
+        return {}
+
+
+class ClassifierFeatures(ImageFeatures):
+    """The last hidden layer of a small convolutional classifier of the data set.
+
+    Trained once on the training split, in seconds, and cached with its accuracy on the validation split. Good for
+    data far from photographs and where Inception's weights cannot be had; its numbers compare only with numbers from
+    the same classifier.
+
+    Args:
+        width: size of the feature vector.
+        steps: training steps.
+        batch_size: batch size of training.
+        seed: seed of its initialisation and batches.
+    """
+
+    def __init__(self, width: int = 64, steps: int = 600, batch_size: int = 128, seed: int = 0) -> None:
+        super().__init__()
+        positive(width=width, steps=steps, batch_size=batch_size)
+        self.num_features, self.steps, self.batch_size, self.seed = width, steps, batch_size, seed
+        self.key = ("classifier-1", width, steps, batch_size, seed)
+        self.trunk, self.head = nn.Identity(), nn.Identity()
+        self.accuracy = float("nan")
+
+    @property
+    def description(self) -> str:  # type: ignore[override]
+        return f"{self.num_features} features of a classifier of the training split (accuracy {self.accuracy:.1%})"
+
+    @property
+    def facts(self) -> dict[str, float]:
+        return {"features/accuracy": self.accuracy}
+
+    def _build(self, shape: tuple[int, int, int], classes: int) -> None:
+        channels, size = 32, min(shape[1:])
+        layers: list[nn.Module] = [nn.Conv2d(shape[0], channels, 3, padding=1), nn.ReLU()]
+        while size > 4:
+            layers += [nn.MaxPool2d(2), nn.Conv2d(channels, min(2 * channels, 128), 3, padding=1), nn.ReLU()]
+            channels, size = min(2 * channels, 128), size // 2
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(self.num_features), nn.ReLU())
+        self.trunk(torch.zeros(1, *shape))
+        self.head = nn.Linear(self.num_features, classes)
+
+    def prepare(self, data: ImageDataModule) -> None:
+        if len(data.class_names) < 2:
+            raise ValueError(
+                f"{data.name} has no classes to train a classifier on; use callbacks.InceptionFeatures "
+                "(callbacks=inception), or set callbacks.metrics=null"
+            )
+        with isolate_rng():
+            torch.manual_seed(self.seed)
+            self._build(data.shape, len(data.class_names))
+            path = cache_path(data, "classifier", self.key)
+            cached = load_cached(path)
+            if cached is None:
+                start = time.perf_counter()
+                self._train(data)
+                self.accuracy = self._accuracy(data)
+                save_cached({"state": self.state_dict(), "accuracy": self.accuracy}, path)
+                rank_zero_info(
+                    f"Trained a classifier of {data.name} for FID in {time.perf_counter() - start:.0f} s: "
+                    f"{self.accuracy:.1%} of the validation split right; kept in {path}"
+                )
+            else:
+                self.load_state_dict(cached["state"])
+                self.accuracy = cached["accuracy"]
+        self.requires_grad_(False).eval()
+
+    def _train(self, data: ImageDataModule) -> None:
+        loader = torch.utils.data.DataLoader(
+            data.load_split("train"), self.batch_size, shuffle=True, drop_last=False, collate_fn=data.collate
+        )
+        optimizer = torch.optim.Adam(self.parameters(), 2e-3)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=self.steps)
+        step = 0
+        with torch.enable_grad(), torch.inference_mode(False):
+            while True:
+                for x, y in loader:
+                    optimizer.zero_grad()
+                    F.cross_entropy(self.head(self.trunk(x)), y).backward()
+                    optimizer.step()
+                    schedule.step()
+                    step += 1
+                    if step == self.steps:
+                        return
+
+    @torch.no_grad()
+    def _accuracy(self, data: ImageDataModule) -> float:
+        loader = torch.utils.data.DataLoader(data.load_split("val"), 500, collate_fn=data.collate)
+        right = [(self.head(self.trunk(x)).argmax(1) == y).float() for x, y in loader]
+        return float(torch.cat(right).mean())
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of bytes (B, C, H, W); (B, width)."""
+        return self.trunk(to_unit(images))
+
+    @torch.no_grad()
+    def classify(self, images: Tensor) -> Tensor:
+        """Class indices of bytes (B, C, H, W); (B,)."""
+        return self.head(self.trunk(to_unit(images))).argmax(1)
+
+
+class InceptionFeatures(ImageFeatures):
+    """The pool features of Inception v3, those of the standard FID; images are resized to 299×299 as it prescribes.
+
+    Grey images are repeated into three channels.
+
+    Args:
+        weights: path of the standard weights file (pt_inception-2015-12-05-6726825d.pth); None downloads it.
+
+    References:
+        | Heusel et al., GANs Trained by a Two Time-Scale Update Rule, arXiv 1706.08500 (FID)
+        | Binkowski et al., Demystifying MMD GANs, arXiv 1801.01401 (KID)
+    """
+
+    num_features = 2048
+    description = "2048 Inception v3 pool features, images resized to 299×299"
+    key = ("inception-v3-compat", 2048)
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        if weights is not None and not Path(weights).is_file():
+            raise ValueError(f"weights: file not found: {weights}")
+        self.weights, self.network = weights, nn.Identity()
+
+    def prepare(self, data: ImageDataModule) -> None:
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise ValueError("Inception features need the package torch-fidelity: uv sync --group inception") from error
+        try:
+            self.network = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048"], feature_extractor_weights_path=self.weights
+            )
+        except Exception as error:  # no network, or a file that is not these weights
+            source = f"read from {self.weights}" if self.weights else "downloaded"
+            raise ValueError(
+                f"the Inception weights could not be {source} ({' '.join(str(error).split())[:200]}); "
+                "give callbacks.metrics.features.weights the path of pt_inception-2015-12-05-6726825d.pth, "
+                "or use callbacks.ClassifierFeatures"
+            ) from error
+        self.requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of bytes (B, 1 or 3, H, W); (B, 2048)."""
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        return self.network(images)[0]

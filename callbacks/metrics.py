@@ -1,0 +1,195 @@
+"""FID and KID of samples, with the protocol written beside every number."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+from bd_lightning.checks import one_of, positive
+from bd_lightning.dynamics import SamplingDiverged
+from callbacks.drawing import check_sampler, draw, run_folder
+from callbacks.features import ImageFeatures, cache_path, load_cached, save_cached
+from datamodules.base import ImageDataModule, to_uint8
+
+
+class _Given(nn.Module):
+    """Stands where torchmetrics expects a feature extractor, so that features are computed once for all metrics."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """FID between two sets of features, (N, F) and (M, F), by torchmetrics in double precision."""
+    fid = FrechetInceptionDistance(feature=_Given(a.shape[1]))
+    fid.update(a.double(), real=True)
+    fid.update(b.double(), real=False)
+    return float(fid.compute())
+
+
+class ImageMetrics(L.Callback):
+    """FID and KID at every validation and test, logged as <stage>/fid and <stage>/kid.
+
+    The reference features are computed once and cached under <data.root>/.cache, keyed by data set, split and
+    features. The reference split is the running stage's own, unless the data module says otherwise (`Digits` compares
+    with its training images). With them are kept two numbers that FID should be read against: its value between real
+    images (the reference and a disjoint split) and for uniform noise. Every row goes to <run folder>/fid.json
+    with its protocol.
+
+    Args:
+        features: what FID and KID are computed in.
+        n: samples at each validation.
+        n_test: samples at a test; None takes n.
+        sampler: name of the module's sampler; None takes its default.
+        batch_size: samples drawn at a time on each rank. It does not change the result.
+        kid_subset: size of KID's subsets; KID is left out if there are fewer samples or reference images.
+        seed: seed of the samples.
+    """
+
+    def __init__(
+        self,
+        features: ImageFeatures,
+        n: int = 1000,
+        n_test: int | None = None,
+        sampler: str | None = None,
+        batch_size: int = 500,
+        kid_subset: int = 500,
+        seed: int = 1,
+    ) -> None:
+        positive(n=n, batch_size=batch_size, kid_subset=kid_subset)
+        positive(n_test=n if n_test is None else n_test)
+        self.features, self.n, self.n_test = features, n, n if n_test is None else n_test
+        self.sampler, self.batch_size, self.kid_subset, self.seed = sampler, batch_size, kid_subset, seed
+        self.references: dict[str, dict[str, Any]] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Train or load the features and the reference statistics, on rank 0 first."""
+        if stage not in ("fit", "validate", "test"):
+            return
+        check_sampler(pl_module, self.sampler, type(self).__name__)
+        held_out = "test" if stage == "test" else "val"
+        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        if not trainer.is_global_zero:
+            trainer.strategy.barrier("features")
+        self.features.prepare(data)
+        self.features.to(pl_module.device)
+        self.references[held_out] = self._reference(data, held_out, pl_module.device)
+        if trainer.is_global_zero:
+            trainer.strategy.barrier("features")
+        if self.n < self.features.num_features:
+            rank_zero_info(
+                f"FID of {self.n} samples in {self.features.num_features} dimensions: the covariance is singular and "
+                "the number biased upward; raise callbacks.metrics.n"
+            )
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Free the features."""
+        self.features.to("cpu")
+        self.references.clear()
+
+    def _embed(self, data: ImageDataModule, split: str, device: torch.device, limit: int | None = None) -> Tensor:
+        rows: list[Tensor] = []
+        for x, _ in DataLoader(data.load_split(split), data.eval_batch_size, collate_fn=data.collate):
+            rows.append(self.features(to_uint8(x).to(device)).cpu())
+            if limit is not None and sum(map(len, rows)) >= limit:
+                break
+        return torch.cat(rows)
+
+    def _reference(self, data: ImageDataModule, held_out: str, device: torch.device) -> dict[str, Any]:
+        split = held_out if data.reference_split == "stage" else data.reference_split
+        path = cache_path(data, f"reference-{split}", self.features.key)
+        cached = load_cached(path)
+        if cached is None:
+            features = self._embed(data, split, device)
+            other = "train" if split != "train" else "test"
+            with isolate_rng():
+                torch.manual_seed(0)
+                noise = [
+                    self.features(torch.randint(0, 256, (k, *data.shape), dtype=torch.uint8).to(device)).cpu()
+                    for k in [500] * (len(features) // 500 + 1)
+                ]
+            real = self._embed(data, other, device, limit=len(features))
+            cached = {
+                "features": features,
+                "split": split,
+                "floor": frechet_distance(features, real),
+                "floor_split": f"{len(real)} {other} images",
+                "noise": frechet_distance(features, torch.cat(noise)[: len(features)]),
+            }
+            save_cached(cached, path)
+        return cached
+
+    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, n: int) -> None:
+        reference = self.references[stage]
+        real = reference["features"]
+        fid = FrechetInceptionDistance(feature=_Given(real.shape[1])).to(pl_module.device)
+        subset = min(self.kid_subset, n, len(real))
+        kid = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=50, subset_size=subset)
+        kid.to(pl_module.device)
+        if trainer.is_global_zero:  # the states of all ranks are added up
+            for rows in real.split(5000):
+                fid.update(rows.to(pl_module.device).double(), real=True)
+                kid.update(rows.to(pl_module.device), real=True)
+        sampler = self.sampler or pl_module.sampler
+        try:
+            with isolate_rng():
+                for images in draw(trainer, pl_module, n, self.batch_size, self.seed, sampler):
+                    rows = self.features(images.to(pl_module.device))
+                    fid.update(rows.double(), real=False)
+                    kid.update(rows, real=False)
+                torch.manual_seed(0)  # KID draws subsets
+                values = {f"{stage}/fid": fid.compute().float()}
+                if subset == self.kid_subset:
+                    values[f"{stage}/kid"] = kid.compute()[0].float()
+        except SamplingDiverged as error:
+            rank_zero_info(f"no FID at step {trainer.global_step}: {error}")
+            values = {f"{stage}/fid": torch.tensor(float("inf"))}
+        pl_module.log_dict(values, rank_zero_only=False)
+        if trainer.is_global_zero:
+            self._record(trainer, pl_module, stage, n, sampler, {k: float(v) for k, v in values.items()})
+
+    def _record(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, n: int, sampler: str, values: dict
+    ) -> None:
+        reference = self.references[stage]
+        row = {
+            "step": trainer.global_step,
+            **values,
+            "floor": round(reference["floor"], 2),
+            "noise": round(reference["noise"], 2),
+            "protocol": (
+                f"{n} samples ({sampler}, {pl_module.samplers[sampler].calls} network calls, seed {self.seed}) against "
+                f"{len(reference['features'])} {reference['split']} images of {trainer.datamodule.name}; "  # type: ignore[attr-defined]
+                f"{self.features.description}; "
+                f"floor: {reference['floor_split']}; noise: uniform bytes"
+            ),
+        }
+        path = run_folder(trainer) / "fid.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = json.loads(path.read_text()) if path.is_file() else []
+        part = Path(f"{path}.part")
+        part.write_text(json.dumps([*rows, row], indent=1))
+        part.replace(path)
+        facts = {"fid/floor": reference["floor"], "fid/noise": reference["noise"], **self.features.facts}
+        for logger in trainer.loggers:
+            logger.log_metrics(facts, step=trainer.global_step)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """FID and KID of the validation samples."""
+        self._run(trainer, pl_module, "val", self.n)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """FID and KID of the test samples."""
+        self._run(trainer, pl_module, "test", self.n_test)

@@ -1,0 +1,153 @@
+"""Pictures: sample grids, the way of the sampler, and the images that `predict` writes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.seed import isolate_rng
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.utilities import rank_zero_info
+from PIL import Image
+from torchvision.io import read_image
+
+from bd_lightning.checks import positive
+from bd_lightning.dynamics import SamplingDiverged
+from callbacks.drawing import check_sampler, draw_together, grid_image, publish_image, run_folder
+from datamodules.base import to_uint8
+
+
+class SampleGrid(L.Callback):
+    """A grid of samples of each sampler at every validation, always from the same seeds.
+
+    Written to <run folder>/samples/<sampler>-<step>.png and logged as samples/<sampler>.
+
+    Args:
+        n: images in a grid.
+        samplers: names of the module's samplers.
+        seed: seed of the samples.
+    """
+
+    def __init__(self, n: int = 64, samplers: Sequence[str] = ("sde", "ode"), seed: int = 0) -> None:
+        positive(n=n)
+        self.n, self.samplers, self.seed = n, tuple(samplers), seed
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the names of the samplers."""
+        for name in self.samplers:
+            check_sampler(pl_module, name, type(self).__name__)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw and write the grids."""
+        for name in self.samplers:
+            with isolate_rng():
+                try:
+                    images = draw_together(trainer, pl_module, self.n, self.n, self.seed, name)
+                except SamplingDiverged as error:
+                    rank_zero_info(f"no grid of sampler '{name}' at step {trainer.global_step}: {error}")
+                    continue
+            if trainer.is_global_zero:
+                path = run_folder(trainer) / "samples" / f"{name}-{trainer.global_step:07d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                grid_image(images).save(path)
+                caption = f"{name}, {pl_module.samplers[name].calls} network calls, seed {self.seed}"
+                publish_image(trainer, f"samples/{name}", path, caption)
+
+
+class Trajectory(L.Callback):
+    """The way of a sampler from noise to images, as an animation, once training is over.
+
+    Written to <run folder>/samples/trajectory-<sampler>.gif and logged as a video.
+
+    Args:
+        n: images side by side.
+        sampler: name of the module's sampler.
+        frames: number of frames, spread over the steps.
+        seconds: length of the animation.
+        seed: seed of the samples.
+    """
+
+    def __init__(
+        self, n: int = 16, sampler: str = "sde", frames: int = 40, seconds: float = 4.0, seed: int = 0
+    ) -> None:
+        positive(n=n, frames=frames, seconds=seconds)
+        self.n, self.sampler, self.frames, self.seconds, self.seed = n, sampler, frames, seconds, seed
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the name of the sampler."""
+        check_sampler(pl_module, self.sampler, type(self).__name__)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw and write the animation; the module holds averaged weights by now."""
+        if not trainer.is_global_zero:
+            return
+        states: list[torch.Tensor] = []
+
+        def watch(step: int, x: torch.Tensor) -> None:
+            scale = x.std().clamp_min(1.0)  # early states are far larger than images
+            states.append(to_uint8(x / scale).cpu())
+
+        label = None
+        if pl_module.conditional:
+            label = torch.arange(self.n, device=pl_module.device) % pl_module.num_classes
+        training = pl_module.training
+        pl_module.eval()
+        try:
+            with isolate_rng():
+                pl_module.sample(range(self.n), sampler=self.sampler, seed=self.seed, label=label, watch=watch)
+        except SamplingDiverged as error:
+            rank_zero_info(f"no animation of sampler '{self.sampler}': {error}")
+            return
+        finally:
+            pl_module.train(training)
+        chosen = torch.linspace(0, len(states) - 1, min(self.frames, len(states))).round().int().tolist()
+        pictures = [grid_image(states[i], columns=round(self.n**0.5)) for i in chosen]
+        path = run_folder(trainer) / "samples" / f"trajectory-{self.sampler}.gif"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pause = round(1000 * self.seconds / len(pictures))
+        times = [pause] * (len(pictures) - 1) + [1000]
+        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_video"):
+                logger.log_video(f"trajectory/{self.sampler}", [str(path)], step=trainer.global_step, format=["gif"])
+
+
+class ImageWriter(BasePredictionWriter):
+    """Writes predicted images as <folder>/<index>.png, and a grid of the first ones.
+
+    Args:
+        folder: where to write.
+        grid: at most so many images in grid.png.
+    """
+
+    def __init__(self, folder: str | Path, grid: int = 64) -> None:
+        super().__init__(write_interval="batch")
+        self.folder, self.grid = Path(folder), grid
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Make the folder."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def write_on_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        prediction: Any,
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Write one batch; each rank its own."""
+        for index, image in zip(batch["index"].tolist(), to_uint8(prediction).cpu()):
+            array = image.permute(1, 2, 0).squeeze(-1).numpy()
+            Image.fromarray(array).save(self.folder / f"{index:06d}.png")
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Put the first images side by side."""
+        trainer.strategy.barrier("images written")
+        if trainer.is_global_zero:
+            n = len(trainer.predict_dataloaders.dataset)
+            images = [read_image(str(self.folder / f"{i:06d}.png")) for i in range(min(self.grid, n))]
+            grid_image(torch.stack(images)).save(self.folder / "grid.png")

@@ -1,0 +1,180 @@
+"""What all image data modules share: facts, splits, scaling, augmentation and loading.
+
+Images travel as bytes and are scaled to [−1, 1] a batch at a time. Augmentation touches the training split only.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bd_lightning.checks import in_range, positive
+
+
+class DataError(Exception):
+    """Data that is missing or unusable, said in one sentence."""
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    """Images from [−1, 1] (clipped) to bytes, the same shape."""
+    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_unit(x: Tensor) -> Tensor:
+    """Images from bytes to [−1, 1], float32, the same shape."""
+    return x.float() / 127.5 - 1
+
+
+class ByteImages(Dataset):
+    """A split held in memory: images (N, C, H, W) of bytes and labels (N,). It is indexed by lists, a batch at a time.
+
+    Args:
+        images: the images.
+        labels: class indices.
+
+    Attributes:
+        flip: mirror images left to right with probability one half.
+    """
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels, self.flip = images, labels, False
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x, y = self.__getitems__([index])
+        return x[0], y[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+        rows = torch.as_tensor(indices)
+        x = to_unit(self.images[rows])
+        if self.flip:
+            mirrored = torch.rand(len(x)) < 0.5
+            x[mirrored] = x[mirrored].flip(-1)
+        return x, self.labels[rows]
+
+
+class ImageDataModule(L.LightningDataModule):
+    """Base of the image data modules.
+
+    Sub-classes set the facts below, download in `prepare_data` (which Lightning calls once per node), and return the
+    splits from `load_split`.
+
+    Attributes:
+        shape: (channels, height, width).
+        class_names: names of the classes, in label order; empty if there are none.
+        sigma_data: standard deviation of the training images in [−1, 1].
+        reference_split: split that FID compares with: "stage" is the held-out split of the running stage.
+
+    Args:
+        root: folder of data sets; also holds what is derived from them.
+        batch_size: batch size of one device. The effective batch is batch_size × devices × nodes ×
+            trainer.accumulate_grad_batches.
+        eval_batch_size: batch size of validation and test.
+        num_workers: worker processes of each loader; each is seeded from the run's seed.
+        pin_memory: copy batches to page-locked memory, for GPUs.
+        flip: mirror training images left to right at random.
+    """
+
+    shape: tuple[int, int, int]
+    class_names: tuple[str, ...] = ()
+    sigma_data: float
+    reference_split: str = "stage"
+
+    def __init__(
+        self,
+        root: str = "data",
+        batch_size: int = 128,
+        eval_batch_size: int = 500,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+        flip: bool = False,
+    ) -> None:
+        super().__init__()
+        positive(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        if batch_size < 2:
+            raise ValueError("batch_size must be at least 2: the kernel estimate averages over pairs")
+        in_range(0, 256, num_workers=num_workers)
+        self.root = root
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.num_workers, self.pin_memory, self.flip = num_workers, pin_memory, flip
+        self.splits: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """Identifies the data in caches and checkpoints."""
+        return type(self).__name__
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What models are built from: shape, num_classes and sigma_data."""
+        return {"shape": self.shape, "num_classes": len(self.class_names), "sigma_data": self.sigma_data}
+
+    @property
+    def fingerprint(self) -> list[Any]:
+        """All that the splits depend on, as plain values: what is derived from the data is cached under it."""
+        return [self.name, self.shape, self.class_names]
+
+    @abstractmethod
+    def load_split(self, split: str) -> Any:
+        """The "train", "val" or "test" split as a data set of (image in [−1, 1], label), without augmentation.
+
+        The data set has an attribute `flip`, which turns mirroring on.
+
+        Raises:
+            DataError: if files are missing or broken.
+        """
+
+    def split(self, split: str) -> Any:
+        """A split, loaded at its first use."""
+        if split not in self.splits:
+            self.splits[split] = self.load_split(split)
+            self.splits[split].flip = self.flip and split == "train"
+            size = len(self.splits[split])
+            if split == "train" and size < self.batch_size:
+                raise DataError(
+                    f"{self.name}: the training split has {size} images, fewer than one batch; "
+                    f"set data.batch_size to {size} or less"
+                )
+        return self.splits[split]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits of a stage."""
+        for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", ()):
+            self.split(split)
+
+    @staticmethod
+    def collate(batch: Any) -> Any:
+        """Pass a batch that was fetched whole; stack one that came image by image."""
+        return batch if isinstance(batch, tuple) else torch.utils.data.default_collate(batch)
+
+    def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
+        return DataLoader(
+            dataset,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+            **options,
+        )
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled batches (x in [−1, 1], (B, *shape); label, (B,)); a last short batch is dropped."""
+        return self._loader(self.split("train"), batch_size=self.batch_size, shuffle=True, drop_last=True)
+
+    def eval_dataloader(self, split: str) -> DataLoader:
+        """Batches of a split in order."""
+        return self._loader(self.split(split), batch_size=self.eval_batch_size)
+
+    def val_dataloader(self) -> DataLoader:
+        """Batches of the validation split."""
+        return self.eval_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Batches of the test split."""
+        return self.eval_dataloader("test")
