@@ -3,6 +3,10 @@
 import math
 
 
+class UserError(Exception):
+    """A mistake that its message explains in one sentence; `train.py` prints it without a traceback."""
+
+
 def positive(**values: float) -> None:
     """Refuse values that are not finite and above zero.
 

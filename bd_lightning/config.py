@@ -24,14 +24,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from bd_lightning.checks import UserError
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 COMMANDS = ("fit", "validate", "test", "predict")
 GROUPS = ("data", "model", "trainer", "logger", "callbacks")
-FACTS = ("shape", "num_classes", "sigma_data")
-"""Arguments that a config leaves out, because the data module knows them."""
+FACTS = ("shape", "num_classes", "sigma_data", "run_dir")
+"""Arguments that a config leaves out: the data module knows the first three, `train.py` the last."""
+
+OmegaConf.register_resolver("times", lambda a, b: a * b, replace=True)
 
 TOP_LEVEL: dict[str, Any] = {
     "seed": int,
@@ -46,7 +50,7 @@ TOP_LEVEL: dict[str, Any] = {
 }
 
 
-class ConfigError(Exception):
+class ConfigError(UserError):
     """A mistake in the config, said in one sentence."""
 
 
@@ -116,8 +120,8 @@ def _parse_value(key: str, text: str) -> Any:
         raise ConfigError(f"cannot read the value of '{key}': {text!r} is not valid YAML") from error
 
 
-def load(path: str | Path) -> DictConfig:
-    """Read a YAML mapping.
+def load(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping, interpolations left as they are.
 
     Raises:
         ConfigError: if the file is missing, not YAML, or not a mapping.
@@ -126,22 +130,30 @@ def load(path: str | Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"config file not found: {path}")
     try:
-        config = OmegaConf.load(path)
+        content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"cannot read {path}: {reason}") from error
-    if not isinstance(config, DictConfig):
+        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
         raise ConfigError(f"cannot read {path}: expected a mapping of keys to values")
-    return config
+    return content
 
 
-def _named(group: str, name: str) -> DictConfig:
+def _named(group: str, name: str) -> dict[str, Any]:
     if name not in names(group):
         raise ConfigError(f"no {group} config named '{name}'.{suggest(name, names(group))}")
     return load(CONFIG_DIR / group / f"{name}.yaml")
 
 
-def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def merge(old: Any, new: Any) -> Any:
+    """Set new values over old ones, mappings key by key. A node of another class replaces the old one whole."""
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    if "_target_" in new and "_target_" in old and new["_target_"] != old["_target_"]:
+        return new
+    return {**old, **{key: merge(old.get(key), value) for key, value in new.items()}}
+
+
+def compose(request: Request, stored: dict[str, Any] | None = None) -> dict[str, Any]:
     """Put the layers together and resolve interpolations.
 
     Args:
@@ -155,43 +167,40 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
         ConfigError: for missing files and names, and for references to keys that do not exist.
     """
     base = load(CONFIG_DIR / "train.yaml")
-    config = OmegaConf.create({})
+    config: dict[str, Any] = {}
 
-    def apply(layer: DictConfig, where: str) -> None:
+    def apply(layer: dict[str, Any], where: str) -> None:
+        nonlocal config
         choices = layer.pop("defaults", None) or {}
+        chosen = {}
         for group, name in choices.items():
             if group not in GROUPS:
-                raise ConfigError(f"{where} chooses an unknown group '{group}'.{suggest(str(group), GROUPS)}")
-            start = OmegaConf.create({group: base.get(group) or {}})
-            config[group] = OmegaConf.merge(start, {group: _named(group, str(name))})[group]
-        for key, value in layer.items():
-            old = config.get(key)
-            other = isinstance(old, DictConfig) and isinstance(value, DictConfig) and "_target_" in value
-            if other and "_target_" in old and old["_target_"] != value["_target_"]:
-                config[key] = value  # arguments of another class mean nothing here
-            else:
-                config.merge_with(OmegaConf.create({key: value}))
+                raise ConfigError(f"{where} chooses from an unknown group '{group}'.{suggest(str(group), GROUPS)}")
+            chosen[group] = merge(base.get(group) or {}, _named(group, str(name)))
+        config = merge({**config, **chosen}, layer)
 
+    apply(dict(base), "train.yaml")
+    if stored is not None:
+        apply(dict(stored), "the checkpoint")
+    if "experiment" in request.choices:
+        name = request.choices["experiment"]
+        apply(_named("experiment", name), f"experiment '{name}'")
+    for path in request.files:
+        apply(load(path), path)
+    choices = {group: name for group, name in request.choices.items() if group != "experiment"}
+    apply({"defaults": choices}, "the command line")
+    for key, value in request.values:
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        apply(value, "the command line")
+    if isinstance(config["steps"], int) and isinstance(config["eval_every"], int):
+        config["eval_every"] = min(config["steps"], config["eval_every"])
     try:
-        apply(base.copy(), "train.yaml")
-        if stored is not None:
-            apply(OmegaConf.create(dict(stored)), "the checkpoint")
-        if "experiment" in request.choices:
-            name = request.choices["experiment"]
-            apply(_named("experiment", name), f"experiment '{name}'")
-        for path in request.files:
-            apply(load(path), path)
-        choices = {g: n for g, n in request.choices.items() if g != "experiment"}
-        apply(OmegaConf.create({"defaults": choices}), "the command line")
-        for key, value in request.values:
-            try:
-                OmegaConf.update(config, key, value, merge=True, force_add=True)
-            except OmegaConfBaseException as error:
-                raise ConfigError(f"cannot set '{key}': {str(error).splitlines()[0]}") from error
-        return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+        return OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None)
-        raise ConfigError(f"cannot resolve {f'{key!r}' if key else 'the config'}: {str(error).splitlines()[0]}") from error
+        place = f"'{key}'" if key else "the config"
+        raise ConfigError(f"cannot resolve {place}: {str(error).splitlines()[0]}") from error
 
 
 # ---- checking
@@ -211,15 +220,20 @@ def check(config: Mapping[str, Any]) -> None:
     for key in ("steps", "eval_every", "n"):
         if config[key] < 1:
             raise ConfigError(f"'{key}' must be at least 1, got {config[key]}")
+    if config["steps"] % config["eval_every"]:
+        raise ConfigError(
+            f"'steps' must be a multiple of 'eval_every', so that the run ends with a validation and a checkpoint; "
+            f"got {config['steps']} and {config['eval_every']}"
+        )
     for group in GROUPS:
         node = config.get(group)
-        if group in ("data", "model", "trainer"):
-            _check_node(node, group)
-        else:
+        if group == "callbacks":
             _check_value(node, dict[str, Any] | None, group)
             for name, sub in (node or {}).items():
                 if sub is not None:
                     _check_node(sub, f"{group}.{name}")
+        elif node or group != "logger":
+            _check_node(node, group)
 
 
 def locate(path: str, key: str) -> Any:
@@ -359,6 +373,9 @@ def instantiate(node: Any, key: str, facts: Mapping[str, Any] | None = None, **e
         return built
     cls = locate(node["_target_"], key)
     signature = _signature(cls)
+    for name in extra:
+        if name in built:
+            raise ConfigError(f"'{key}.{name}' is set by train.py; leave it out")
     known = {name: value for name, value in (facts or {}).items() if name in signature and name not in built}
     try:
         return cls(**built, **known, **extra)

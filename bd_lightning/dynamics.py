@@ -23,7 +23,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import in_range, positive
+from bd_lightning.checks import UserError, in_range, positive
 from bd_lightning.divergences import bcast
 from bd_lightning.fields import log_gradient
 
@@ -40,7 +40,7 @@ class FieldPair(Protocol):
         ...
 
 
-class SamplingDiverged(RuntimeError):
+class SamplingDiverged(UserError):
     """Chains left the region of the data or became non-finite.
 
     Attributes:

@@ -5,6 +5,7 @@ so they see averaged weights; `train.py` puts the averaging callback behind them
 from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss
 from callbacks.features import ClassifierFeatures, InceptionFeatures
 from callbacks.metrics import ImageMetrics
+from callbacks.progress import StepProgress
 from callbacks.samples import ImageWriter, SampleGrid, Trajectory
 
 __all__ = [
@@ -15,5 +16,6 @@ __all__ = [
     "InceptionFeatures",
     "NonFiniteLoss",
     "SampleGrid",
+    "StepProgress",
     "Trajectory",
 ]

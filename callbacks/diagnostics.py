@@ -7,10 +7,11 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from bd_lightning.checks import UserError
 from callbacks.drawing import run_folder
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError):
     """Training met a loss that is not a number."""
 
 

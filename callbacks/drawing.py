@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from bd_lightning.checks import one_of
+from bd_lightning.checks import UserError
 from datamodules.base import to_uint8
 
 
@@ -17,10 +17,10 @@ def check_sampler(pl_module: L.LightningModule, name: str | None, owner: str) ->
     """Refuse a sampler that the module does not have.
 
     Raises:
-        ValueError: naming the callback and the samplers that exist.
+        UserError: naming the callback and the samplers that exist.
     """
-    if name is not None:
-        one_of(tuple(pl_module.samplers), **{f"{owner}: sampler": name})
+    if name is not None and name not in pl_module.samplers:
+        raise UserError(f"{owner}: no sampler named '{name}'; the model has {', '.join(pl_module.samplers)}")
 
 
 def draw(

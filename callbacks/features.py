@@ -14,7 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
-from bd_lightning.checks import positive
+from bd_lightning.checks import UserError, positive
 from datamodules.base import ImageDataModule, to_unit
 
 
@@ -58,7 +58,7 @@ class ImageFeatures(nn.Module):
         """Load or train what the features need. Called on every rank, on rank 0 first.
 
         Raises:
-            ValueError: if these features cannot be had for this data.
+            UserError: if these features cannot be had for this data.
         """
 
     @property
@@ -109,7 +109,7 @@ class ClassifierFeatures(ImageFeatures):
 
     def prepare(self, data: ImageDataModule) -> None:
         if len(data.class_names) < 2:
-            raise ValueError(
+            raise UserError(
                 f"{data.name} has no classes to train a classifier on; use callbacks.InceptionFeatures "
                 "(callbacks=inception), or set callbacks.metrics=null"
             )
@@ -194,14 +194,14 @@ class InceptionFeatures(ImageFeatures):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
         except ImportError as error:
-            raise ValueError("Inception features need the package torch-fidelity: uv sync --group inception") from error
+            raise UserError("Inception features need the package torch-fidelity: uv sync --group inception") from error
         try:
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=self.weights
             )
         except Exception as error:  # no network, or a file that is not these weights
             source = f"read from {self.weights}" if self.weights else "downloaded"
-            raise ValueError(
+            raise UserError(
                 f"the Inception weights could not be {source} ({' '.join(str(error).split())[:200]}); "
                 "give callbacks.metrics.features.weights the path of pt_inception-2015-12-05-6726825d.pth, "
                 "or use callbacks.ClassifierFeatures"

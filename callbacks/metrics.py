@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from bd_lightning.checks import one_of, positive
+from bd_lightning.checks import positive
 from bd_lightning.dynamics import SamplingDiverged
 from callbacks.drawing import check_sampler, draw, run_folder
 from callbacks.features import ImageFeatures, cache_path, load_cached, save_cached
@@ -138,10 +138,9 @@ class ImageMetrics(L.Callback):
         subset = min(self.kid_subset, n, len(real))
         kid = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=50, subset_size=subset)
         kid.to(pl_module.device)
-        if trainer.is_global_zero:  # the states of all ranks are added up
-            for rows in real.split(5000):
-                fid.update(rows.to(pl_module.device).double(), real=True)
-                kid.update(rows.to(pl_module.device), real=True)
+        for rows in real[trainer.global_rank :: trainer.world_size].split(5000):  # states of all ranks are added up
+            fid.update(rows.to(pl_module.device).double(), real=True)
+            kid.update(rows.to(pl_module.device), real=True)
         sampler = self.sampler or pl_module.sampler
         try:
             with isolate_rng():

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from bd_lightning.checks import in_range, positive
+from bd_lightning.checks import UserError, in_range, positive
 
 
-class DataError(Exception):
+class DataError(UserError):
     """Data that is missing or unusable, said in one sentence."""
 
 

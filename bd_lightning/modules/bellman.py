@@ -26,6 +26,7 @@ class BellmanDiffusion(L.LightningModule):
         network: trunk with two heads (see `networks`).
         kernel: pair kernel (see `kernels`); `Constant` is denoising score matching.
         shape: shape of one sample, from the data module.
+        num_classes: number of classes, from the data module.
         sigma_data: standard deviation of the data, from the data module.
         samplers: samplers by name; the data they return lies in [−1, 1] for images.
         sampler: name of the one that prediction and metrics use.
@@ -53,6 +54,7 @@ class BellmanDiffusion(L.LightningModule):
         network: nn.Module,
         kernel: kernels.Kernel,
         shape: Sequence[int],
+        num_classes: int,
         sigma_data: float,
         samplers: dict[str, Sampler],
         sampler: str = "ode",
@@ -88,7 +90,7 @@ class BellmanDiffusion(L.LightningModule):
             )
         if trace == "sliced" and parametrisation == "factored":
             raise ValueError("trace=sliced is the paper's loss for parametrisation=direct; use hutchinson here")
-        self.shape = tuple(shape)
+        self.shape, self.num_classes = tuple(shape), num_classes
         self.dim = math.prod(self.shape)
         self.conditional = bool(getattr(network, "conditional", False))
         self.kernel = kernel
@@ -178,6 +180,10 @@ class BellmanDiffusion(L.LightningModule):
             batch_size=len(x),
         )
         return {"loss": loss} | {name: value.detach() for name, value in terms.items()}
+
+    def on_train_start(self) -> None:
+        """Give every rank, and every part of a resumed run, noise of its own."""
+        torch.manual_seed(torch.initial_seed() + self.global_rank + 1000 * self.global_step)
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Losses of one batch (x, label); the vectors beside "loss" are for callbacks."""

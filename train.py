@@ -1,0 +1,285 @@
+"""Train, evaluate and sample: python train.py --help"""
+
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from bd_lightning import config as configs
+from bd_lightning.checks import UserError
+
+HELP = """Bellman Diffusion: train, evaluate and sample.
+
+usage: train.py [COMMAND] [--config FILE ...] [GROUP=NAME ...] [KEY.SUB=VALUE ...]
+
+commands
+  fit        train (the default); with ckpt_path=… resume that run in its folder
+  validate   losses, samples and FID of a checkpoint on the validation split
+  test       losses and FID of a checkpoint on the test split
+  predict    write n samples of a checkpoint as PNG files, and a grid
+
+groups (choose a file from configs/GROUP)
+{groups}
+
+keys (defaults; any argument of a class in the config is a key too)
+{keys}
+
+`--key=value` is accepted as well. --config FILE sets values from a YAML file; config.yaml of a run folder repeats the
+run. With ckpt_path=… the config starts from the one stored in the checkpoint.
+
+examples
+  train.py
+  train.py data=mnist model=unet trainer.devices=4 trainer.strategy=ddp logger.project=mine
+  train.py data=folder data.folder=~/pictures data.size=64 steps=20000
+  train.py ckpt_path=runs/…/checkpoints/last.ckpt steps=2400
+  train.py predict ckpt_path=runs/…/checkpoints/best.ckpt n=64 model.sampler=sde
+"""
+
+
+def help_text() -> str:
+    """The text of --help, from the config files; torch is not imported."""
+    groups = (*configs.GROUPS, "experiment")
+    lines = [f"  {group:<11}{', '.join(configs.names(group))}" for group in groups]
+    base = configs.load(configs.CONFIG_DIR / "train.yaml")
+    keys = [f"  {key + '=' + ('null' if base[key] is None else str(base[key])):<31}" for key in configs.TOP_LEVEL]
+    notes = dict.fromkeys(configs.TOP_LEVEL, "")
+    for line in (configs.CONFIG_DIR / "train.yaml").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name in notes and "#" in rest:
+            notes[name] = rest.partition("#")[2].strip()
+    keys = [f"{row}{notes[key]}".rstrip() for row, key in zip(keys, configs.TOP_LEVEL)]
+    return HELP.format(groups="\n".join(lines), keys="\n".join(keys))
+
+
+def quiet() -> None:
+    """Silence remarks of the libraries that a user can do nothing about."""
+    import logging
+    import warnings
+
+    for message in (
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*will save all extracted features in buffer.*",
+        ".*LeafSpec.*",
+        ".*exists and is not empty.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Load a checkpoint of this project, tensors and plain data only.
+
+    Raises:
+        UserError: if it is missing, broken, or not one of ours.
+    """
+    import torch
+
+    if not Path(path).is_file():
+        raise UserError(f"checkpoint not found: {path}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stored = checkpoint["hyper_parameters"]
+        if not {"data", "model", "facts"} <= stored.keys():
+            raise KeyError("facts")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({reason})") from error
+    return stored
+
+
+def choose_run_id(given: str | None) -> str:
+    """The run's id: given, or by W&B, the cluster or the parent process, or the time and a random suffix."""
+    launched = os.environ.get("LOCAL_RANK", "0") != "0" and os.environ.get("BD_RUN_ID")
+    elastic = os.environ.get("TORCHELASTIC_RUN_ID")
+    if elastic == "none":  # torchrun without --rdzv-id: the workers of a node share their parent
+        elastic = f"{time.strftime('%Y%m%d')}-{os.getppid()}"
+    run_id = given or launched or os.environ.get("WANDB_RUN_ID") or elastic or os.environ.get("SLURM_JOB_ID")
+    run_id = run_id or f"{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    os.environ["BD_RUN_ID"] = run_id
+    return run_id
+
+
+def choose_run_dir(config: dict[str, Any]) -> Path:
+    """<root>/<project>/<run id>, or the run folder that a checkpoint lies in."""
+    if config["ckpt_path"]:
+        folder = Path(config["ckpt_path"]).resolve().parent.parent
+        if (folder / "config.yaml").is_file():
+            return folder
+    project = (config["logger"] or {}).get("project") or config["project"]
+    return Path(config["root"]).resolve() / project / choose_run_id(config["run_id"])
+
+
+def class_indices(labels: list[int | str], names: list[str]) -> list[int]:
+    """Class indices of labels given by name or by index.
+
+    Raises:
+        UserError: for a label that does not exist.
+    """
+    indices = []
+    for label in labels:
+        if str(label) in names:
+            indices.append(names.index(str(label)))
+        elif isinstance(label, int) and 0 <= label < len(names):
+            indices.append(label)
+        else:
+            raise UserError(f"no class '{label}' in this data set.{configs.suggest(str(label), names)}")
+    return indices
+
+
+def build_callbacks(config: dict[str, Any], command: str, run_dir: Path) -> list[Any]:
+    """Callbacks in the order they have to run: averaging after everything that looks at averaged weights."""
+    from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+
+    built = []
+    for name, node in (config["callbacks"] or {}).items():
+        if node is None:
+            continue
+        cls = configs.locate(node["_target_"], f"callbacks.{name}")
+        saves = issubclass(cls, ModelCheckpoint)
+        if command != "fit" and (saves or issubclass(cls, WeightAveraging)):
+            continue
+        extra = {"dirpath": str(run_dir / "checkpoints")} if saves and "dirpath" not in node else {}
+        built.append(configs.instantiate(node, f"callbacks.{name}", **extra))
+    monitored = {c.monitor for c in built if isinstance(c, ModelCheckpoint)}
+    if monitored & {"val/fid", "val/kid"} and not (config["callbacks"] or {}).get("metrics"):
+        raise UserError("without callbacks.metrics there is no val/fid to choose the best checkpoint by: "
+                        "set callbacks.best=null too, or callbacks.best.monitor=val/loss")
+    return sorted(built, key=lambda callback: isinstance(callback, WeightAveraging))
+
+
+def run(request: configs.Request) -> None:
+    """Carry out a command line.
+
+    Raises:
+        UserError: for anything that is the user's to put right.
+    """
+    config = configs.compose(request)
+    stored: dict[str, Any] | None = None
+    if config["ckpt_path"]:
+        stored = read_checkpoint(config["ckpt_path"])
+        config = configs.compose(request, {k: v for k, v in stored.items() if k != "facts"})
+    elif request.command != "fit":
+        raise UserError(f"{request.command} needs ckpt_path=<run folder>/checkpoints/best.ckpt")
+    configs.check(config)
+
+    import lightning as L
+    from omegaconf import OmegaConf
+
+    from bd_lightning.loggers import MetricsCSV
+
+    quiet()
+    L.seed_everything(config["seed"], workers=True, verbose=False)
+    run_dir = choose_run_dir(config)
+    if request.command == "predict" and stored is not None:
+        data, facts = None, stored["facts"]
+    else:
+        data = configs.instantiate(config["data"], "data")
+        facts = {**data.facts, "class_names": list(data.class_names), "shape": list(data.shape)}
+        for name, value in (stored or {}).get("facts", {}).items():
+            if facts[name] != value:
+                raise UserError(
+                    f"the checkpoint was trained on data with {name} {value}, this data has {facts[name]}: "
+                    "leave data as it was, or start a new run"
+                )
+    model = configs.instantiate(config["model"], "model", facts)
+    if request.command == "predict":
+        predict(config, facts, model, run_dir)
+        return
+
+    record = {**config, "ckpt_path": None, "run_id": None}
+    model.save_hyperparameters({**record, "facts": facts})
+    loggers = [MetricsCSV(run_dir, config["trainer"].get("log_every_n_steps") or 50)]
+    if config["logger"]:
+        loggers.append(configs.instantiate(config["logger"], "logger", {"run_dir": run_dir}))
+    callbacks = build_callbacks(config, request.command, run_dir)
+    trainer = configs.instantiate(
+        config["trainer"], "trainer", logger=loggers, callbacks=callbacks, default_root_dir=str(run_dir)
+    )
+    if request.command == "fit" and trainer.is_global_zero:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(OmegaConf.create(record), run_dir / "config.yaml")
+        print(f"run folder: {short(run_dir)}", flush=True)
+    if request.command == "fit":
+        try:
+            trainer.fit(model, datamodule=data, ckpt_path=config["ckpt_path"], weights_only=True)
+        except BaseException:
+            last = run_dir / "checkpoints" / "last.ckpt"
+            if trainer.is_global_zero and last.is_file():
+                print(f"interrupted at step {trainer.global_step}; to resume: train.py ckpt_path={short(last)}")
+            raise
+    else:
+        loop = trainer.validate if request.command == "validate" else trainer.test
+        loop(model, datamodule=data, ckpt_path=config["ckpt_path"], weights_only=True)
+    if trainer.is_global_zero:
+        finish(run_dir)
+
+
+def predict(config: dict[str, Any], facts: dict[str, Any], model: Any, run_dir: Path) -> None:
+    """Write samples to <run folder>/predict-<sampler>-seed<seed>/."""
+    from torch.utils.data import DataLoader
+
+    from callbacks import ImageWriter
+    from datamodules import SampleRequests
+
+    labels = class_indices(config["labels"] or [], facts["class_names"])
+    if labels and not model.conditional:
+        raise UserError("labels were given, but this model is unconditional; train one with model.network.conditional=true")
+    if model.conditional and not labels:
+        labels = list(range(facts["num_classes"]))
+    folder = run_dir / f"predict-{model.sampler}-seed{config['seed']}"
+    progress = [c for n, c in (config["callbacks"] or {}).items() if n == "progress" and c]
+    callbacks = [ImageWriter(folder), *(configs.instantiate(c, "callbacks.progress") for c in progress)]
+    trainer = configs.instantiate(
+        config["trainer"], "trainer", logger=False, callbacks=callbacks, default_root_dir=str(run_dir)
+    )
+    requests = SampleRequests(config["n"], config["seed"], labels)
+    loader = DataLoader(requests, batch_size=min(500, config["n"]))
+    trainer.predict(model, loader, ckpt_path=config["ckpt_path"], weights_only=True, return_predictions=False)
+    if trainer.is_global_zero:
+        print(f"{config['n']} images and grid.png in {short(folder)}")
+
+
+def short(path: Path) -> str:
+    """A path relative to the working directory where that is shorter."""
+    relative = os.path.relpath(path)
+    return min(relative, str(path), key=len)
+
+
+def finish(run_dir: Path) -> None:
+    """Say where everything is and how to sample from it."""
+    import json
+
+    path = run_dir / "fid.json"
+    if path.is_file():
+        row = json.loads(path.read_text())[-1]
+        stage = "test" if "test/fid" in row else "val"
+        kid = f", KID {row[f'{stage}/kid']:.4f}" if f"{stage}/kid" in row else ""
+        print(
+            f"FID {row[f'{stage}/fid']:.2f}{kid} (real images {row['floor']:.2f}, noise {row['noise']:.1f}): "
+            f"{row['protocol']}"
+        )
+    best, last = (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    checkpoint = best if best.is_file() else last
+    print(f"everything is in {short(run_dir)}; to sample: train.py predict ckpt_path={short(checkpoint)} n=64")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(help_text(), end="")
+        return 0
+    try:
+        run(configs.parse(argv))
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
