@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,6 +61,8 @@ class SamplingDiverged(UserError):
 class SampleNoise:
     """Gaussian noise with one random stream per sample, so that sample i is the same in any batch, on any rank.
 
+    The streams are counter-based (Philox) with the key (seed, index), so that no two of them overlap.
+
     Args:
         indices: index of each sample, length B.
         shape: shape of one sample.
@@ -71,16 +74,15 @@ class SampleNoise:
         self, indices: Sequence[int], shape: Sequence[int], seed: int = 0, device: torch.device | str = "cpu"
     ) -> None:
         self.shape, self.device = tuple(shape), torch.device(device)
-        # the golden ratio's multiplier spreads neighbouring (seed, index) pairs over the seeds
-        mixed = [((seed << 32) + int(i)) * 0x9E3779B97F4A7C15 % 2**63 for i in indices]
-        self.streams = [torch.Generator().manual_seed(m) for m in mixed]
+        self.streams = [np.random.Generator(np.random.Philox(key=[seed, int(i)])) for i in indices]
 
     def __len__(self) -> int:
         return len(self.streams)
 
     def __call__(self) -> Tensor:
         """The next standard normal draw, shape (B, *shape)."""
-        return torch.stack([torch.randn(self.shape, generator=s) for s in self.streams]).to(self.device)
+        draws = np.stack([stream.standard_normal(self.shape, dtype=np.float32) for stream in self.streams])
+        return torch.from_numpy(draws).to(self.device)
 
 
 def bellman_step(x: Tensor, s: Tensor, g: Tensor, step: Tensor | float, z: Tensor) -> Tensor:
@@ -115,8 +117,11 @@ def score(fields: FieldPair, x: Tensor, sigma: Tensor, exact: bool = False) -> T
     with torch.inference_mode(False), torch.enable_grad():
         point = x.clone().requires_grad_(True)
         s, g = fields(point, sigma.clone())
-        (grad_log_s,) = torch.autograd.grad(s.clamp_min(torch.finfo(s.dtype).tiny).log().sum(), point)
-        return (log_gradient(s, g) - grad_log_s).detach()
+        S = log_gradient(s, g)
+        if s.requires_grad:  # a constant mobility has no gradient to subtract
+            (grad_log_s,) = torch.autograd.grad(s.clamp_min(torch.finfo(s.dtype).tiny).log().sum(), point)
+            S = S - grad_log_s
+        return S.detach()
 
 
 def geometric_ladder(sigma_max: float, sigma_min: float, levels: int) -> Tensor:

@@ -47,11 +47,13 @@ class ImageFeatures(nn.Module):
         num_features: size of a feature vector.
         description: what is written beside every number computed with these features.
         key: identifies the features in caches.
+        kid_scale: features are divided by it for KID, whose cubic kernel is not free of scale.
     """
 
     num_features: int
     description: str
     key: tuple
+    kid_scale: float = 1.0
 
     @abstractmethod
     def prepare(self, data: ImageDataModule) -> None:
@@ -85,7 +87,7 @@ class ClassifierFeatures(ImageFeatures):
         super().__init__()
         positive(width=width, steps=steps, batch_size=batch_size)
         self.num_features, self.steps, self.batch_size, self.seed = width, steps, batch_size, seed
-        self.key = ("classifier-1", width, steps, batch_size, seed)
+        self.key = ("classifier-2", width, steps, batch_size, seed)
         self.trunk, self.head = nn.Identity(), nn.Identity()
         self.accuracy = float("nan")
 
@@ -121,15 +123,17 @@ class ClassifierFeatures(ImageFeatures):
             if cached is None:
                 start = time.perf_counter()
                 self._train(data)
-                self.accuracy = self._accuracy(data)
-                save_cached({"state": self.state_dict(), "accuracy": self.accuracy}, path)
+                self.accuracy, self.kid_scale = self._validate(data)
+                save_cached(
+                    {"state": self.state_dict(), "accuracy": self.accuracy, "kid_scale": self.kid_scale}, path
+                )
                 rank_zero_info(
                     f"Trained a classifier of {data.name} for FID in {time.perf_counter() - start:.0f} s: "
                     f"{self.accuracy:.1%} of the validation split right; kept in {path}"
                 )
             else:
                 self.load_state_dict(cached["state"])
-                self.accuracy = cached["accuracy"]
+                self.accuracy, self.kid_scale = cached["accuracy"], cached["kid_scale"]
         self.requires_grad_(False).eval()
 
     def _train(self, data: ImageDataModule) -> None:
@@ -151,10 +155,15 @@ class ClassifierFeatures(ImageFeatures):
                         return
 
     @torch.no_grad()
-    def _accuracy(self, data: ImageDataModule) -> float:
+    def _validate(self, data: ImageDataModule) -> tuple[float, float]:
+        """Accuracy on the validation split, and the root mean square of the features there."""
         loader = torch.utils.data.DataLoader(data.load_split("val"), 500, collate_fn=data.collate)
-        right = [(self.head(self.trunk(x)).argmax(1) == y).float() for x, y in loader]
-        return float(torch.cat(right).mean())
+        right, squares = [], []
+        for x, y in loader:
+            features = self.trunk(x)
+            right.append((self.head(features).argmax(1) == y).float())
+            squares.append(features.square().mean(1))
+        return float(torch.cat(right).mean()), float(torch.cat(squares).mean().sqrt())
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

@@ -140,14 +140,14 @@ class ImageMetrics(L.Callback):
         kid.to(pl_module.device)
         for rows in real[trainer.global_rank :: trainer.world_size].split(5000):  # states of all ranks are added up
             fid.update(rows.to(pl_module.device).double(), real=True)
-            kid.update(rows.to(pl_module.device), real=True)
+            kid.update(rows.to(pl_module.device) / self.features.kid_scale, real=True)
         sampler = self.sampler or pl_module.sampler
         try:
             with isolate_rng():
                 for images in draw(trainer, pl_module, n, self.batch_size, self.seed, sampler):
                     rows = self.features(images.to(pl_module.device))
                     fid.update(rows.double(), real=False)
-                    kid.update(rows, real=False)
+                    kid.update(rows / self.features.kid_scale, real=False)
                 torch.manual_seed(0)  # KID draws subsets
                 values = {f"{stage}/fid": fid.compute().float()}
                 if subset == self.kid_subset:

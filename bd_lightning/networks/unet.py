@@ -66,6 +66,8 @@ class UNet(nn.Module):
         blocks: residual blocks at each resolution, going down; one more going up.
         attention: indices into `channels` where blocks attend to the whole image, e.g. [1, 2].
         dropout: dropout probability inside the blocks.
+        patch: side of the pixel blocks that are folded into channels before the first convolution and out of them
+            after the last; 2 makes the network about four times cheaper on images that can spare it.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class UNet(nn.Module):
         blocks: int = 1,
         attention: Sequence[int] = (),
         dropout: float = 0.0,
+        patch: int = 1,
     ) -> None:
         super().__init__()
         if len(shape) != 3:
@@ -87,15 +90,17 @@ class UNet(nn.Module):
             if not 0 <= level < len(channels):
                 raise ValueError(f"attention level {level} does not exist: channels has {len(channels)} entries")
         in_range(0, 1, dropout=dropout)
-        positive(blocks=blocks, **{f"channels[{i}]": c for i, c in enumerate(channels)})
-        width = 4 * channels[0]
+        positive(patch=patch, blocks=blocks, **{f"channels[{i}]": c for i, c in enumerate(channels)})
+        if shape[1] % patch or shape[2] % patch:
+            raise ValueError(f"patch {patch} does not divide images of {shape[1]}×{shape[2]} pixels")
+        width, folded = 4 * channels[0], shape[0] * patch**2
         self.conditional = conditional
         self.embed = ConditionEmbedding(width, num_classes, conditional)
 
         def block(c_in: int, c_out: int, level: int) -> _Block:
             return _Block(c_in, c_out, width, dropout, level in attention)
 
-        self.enter = nn.Conv2d(shape[0], channels[0], 3, padding=1)
+        self.enter = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(folded, channels[0], 3, padding=1))
         self.down, self.pool = nn.ModuleList(), nn.ModuleList()
         skips, c = [channels[0]], channels[0]
         for level, c_out in enumerate(channels):
@@ -119,7 +124,9 @@ class UNet(nn.Module):
             self.up.append(stage)
             if level > 0:
                 self.grow.append(nn.Conv2d(c, c, 3, padding=1))
-        self.gradient_head = nn.Sequential(_norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, shape[0], 3, padding=1)))
+        self.gradient_head = nn.Sequential(
+            _norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, folded, 3, padding=1)), nn.PixelShuffle(patch)
+        )
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x (B, C, H, W), c_noise (B,) and label (B,) or None to F (B, C, H, W) and a (B,)."""

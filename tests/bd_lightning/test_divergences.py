@@ -1,0 +1,145 @@
+"""Each loss is stationary at the analytic fields, and the test would notice a wrong sign or a factor of two."""
+
+import pytest
+import torch
+
+from bd_lightning import divergences, kernels
+from oracles import Mixture, OracleFields
+
+N = 400_000
+EPSILON, SIGMA, TAU = 0.2, 0.6, 0.8
+
+
+def gaussian():
+    """A Gaussian target in the plane with the exact kernel: every field in closed form."""
+    g = torch.Generator().manual_seed(5)
+    x = TAU * torch.randn(N, 2, generator=g, dtype=torch.float64)
+    noise = torch.randn(N, 2, generator=g, dtype=torch.float64)
+    return x, noise, x + SIGMA * noise
+
+
+def mobility(x):
+    """m and ∇m of the exact kernel: the Gaussian of variance τ² + σ² + ε."""
+    variance = TAU**2 + SIGMA**2 + EPSILON
+    m = (-x.square().sum(1) / (2 * variance)).exp() / (2 * torch.pi * variance)
+    return m, -x * m[:, None] / variance
+
+
+def test_oracle_agrees_with_the_kernel():
+    target = Mixture(torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64), TAU)
+    _, _, point = gaussian()
+    m, grad_m = mobility(point[:200])
+    estimate, grad_estimate = OracleFields(target, kernels.Exact(EPSILON), pool=40000).mobility(
+        point[:200], torch.full((200,), SIGMA, dtype=torch.float64)
+    )
+    torch.testing.assert_close(estimate, m, rtol=0.05, atol=0.002)
+    torch.testing.assert_close(grad_estimate, grad_m, rtol=0.1, atol=0.004)
+
+
+def directions(x):
+    """Fields to move in, with their Jacobians: linear, with a curl, and nonlinear."""
+    eye = torch.eye(2, dtype=x.dtype).expand(len(x), 2, 2)
+    curl = torch.tensor([[0.0, 1.0], [-1.0, 0.5]], dtype=x.dtype).expand(len(x), 2, 2)
+    wave = torch.diag_embed(x.cos())
+    return [(x, eye), (torch.einsum("bij,bj->bi", curl, x), curl), (x.sin(), wave)]
+
+
+def optimum(point, factored):
+    """S* = ∇log p_σ + ∇log m or g* = ½(m∇log p_σ + ∇m), with the Jacobian."""
+    m, grad_m = mobility(point)
+    a, b = 1 / (TAU**2 + SIGMA**2), 1 / (TAU**2 + SIGMA**2 + EPSILON)
+    eye = torch.eye(2, dtype=point.dtype)
+    S, jacobian = -(a + b) * point, -(a + b) * eye.expand(len(point), 2, 2)
+    if factored:
+        return S, jacobian
+    return 0.5 * m[:, None] * S, 0.5 * (m[:, None, None] * jacobian + S[:, :, None] * grad_m[:, None, :])
+
+
+def loss_of(name, field, jacobian, noise, point):
+    m, grad_m = mobility(point)
+    sigma = torch.full((len(point),), SIGMA, dtype=point.dtype)
+    trace = jacobian.diagonal(dim1=1, dim2=2).sum(1)
+    v = torch.where(torch.randn(point.shape, generator=torch.Generator().manual_seed(8)) < 0, -1.0, 1.0).double()
+    vjv = torch.einsum("bi,bij,bj->b", v, jacobian, v)
+    return {
+        "divergence": lambda: divergences.divergence_loss(field, trace, m),
+        "sliced": lambda: divergences.sliced_divergence_loss(field, v, vjv, m),
+        "denoising": lambda: divergences.denoising_loss(field, noise, sigma, m, grad_m),
+        "factored_divergence": lambda: divergences.factored_divergence_loss(field, trace, m, grad_m),
+        "factored_denoising": lambda: divergences.factored_denoising_loss(field, noise, sigma, m, grad_m),
+    }[name]()
+
+
+LOSSES = ["divergence", "sliced", "denoising", "factored_divergence", "factored_denoising"]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("which", range(3))
+def test_gradient_field_losses_are_stationary_at_the_analytic_field(name, which):
+    _, noise, point = gaussian()
+    h, jacobian_h = directions(point)[which]
+    best, jacobian = optimum(point, name.startswith("factored"))
+
+    def slope(scale):
+        """Per-sample derivative of the loss along h at scale · g*, exact since losses are quadratic."""
+        up = loss_of(name, scale * best + h, scale * jacobian + jacobian_h, noise, point)
+        down = loss_of(name, scale * best - h, scale * jacobian - jacobian_h, noise, point)
+        return (up - down) / 2
+
+    def deviations(values):
+        return float(values.mean() / (values.std() / N**0.5))
+
+    assert abs(deviations(slope(1.0))) < 4
+    if which != 1:  # along the curl field the slope is small for every field
+        for wrong in (-1.0, 0.5, 2.0):
+            assert abs(deviations(slope(wrong))) > 15
+
+
+def test_scalar_loss_is_minimised_by_the_mobility():
+    _, _, point = gaussian()
+    s, _ = mobility(point)
+    partner = TAU * torch.randn(N, 2, dtype=torch.float64)
+    v = EPSILON + SIGMA**2
+    k = (-(point - partner).square().sum(1) / (2 * v)).exp() / (2 * torch.pi * v)  # one noisy pair per sample
+    h = point.cos().prod(1)
+
+    def deviations(scale):
+        slope = (divergences.scalar_loss(scale * s + h, k) - divergences.scalar_loss(scale * s - h, k)) / 2
+        return float(slope.mean() / (slope.std() / N**0.5))
+
+    assert abs(deviations(1.0)) < 4
+    for wrong in (-1.0, 0.5, 2.0):
+        assert abs(deviations(wrong)) > 15
+
+
+@pytest.mark.parametrize("method", ["exact", "hutchinson", "gaussian"])
+def test_trace_estimators(method):
+    matrix = torch.tensor([[1.0, 2.0, 0.0], [-1.0, 3.0, 1.0], [0.5, 0.0, -1.5]])
+    x = torch.randn(50_000, 3)
+
+    def field(p):
+        return p @ matrix.T, p.sum(1)
+
+    value, aux, trace = divergences.probe_jacobian(field, x, divergences.probes(x, method))
+    torch.testing.assert_close(value, x @ matrix.T)
+    torch.testing.assert_close(aux, x.sum(1))
+    if method == "exact":
+        torch.testing.assert_close(trace, torch.full_like(trace, 2.5))
+    else:
+        error = float(trace.std()) / len(x) ** 0.5
+        assert float(trace.mean()) == pytest.approx(2.5, abs=4 * error) and error < 0.05
+
+
+def test_probed_jacobian_trains_parameters():
+    weight = torch.tensor(2.0, requires_grad=True)
+    x = torch.randn(7, 3)
+    _, aux, trace = divergences.probe_jacobian(
+        lambda p: (weight * p.pow(2), weight * p.sum(1)), x, divergences.probes(x, "exact")
+    )
+    (trace.sum() + aux.sum()).backward()
+    assert float(weight.grad) == pytest.approx(float(2 * x.sum() + x.sum()), rel=1e-5)
+
+
+def test_unknown_trace_method():
+    with pytest.raises(ValueError, match="trace must be one of .*exact; got 'hutch'"):
+        divergences.probes(torch.zeros(2, 2), "hutch")

@@ -1,0 +1,188 @@
+import pytest
+import torch
+
+from bd_lightning import dynamics, kernels
+from bd_lightning.dynamics import (
+    AnnealedDynamics,
+    BellmanDynamics,
+    ProbabilityFlow,
+    SampleNoise,
+    SamplingDiverged,
+    bellman_step,
+)
+from oracles import Mixture, OracleFields, square
+
+TAU = 0.7
+
+
+def gaussian_fields(kernel):
+    target = Mixture(torch.full((1, 2), 0.3), torch.ones(1), TAU)
+    return OracleFields(target, kernel, pool=800, sigma_data=TAU)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "unit"),
+    [(kernels.Exact(0.05), 0.001), (kernels.ClosedFormSlices(0.05), 0.004), (kernels.Constant(), 0.004)],
+    ids=["exact", "slices", "constant"],
+)
+def test_plain_dynamics_started_at_p_stay_at_p(kernel, unit):
+    """The mobility varies by an order of magnitude over the target, so that a wrong Itô correction would show."""
+    target = square(torch.float32)
+    fields = OracleFields(target, kernel, pool=2500)
+
+    def run(drift):
+        """Mean squared distance to the nearest mode over the second half of the run, as a ratio to the start's."""
+        g = torch.Generator().manual_seed(1)
+        x = start = target.sample(1500, g)
+        sigma, spreads = torch.zeros(len(x)), []
+        for _ in range(120):
+            s, field = fields(x, sigma)
+            x = bellman_step(x, s, drift * field, unit / fields.reference(sigma), torch.randn(x.shape, generator=g))
+            spreads.append(torch.cdist(x, target.means).min(1)[0].square().mean())
+        before = torch.cdist(start, target.means).min(1)[0].square().mean()
+        return float(torch.stack(spreads[60:]).mean() / before)
+
+    assert run(1.0) == pytest.approx(1.0, abs=0.08)
+    assert run(2.0) < 0.85  # and the test sees a factor of two
+    assert run(0.5) > 1.15
+
+
+def reached(sampler, kernel, n=1500):
+    x = sampler(gaussian_fields(kernel), SampleNoise(range(n), (2,), seed=4))
+    assert x.mean(0).tolist() == pytest.approx([0.3, 0.3], abs=0.08)
+    return float(x.std()) / TAU
+
+
+@pytest.mark.parametrize(
+    "kernel", [kernels.ClosedFormSlices(0.01), kernels.Constant()], ids=lambda k: type(k).__name__
+)
+def test_flow_reaches_a_gaussian(kernel):
+    flow = ProbabilityFlow(steps=18, sigma_max=10.0, sigma_min=0.05, exact_score=True)
+    assert reached(flow, kernel) == pytest.approx(1, abs=0.06)
+
+
+def test_annealed_dynamics_reach_a_gaussian():
+    def annealed(levels, step_size, kernel=None):
+        sampler = AnnealedDynamics(levels=levels, step_size=step_size, sigma_max=10.0, sigma_min=0.05)
+        return reached(sampler, kernel or kernels.Constant())
+
+    errors = [abs(annealed(levels, 20 / levels) - 1) for levels in (25, 400)]
+    assert errors[1] < 0.04 < 0.08 < errors[0]  # the error of the time step vanishes with it
+    assert annealed(300, 0.15, kernels.ClosedFormSlices(0.01)) == pytest.approx(1, abs=0.08)
+
+
+def test_plain_annealed_dynamics_reach_a_gaussian():
+    sampler = AnnealedDynamics(
+        levels=40, steps_per_level=40, step_size=0.1, sigma_max=10.0, sigma_min=0.1, corrected=False
+    )
+    assert reached(sampler, kernels.Constant()) == pytest.approx(1, abs=0.06)
+
+
+def test_correction_puts_the_variance_right_for_large_steps():
+    """At a fixed level and c = 1 the plain step settles at σ²/(1 − 1/4), the corrected one at σ²."""
+    point = OracleFields(Mixture(torch.zeros(1, 2), torch.ones(1), 1e-4), kernels.Constant(), pool=2)
+    spreads = {}
+    for corrected in (True, False):
+        sampler = AnnealedDynamics(
+            levels=1, steps_per_level=30, step_size=1.0, sigma_max=1.0, sigma_min=1.0, corrected=corrected
+        )
+        states = list(sampler.path(point, SampleNoise(range(4000), (2,))))
+        spreads[corrected] = float(states[-2].var())
+    assert spreads[True] == pytest.approx(1.0, rel=0.05)
+    assert spreads[False] == pytest.approx(4 / 3, rel=0.05)
+
+
+def test_score_is_the_same_for_every_kernel():
+    """(2g − ∇s)/s cancels the kernel."""
+    target = square(torch.float32)
+    x, sigma = target.sample(40) + 0.3 * torch.randn(40, 2), torch.full((40,), 0.5)
+    for kernel in (kernels.Exact(0.01), kernels.ClosedFormSlices(0.01)):
+        fields = OracleFields(target, kernel)
+        torch.testing.assert_close(
+            dynamics.score(fields, x, sigma, exact=True), target.score(x, 0.5), rtol=1e-3, atol=1e-3
+        )
+        assert (dynamics.score(fields, x, sigma) - target.score(x, 0.5)).abs().max() > 0.05
+    with torch.inference_mode():  # as inside Lightning's evaluation loops
+        inside = x.clone()
+        again = dynamics.score(fields, inside, sigma, exact=True)
+    torch.testing.assert_close(again, target.score(x, 0.5), rtol=1e-3, atol=1e-3)
+
+
+def test_samples_do_not_depend_on_the_batch():
+    fields = gaussian_fields(kernels.Constant())
+    sampler = AnnealedDynamics(levels=10)
+    together = sampler(fields, SampleNoise(range(12), (2,), seed=3))
+    apart = [sampler(fields, SampleNoise(part, (2,), seed=3)) for part in (range(0, 5), range(5, 12))]
+    torch.testing.assert_close(together, torch.cat(apart))
+    other = sampler(fields, SampleNoise(range(12), (2,), seed=4))
+    assert (together - other).abs().min() > 0
+
+
+def test_noise_streams_are_standard_normal_and_independent():
+    noise = SampleNoise(range(4000), (3,), seed=0)
+    first, second = noise(), noise()
+    assert float(first.std()) == pytest.approx(1, abs=0.03) and float(first.mean()) == pytest.approx(0, abs=0.03)
+    for a, b in ((first, second), (first[:-1], first[1:]), (first, SampleNoise(range(4000), (3,), seed=1)())):
+        assert abs(float((a * b).mean())) < 0.04
+
+
+def test_lost_chains_stop_the_run():
+    class Broken:
+        def __call__(self, x, sigma):
+            g = -x
+            g[:3] = float("nan")
+            return torch.ones(len(x)), g
+
+        def reference(self, sigma):
+            return torch.ones_like(sigma)
+
+    with pytest.raises(SamplingDiverged, match=r"3 of 10 samples were lost at step 1 .*step size") as caught:
+        BellmanDynamics(steps=5)(Broken(), SampleNoise(range(10), (2,)))
+    assert caught.value.lost.tolist() == [True] * 3 + [False] * 7
+    assert caught.value.x[3:].isfinite().all()
+
+    with pytest.raises(SamplingDiverged, match="samples were lost at step"):
+        BellmanDynamics(steps=2000, step_size=50.0)(lambda_fields(), SampleNoise(range(10), (2,)))
+
+
+def lambda_fields():
+    class Repelling:
+        def __call__(self, x, sigma):
+            return torch.ones(len(x)), x
+
+        def reference(self, sigma):
+            return torch.ones_like(sigma)
+
+    return Repelling()
+
+
+def test_watch_sees_every_step():
+    seen = []
+    sampler = AnnealedDynamics(levels=4, steps_per_level=2)
+    out = sampler(
+        gaussian_fields(kernels.Constant()), SampleNoise([0], (2,)), watch=lambda step, x: seen.append((step, x))
+    )
+    assert [step for step, _ in seen] == list(range(10)) and torch.equal(seen[-1][1], out)
+    assert sampler.calls == 9 and ProbabilityFlow(steps=18).calls == 35
+
+
+def test_grids():
+    grid = dynamics.edm_grid(80.0, 0.002, 18)
+    assert grid[0] == pytest.approx(80) and grid[-2] == pytest.approx(0.002) and grid[-1] == 0
+    ladder = dynamics.geometric_ladder(8.0, 0.5, 5)
+    assert ladder.tolist() == pytest.approx([8, 4, 2, 1, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        (lambda: AnnealedDynamics(levels=0), "levels must be positive, got 0"),
+        (lambda: AnnealedDynamics(sigma_min=-1.0), "sigma_min must be positive"),
+        (lambda: AnnealedDynamics(sigma_min=30.0), "sigma_min must lie between 0 and 20"),
+        (lambda: ProbabilityFlow(rho=float("nan")), "rho must be positive, got nan"),
+        (lambda: BellmanDynamics(step_size=0.0), "step_size must be positive"),
+    ],
+)
+def test_refusals(sampler, message):
+    with pytest.raises(ValueError, match=message):
+        sampler()

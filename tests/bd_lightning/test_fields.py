@@ -1,0 +1,118 @@
+import pytest
+import torch
+
+from bd_lightning import kernels
+from bd_lightning.fields import Fields, log_gradient
+from bd_lightning.networks import MLP, UNet
+
+NETWORKS = [
+    lambda **o: MLP((1, 8, 8), width=32, depth=2, **o),
+    lambda **o: UNet((1, 8, 8), channels=(8, 16), attention=(1,), **o),
+]
+
+
+def excite(network):
+    """Move the parameters that start at zero, so that outputs depend on inputs."""
+    with torch.no_grad():
+        for p in network.parameters():
+            if not p.any():
+                p.normal_(0, 0.1)
+    return network
+
+
+def test_fields_start_from_the_gaussian_of_the_data():
+    """Zero outputs mean p_σ = N(0, (σ² + σ_d²) I) and s = m_ref: the EDM preconditioning."""
+    kernel = kernels.ClosedFormSlices(0.01)
+    fields = Fields(NETWORKS[0](), kernel, sigma_data=0.7, dim=64)
+    x, sigma = torch.randn(5, 1, 8, 8), torch.tensor([0.01, 0.1, 1.0, 5.0, 20.0])
+    s, g = fields(x, sigma)
+    torch.testing.assert_close(s, kernel.reference(sigma, 0.7, 64))
+    expected = -x / (sigma.square() + 0.7**2).reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(log_gradient(s, g), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
+@pytest.mark.parametrize("parametrisation", ["factored", "direct"])
+def test_shapes_signs_and_the_factored_identity(build, parametrisation):
+    fields = Fields(excite(build()), kernels.ClosedFormSlices(0.01), 0.7, 64, parametrisation)
+    x, sigma = 3 * torch.randn(6, 1, 8, 8), torch.logspace(-2, 1, 6)
+    s, g = fields(x, sigma)
+    assert s.shape == (6,) and g.shape == x.shape and (s > 0).all()
+    head, again = fields.heads(x, sigma)
+    torch.testing.assert_close(again, s)
+    torch.testing.assert_close(head if parametrisation == "direct" else 0.5 * s[:, None, None, None] * head, g)
+    assert (fields(x, 2 * sigma)[1] - g).abs().max() > 0  # conditioned on the noise level
+
+
+def test_denoiser_form_without_cancellation():
+    """S = (D − x)/σ² with EDM's D, also where σ is tiny."""
+    network = excite(NETWORKS[0]()).double()
+    fields = Fields(network, kernels.ClosedFormSlices(0.01), 0.7, 64)
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    for level in (0.01, 1.0):
+        sigma = torch.full((4,), level, dtype=torch.float64)
+        total = level**2 + 0.49
+        out, _ = network(x / total**0.5, sigma.log() / 4, None)
+        denoised = 0.49 / total * x + level * 0.7 / total**0.5 * out.float()
+        S, _ = fields.heads(x, sigma)
+        torch.testing.assert_close(S, (denoised - x) / level**2, rtol=1e-5, atol=1e-5)
+
+
+def test_two_networks():
+    scalar = excite(NETWORKS[0]())
+    fields = Fields(excite(NETWORKS[0]()), kernels.ClosedFormSlices(0.01), 0.7, 64, "direct", scalar)
+    x, sigma = torch.randn(3, 1, 8, 8), torch.zeros(3)
+    s, g = fields(x, sigma)
+    torch.autograd.grad(s.sum(), list(scalar.scalar_head.parameters()), retain_graph=True)
+    (unused,) = torch.autograd.grad(s.sum(), fields.network.enter.weight, allow_unused=True)
+    assert unused is None and g.isfinite().all()
+
+
+@pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
+def test_forward_mode_agrees_with_differences(build):
+    """The divergence estimator differentiates networks in forward mode, attention included."""
+    fields = Fields(excite(build()), kernels.ClosedFormSlices(0.01), 0.7, 64).double()
+    x, v = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.randn(2, 1, 8, 8, dtype=torch.float64)
+    sigma = torch.tensor([0.3, 1.0], dtype=torch.float64)
+    function = lambda p: fields.network(p, sigma, None)[0]  # noqa: E731
+    _, tangent = torch.func.jvp(function, (x,), (v,))
+    difference = (function(x + 1e-5 * v) - function(x - 1e-5 * v)) / 2e-5
+    torch.testing.assert_close(tangent, difference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
+def test_class_conditioning(build):
+    network = excite(build(num_classes=3, conditional=True))
+    x, c = torch.randn(2, 1, 8, 8), torch.zeros(2)
+    a, b = (network(x, c, torch.full((2,), k))[0] for k in (0, 1))
+    assert (a - b).abs().max() > 0
+    with pytest.raises(ValueError, match="class-conditional and needs labels"):
+        network(x, c)
+    with pytest.raises(ValueError, match="unconditional"):
+        build(num_classes=3)(x, c, torch.zeros(2, dtype=torch.long))
+    with pytest.raises(ValueError, match="needs a data set with classes"):
+        build(conditional=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (2, 9, 13)])
+def test_unet_takes_any_size(shape):
+    out, a = UNet(shape, channels=(8, 8, 16), blocks=2, attention=(2,))(torch.randn(2, *shape), torch.zeros(2))
+    assert out.shape == (2, *shape) and a.shape == (2,)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: UNet((64,)), "images of shape"),
+        (lambda: UNet((1, 8, 8), attention=(2,)), "attention level 2 does not exist"),
+        (lambda: UNet((1, 8, 8), channels=()), "at least one entry"),
+        (lambda: UNet((1, 28, 28), patch=3), "patch 3 does not divide"),
+        (lambda: MLP((2,), width=0), "width must be positive"),
+        (lambda: MLP((2,), dropout=1.5), "dropout must lie between 0 and 1"),
+        (lambda: Fields(MLP((2,)), kernels.Exact(), 1.0, 2, "fancy"), "parametrisation must be one of"),
+        (lambda: Fields(MLP((2,)), kernels.Exact(), 0.0, 2), "sigma_data must be positive"),
+    ],
+)
+def test_refusals(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

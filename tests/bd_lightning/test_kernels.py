@@ -1,0 +1,106 @@
+import math
+
+import pytest
+import torch
+
+from bd_lightning import kernels
+from oracles import square
+
+KERNELS = [kernels.Exact(0.05), kernels.ClosedFormSlices(0.05), kernels.Sliced(0.05, slices=3), kernels.Constant()]
+
+
+def points(n: int, d: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def pair(kernel, u: torch.Tensor, variance: float) -> float:
+    """k(x, y) for u = x − y, written out."""
+    d, r2 = len(u), float(u.square().sum())
+    if isinstance(kernel, kernels.Exact):
+        return math.exp(-r2 / (2 * variance)) / (2 * math.pi * variance) ** (d / 2)
+    return 1 / math.sqrt(2 * math.pi * (variance + r2 / d))
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:2], ids=lambda k: type(k).__name__)
+def test_mobility_is_the_mean_over_pairs(kernel):
+    x, sigma = points(5, 3), torch.tensor([0.1, 0.2, 0.5, 1.0, 2.0], dtype=torch.float64)
+    m, _ = kernel(x, x, sigma, kernels.leave_one_out(5).double())
+    for i in range(5):
+        v = kernel.epsilon + float(sigma[i]) ** 2
+        expected = sum(pair(kernel, x[i] - x[j], v) for j in range(5) if j != i) / 4
+        assert float(m[i]) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: type(k).__name__)
+def test_gradient_of_the_mobility(kernel):
+    x, y = points(4, 3).requires_grad_(True), points(6, 3, seed=1)
+    sigma, weights = torch.full((4,), 0.3, dtype=torch.float64), torch.full((4, 6), 1 / 6, dtype=torch.float64)
+    m, grad_m = kernel(x, y, sigma, weights, torch.Generator().manual_seed(3))
+    assert grad_m.shape == x.shape
+    if m.requires_grad:
+        (expected,) = torch.autograd.grad(m.sum(), x)
+        torch.testing.assert_close(grad_m, expected)
+    else:
+        assert torch.equal(m, torch.ones_like(m)) and not grad_m.any()
+
+
+def test_drawn_slices_average_to_the_closed_form():
+    x, y = points(3, 5), points(7, 5, seed=1)
+    sigma, weights = torch.full((3,), 0.4, dtype=torch.float64), torch.full((3, 7), 1 / 7, dtype=torch.float64)
+    exact_m, exact_grad = kernels.ClosedFormSlices(0.05)(x, y, sigma, weights)
+    draws = [kernels.Sliced(0.05, slices=20000)(x, y, sigma, weights) for _ in range(5)]
+    m, grad = (torch.stack(values).mean(0) for values in zip(*draws))
+    torch.testing.assert_close(m, exact_m, rtol=0.01, atol=0)
+    torch.testing.assert_close(grad, exact_grad, rtol=0.05, atol=0.003)
+
+
+def test_exact_kernel_estimates_the_smoothed_density():
+    target = square()
+    x = target.sample(50)
+    y = target.sample(40000)
+    sigma = torch.full((50,), 0.3, dtype=torch.float64)
+    m, grad_m = kernels.Exact(1e-6)(x, y, sigma, torch.full((50, 40000), 1 / 40000, dtype=torch.float64))
+    density = target.log_density(x, 0.3).exp()
+    torch.testing.assert_close(m, density, rtol=0.1, atol=0.002)
+    expected = density[:, None] * target.score(x, 0.3)
+    assert float((grad_m - expected).norm() / expected.norm()) < 0.05
+
+
+def test_mobility_is_linear_in_the_data_weights():
+    x, y = points(4, 2), points(10, 2, seed=1)
+    sigma = torch.full((4,), 0.3, dtype=torch.float64)
+    a, b = torch.zeros(4, 10, dtype=torch.float64), torch.zeros(4, 10, dtype=torch.float64)
+    a[:, :5], b[:, 5:] = 0.2, 0.2
+    for kernel in KERNELS[:2]:
+        mixed = kernel(x, y, sigma, 0.7 * a + 0.3 * b)
+        parts = kernel(x, y, sigma, a), kernel(x, y, sigma, b)
+        for got, left, right in zip(mixed, *parts):
+            torch.testing.assert_close(got, 0.7 * left + 0.3 * right)
+
+
+def test_reference_is_the_mean_of_the_kernel_for_gaussian_data():
+    for kernel in (kernels.Exact(0.1), kernels.ClosedFormSlices(0.1)):
+        d, sigma = (2, 0.7) if isinstance(kernel, kernels.Exact) else (400, 0.7)
+        y = 0.5 * points(1500, d)
+        x = 0.5 * points(300, d, seed=1) + sigma * points(300, d, seed=2)
+        weights = torch.full((300, 1500), 1 / 1500, dtype=torch.float64)
+        m, _ = kernel(x, y, torch.full((300,), sigma, dtype=torch.float64), weights)
+        assert float(kernel.reference(torch.tensor(sigma), 0.5, d)) == pytest.approx(float(m.mean()), rel=0.05)
+
+
+def test_weights():
+    w = kernels.leave_one_out(3, pool=6, offset=2)
+    assert w.shape == (3, 6) and torch.allclose(w.sum(1), torch.ones(3))
+    assert [int(row.argmin()) for row in w] == [2, 3, 4] and (w == 0).sum() == 3
+    single = kernels.single_partner(4)
+    assert single.argmax(1).tolist() == [1, 2, 3, 0] and single.sum() == 4
+    for refuse in (kernels.leave_one_out, kernels.single_partner):
+        with pytest.raises(ValueError, match="at least 2 points"):
+            refuse(1)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="epsilon must be positive, got 0"):
+        kernels.Exact(0)
+    with pytest.raises(ValueError, match="slices must be positive, got 0"):
+        kernels.Sliced(0.1, slices=0)

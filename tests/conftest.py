@@ -1,0 +1,35 @@
+"""Shared fixtures: real data where it lies beside the checkout, runs that are trained once and used by many tests."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch):
+    """No W&B key, login or run of the machine may reach a test, and no test may leak into the next."""
+    for name in list(os.environ):
+        if name.startswith(("WANDB_", "BD_", "TORCHELASTIC_", "SLURM_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", "/nonexistent")
+    monkeypatch.setenv("WANDB_DISABLE_GIT", "true")
+    torch.manual_seed(0)
+    yield
+    os.environ.pop("BD_RUN_ID", None)
+
+
+@pytest.fixture(scope="session")
+def real_data(tmp_path_factory) -> Path:
+    """A folder with the real MNIST and CIFAR-10."""
+    unpack = SHARED / "unpack"
+    if not unpack.is_file():
+        pytest.skip("the real MNIST and CIFAR-10 files are not beside this checkout")
+    folder = tmp_path_factory.mktemp("real")
+    subprocess.run([unpack, folder], check=True)
+    return folder
