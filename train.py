@@ -145,8 +145,10 @@ def build_callbacks(config: dict[str, Any], command: str, run_dir: Path) -> list
         built.append(configs.instantiate(node, f"callbacks.{name}", **extra))
     monitored = {c.monitor for c in built if isinstance(c, ModelCheckpoint)}
     if monitored & {"val/fid", "val/kid"} and not (config["callbacks"] or {}).get("metrics"):
-        raise UserError("without callbacks.metrics there is no val/fid to choose the best checkpoint by: "
-                        "set callbacks.best=null too, or callbacks.best.monitor=val/loss")
+        raise UserError(
+            "without callbacks.metrics there is no val/fid to choose the best checkpoint by: "
+            "set callbacks.best=null too, or callbacks.best.monitor=val/loss"
+        )
     return sorted(built, key=lambda callback: isinstance(callback, WeightAveraging))
 
 
@@ -226,7 +228,7 @@ def predict(config: dict[str, Any], facts: dict[str, Any], model: Any, run_dir: 
 
     labels = class_indices(config["labels"] or [], facts["class_names"])
     if labels and not model.conditional:
-        raise UserError("labels were given, but this model is unconditional; train one with model.network.conditional=true")
+        raise UserError("labels need a class-conditional model: train one with model.network.conditional=true")
     if model.conditional and not labels:
         labels = list(range(facts["num_classes"]))
     folder = run_dir / f"predict-{model.sampler}-seed{config['seed']}"

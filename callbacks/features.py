@@ -124,9 +124,7 @@ class ClassifierFeatures(ImageFeatures):
                 start = time.perf_counter()
                 self._train(data)
                 self.accuracy, self.kid_scale = self._validate(data)
-                save_cached(
-                    {"state": self.state_dict(), "accuracy": self.accuracy, "kid_scale": self.kid_scale}, path
-                )
+                save_cached({"state": self.state_dict(), "accuracy": self.accuracy, "kid_scale": self.kid_scale}, path)
                 rank_zero_info(
                     f"Trained a classifier of {data.name} for FID in {time.perf_counter() - start:.0f} s: "
                     f"{self.accuracy:.1%} of the validation split right; kept in {path}"

@@ -6,9 +6,9 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from torchvision.io import read_image
 
@@ -25,11 +25,11 @@ class SampleGrid(L.Callback):
 
     Args:
         n: images in a grid.
-        samplers: names of the module's samplers.
+        samplers: names of the module's samplers; empty for all of them.
         seed: seed of the samples.
     """
 
-    def __init__(self, n: int = 64, samplers: Sequence[str] = ("sde", "ode"), seed: int = 0) -> None:
+    def __init__(self, n: int = 64, samplers: Sequence[str] = (), seed: int = 0) -> None:
         positive(n=n)
         self.n, self.samplers, self.seed = n, tuple(samplers), seed
 
@@ -40,7 +40,7 @@ class SampleGrid(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw and write the grids."""
-        for name in self.samplers:
+        for name in self.samplers or pl_module.samplers:
             with isolate_rng():
                 try:
                     images = draw_together(trainer, pl_module, self.n, self.n, self.seed, name)

@@ -60,5 +60,3 @@ class OracleFields:
 
     def reference(self, sigma: Tensor) -> Tensor:
         return self.kernel.reference(sigma, self.sigma_data, self.pool.shape[1])
-
-

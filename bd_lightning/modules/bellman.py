@@ -28,7 +28,7 @@ class BellmanDiffusion(L.LightningModule):
         shape: shape of one sample, from the data module.
         num_classes: number of classes, from the data module.
         sigma_data: standard deviation of the data, from the data module.
-        samplers: samplers by name; the data they return lies in [−1, 1] for images.
+        samplers: samplers by name, None where there is none; what they return lies in [−1, 1] for images.
         sampler: name of the one that prediction and metrics use.
         scalar_network: a separate network for the scalar field; None shares the trunk.
         parametrisation: "factored" or "direct" (see `fields`).
@@ -56,7 +56,7 @@ class BellmanDiffusion(L.LightningModule):
         shape: Sequence[int],
         num_classes: int,
         sigma_data: float,
-        samplers: dict[str, Sampler],
+        samplers: dict[str, Sampler | None],
         sampler: str = "ode",
         scalar_network: nn.Module | None = None,
         parametrisation: str = "factored",
@@ -78,7 +78,8 @@ class BellmanDiffusion(L.LightningModule):
         one_of(divergences.TRACES, trace=trace)
         one_of(("all", "single"), pairs=pairs)
         one_of(("cosine", "none"), lr_decay=lr_decay)
-        one_of(tuple(samplers), sampler=sampler)
+        self.samplers = {name: one for name, one in samplers.items() if one is not None}
+        one_of(tuple(self.samplers), sampler=sampler)
         positive(lr=lr, noise_std=noise_std)
         in_range(0, math.inf, weight_decay=weight_decay, warmup_steps=warmup_steps, scalar_weight=scalar_weight)
         for i, beta in enumerate(betas):
@@ -95,7 +96,7 @@ class BellmanDiffusion(L.LightningModule):
         self.conditional = bool(getattr(network, "conditional", False))
         self.kernel = kernel
         self.fields = Fields(network, kernel, sigma_data, self.dim, parametrisation, scalar_network)
-        self.samplers, self.sampler = dict(samplers), sampler
+        self.sampler = sampler
         self.estimator, self.trace, self.pairs = estimator, trace, pairs
         self.multi_scale, self.noise_mean, self.noise_std = multi_scale, noise_mean, noise_std
         self.scalar_weight = scalar_weight

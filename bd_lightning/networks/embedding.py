@@ -21,9 +21,7 @@ class ConditionEmbedding(nn.Module):
         ValueError: if the network is to be conditional and the data has no classes.
     """
 
-    def __init__(
-        self, width: int, num_classes: int = 0, conditional: bool = False, frequencies: int = 32
-    ) -> None:
+    def __init__(self, width: int, num_classes: int = 0, conditional: bool = False, frequencies: int = 32) -> None:
         super().__init__()
         positive(width=width, frequencies=frequencies)
         self.register_buffer("frequencies", torch.logspace(0, 2, frequencies), persistent=False)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from oracles import Mixture, OracleFields, square
 
 from bd_lightning import dynamics, kernels
 from bd_lightning.dynamics import (
@@ -10,7 +11,6 @@ from bd_lightning.dynamics import (
     SamplingDiverged,
     bellman_step,
 )
-from oracles import Mixture, OracleFields, square
 
 TAU = 0.7
 
@@ -53,9 +53,7 @@ def reached(sampler, kernel, n=1500):
     return float(x.std()) / TAU
 
 
-@pytest.mark.parametrize(
-    "kernel", [kernels.ClosedFormSlices(0.01), kernels.Constant()], ids=lambda k: type(k).__name__
-)
+@pytest.mark.parametrize("kernel", [kernels.ClosedFormSlices(0.01), kernels.Constant()], ids=lambda k: type(k).__name__)
 def test_flow_reaches_a_gaussian(kernel):
     flow = ProbabilityFlow(steps=18, sigma_max=10.0, sigma_min=0.05, exact_score=True)
     assert reached(flow, kernel) == pytest.approx(1, abs=0.06)
