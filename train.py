@@ -170,7 +170,7 @@ def run(request: configs.Request) -> None:
     import lightning as L
     from omegaconf import OmegaConf
 
-    from bd_lightning.loggers import MetricsCSV
+    from bd_lightning.loggers import MetricsCSV, WandB
 
     quiet()
     L.seed_everything(config["seed"], workers=True, verbose=False)
@@ -204,17 +204,21 @@ def run(request: configs.Request) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(record), run_dir / "config.yaml")
         print(f"run folder: {short(run_dir)}", flush=True)
-    if request.command == "fit":
-        try:
+    failed = True
+    try:
+        if request.command == "fit":
             trainer.fit(model, datamodule=data, ckpt_path=config["ckpt_path"], weights_only=True)
-        except BaseException:
-            last = run_dir / "checkpoints" / "last.ckpt"
-            if trainer.is_global_zero and last.is_file():
-                print(f"interrupted at step {trainer.global_step}; to resume: train.py ckpt_path={short(last)}")
-            raise
-    else:
-        loop = trainer.validate if request.command == "validate" else trainer.test
-        loop(model, datamodule=data, ckpt_path=config["ckpt_path"], weights_only=True)
+        else:
+            loop = trainer.validate if request.command == "validate" else trainer.test
+            loop(model, datamodule=data, ckpt_path=config["ckpt_path"], weights_only=True)
+        failed = False
+    finally:
+        last = run_dir / "checkpoints" / "last.ckpt"
+        if failed and trainer.is_global_zero and last.is_file():
+            print(f"stopped at step {trainer.global_step}; to resume: train.py ckpt_path={short(last)}", flush=True)
+        for logger in loggers:
+            if isinstance(logger, WandB):
+                logger.close(failed)
     if trainer.is_global_zero:
         finish(run_dir)
 

@@ -115,7 +115,7 @@ def parse(argv: Sequence[str]) -> Request:
 
 def _parse_value(key: str, text: str) -> Any:
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore
     except Exception as error:  # whatever the YAML reader raises, the text is at fault
         raise ConfigError(f"cannot read the value of '{key}': {text!r} is not valid YAML") from error
 
@@ -135,7 +135,7 @@ def load(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"cannot read {path}: expected a mapping of keys to values")
-    return content
+    return dict(content)  # type: ignore[arg-type]
 
 
 def _named(group: str, name: str) -> dict[str, Any]:
@@ -183,8 +183,8 @@ def compose(request: Request, stored: dict[str, Any] | None = None) -> dict[str,
     if stored is not None:
         apply(dict(stored), "the checkpoint")
     if "experiment" in request.choices:
-        name = request.choices["experiment"]
-        apply(_named("experiment", name), f"experiment '{name}'")
+        experiment = request.choices["experiment"]
+        apply(_named("experiment", experiment), f"experiment '{experiment}'")
     for path in request.files:
         apply(load(path), path)
     choices = {group: name for group, name in request.choices.items() if group != "experiment"}

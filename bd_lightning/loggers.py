@@ -106,7 +106,7 @@ class WandB(WandbLogger):
             mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
         return mode
 
-    def _start(self, mode: str) -> Any:
+    def _start(self, mode: Any) -> Any:
         import wandb
 
         settings = wandb.Settings(init_timeout=self.timeout, silent=True)
@@ -139,3 +139,9 @@ class WandB(WandbLogger):
                 run.define_metric("val/fid", step_metric="trainer/global_step", summary="min")
             self._experiment = run
         return self._experiment
+
+    def close(self, failed: bool = False) -> None:
+        """End the W&B run, so that the process can start another."""
+        if self._experiment is not None and hasattr(self._experiment, "finish"):
+            self._experiment.finish(exit_code=int(failed))
+            self._experiment = None

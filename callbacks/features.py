@@ -180,7 +180,7 @@ class InceptionFeatures(ImageFeatures):
     Grey images are repeated into three channels.
 
     Args:
-        weights: path of the standard weights file (pt_inception-2015-12-05-6726825d.pth); None downloads it.
+        weights: path of the standard weights file (weights-inception-2015-12-05-6726825d.pth); None downloads it.
 
     References:
         | Heusel et al., GANs Trained by a Two Time-Scale Update Rule, arXiv 1706.08500 (FID)
@@ -198,11 +198,11 @@ class InceptionFeatures(ImageFeatures):
         self.weights, self.network = weights, nn.Identity()
 
     def prepare(self, data: ImageDataModule) -> None:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-        except ImportError as error:
-            raise UserError("Inception features need the package torch-fidelity: uv sync --group inception") from error
-        try:
+            if self.weights:
+                torch.load(self.weights, weights_only=True, mmap=True)  # tensors only: the library would run any code
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=self.weights
             )
@@ -210,7 +210,7 @@ class InceptionFeatures(ImageFeatures):
             source = f"read from {self.weights}" if self.weights else "downloaded"
             raise UserError(
                 f"the Inception weights could not be {source} ({' '.join(str(error).split())[:200]}); "
-                "give callbacks.metrics.features.weights the path of pt_inception-2015-12-05-6726825d.pth, "
+                "give callbacks.metrics.features.weights the path of weights-inception-2015-12-05-6726825d.pth, "
                 "or use callbacks.ClassifierFeatures"
             ) from error
         self.requires_grad_(False).eval()

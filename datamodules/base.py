@@ -67,6 +67,7 @@ class ImageDataModule(L.LightningDataModule):
 
     Attributes:
         shape: (channels, height, width).
+        name: what caches and protocols call the data.
         class_names: names of the classes, in label order; empty if there are none.
         sigma_data: standard deviation of the training images in [−1, 1].
         reference_split: split that FID compares with: "stage" is the held-out split of the running stage.
@@ -96,6 +97,7 @@ class ImageDataModule(L.LightningDataModule):
         flip: bool = False,
     ) -> None:
         super().__init__()
+        self.name = type(self).__name__
         positive(batch_size=batch_size, eval_batch_size=eval_batch_size)
         if batch_size < 2:
             raise ValueError("batch_size must be at least 2: the kernel estimate averages over pairs")
@@ -104,11 +106,6 @@ class ImageDataModule(L.LightningDataModule):
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
         self.num_workers, self.pin_memory, self.flip = num_workers, pin_memory, flip
         self.splits: dict[str, Any] = {}
-
-    @property
-    def name(self) -> str:
-        """Identifies the data in caches and checkpoints."""
-        return type(self).__name__
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -94,6 +94,7 @@ class ImageFolder(ImageDataModule):
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
         self.folder, self.shape = Path(folder), (channels, size, size)
+        self.name = f"ImageFolder-{self.folder.resolve().name}-{size}x{channels}"
         if not self.folder.is_dir():
             raise DataError(f"image folder not found: {folder}; set data.folder")
         places = {
@@ -103,7 +104,11 @@ class ImageFolder(ImageDataModule):
         train = places["train"] or self.folder
         classes = sorted(p.name for p in train.iterdir() if p.is_dir())
         self.class_names = tuple(classes)
-        held_out = {split: self._scan(places[split]) for split in ("val", "test") if places["train"] and places[split]}
+        held_out = {
+            split: self._scan(place)
+            for split, place in places.items()
+            if split != "train" and places["train"] and place
+        }
         files = self._scan(train)
         self.files = {"train": files, **held_out}
         if "val" not in held_out:
@@ -119,10 +124,6 @@ class ImageFolder(ImageDataModule):
                 )
         self.sigma_data = self._measure() if sigma_data is None else sigma_data
         positive(sigma_data=self.sigma_data)
-
-    @property
-    def name(self) -> str:
-        return f"ImageFolder-{self.folder.resolve().name}-{self.shape[1]}x{self.shape[0]}"
 
     @property
     def fingerprint(self) -> list[Any]:

@@ -20,7 +20,6 @@ class _Torchvision(ImageDataModule):
         options: the arguments of `ImageDataModule`.
     """
 
-    train_size: int
     source: type[VisionDataset]
     layout: str
 
@@ -37,8 +36,6 @@ class _Torchvision(ImageDataModule):
     ) -> None:
         super().__init__(root, batch_size, eval_batch_size, num_workers, pin_memory, flip)
         positive(val_size=val_size)
-        if val_size >= self.train_size:
-            raise ValueError(f"val_size must be below the {self.train_size} training images, got {val_size}")
         self.val_size, self.download = val_size, download
 
     @property
@@ -72,6 +69,8 @@ class _Torchvision(ImageDataModule):
     def load_split(self, split):
         images, labels = self.tensors(self._open(train=split != "test"))
         if split != "test":
+            if self.val_size >= len(images):
+                raise DataError(f"data.val_size {self.val_size} leaves none of the {len(images)} images for training")
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
             rows = order[self.val_size :] if split == "train" else order[: self.val_size]
             images, labels = images[rows], labels[rows]
@@ -88,7 +87,6 @@ class MNIST(_Torchvision):
     shape = (1, 28, 28)
     class_names = tuple("0123456789")
     sigma_data = 0.6162
-    train_size = 60000
     source = datasets.MNIST
     layout = "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte"
 
@@ -106,7 +104,6 @@ class CIFAR10(_Torchvision):
     shape = (3, 32, 32)
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     sigma_data = 0.5009
-    train_size = 50000
     source = datasets.CIFAR10
     layout = "cifar-10-batches-py"
 

@@ -100,7 +100,7 @@ class BellmanDiffusion(L.LightningModule):
         self.estimator, self.trace, self.pairs = estimator, trace, pairs
         self.multi_scale, self.noise_mean, self.noise_std = multi_scale, noise_mean, noise_std
         self.scalar_weight = scalar_weight
-        self.lr, self.betas, self.weight_decay = lr, tuple(betas), weight_decay
+        self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.lr_decay = warmup_steps, lr_decay
 
     # ---- losses
@@ -136,7 +136,7 @@ class BellmanDiffusion(L.LightningModule):
             noise = randn(*x.shape)
             point = x + divergences.bcast(sigma, x) * noise
         else:
-            sigma, noise, point = x.new_zeros(len(x)), None, x
+            sigma, noise, point = x.new_zeros(len(x)), torch.zeros_like(x), x
         m, grad_m = self.mobility(point, x, sigma, generator)
         reference = fields.reference(sigma)
         if self.multi_scale:

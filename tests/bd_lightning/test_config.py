@@ -1,0 +1,169 @@
+"""One grammar, layers in order, and one sentence for each mistake."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from bd_lightning import config as configs
+from bd_lightning.config import ConfigError, compose, instantiate, parse
+
+
+def composed(*argv: str, stored=None) -> dict:
+    config = compose(parse(argv), stored)
+    configs.check(config)
+    return config
+
+
+def test_grammar(tmp_path):
+    request = parse(
+        ["test", "data=mnist", "--model.lr=1e-3", "--config", "a.yaml", "--config=b.yaml", "labels=[3, cat]"]
+    )
+    assert dataclasses.asdict(request) == {
+        "command": "test",
+        "files": ["a.yaml", "b.yaml"],
+        "choices": {"data": "mnist"},
+        "values": [("model.lr", 1e-3), ("labels", [3, "cat"])],
+    }
+    assert parse([]).command == "fit"
+
+
+def test_layers_apply_in_order(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("steps: 40\neval_every: 20\ndata: {batch_size: 32}\nmodel: {lr: 0.5}\n")
+    assert composed()["data"]["batch_size"] == 128
+    assert composed("experiment=mnist")["steps"] == 5000
+    config = composed("experiment=mnist", "--config", str(file), "model.lr=0.25")
+    assert config["data"]["_target_"] == "datamodules.MNIST"  # experiment
+    assert config["data"]["batch_size"] == 32  # file over experiment
+    assert config["model"]["lr"] == 0.25  # command line over file
+    assert config["trainer"]["max_steps"] == 40 and config["trainer"]["val_check_interval"] == 20  # resolved
+
+
+def test_choosing_a_group_starts_it_afresh():
+    config = composed("experiment=mnist", "data=digits", "trainer=ddp_cpu")
+    assert config["data"] == {"root": "data", "_target_": "datamodules.Digits", "batch_size": 128}
+    assert config["trainer"]["max_steps"] == 5000 and config["trainer"]["devices"] == 2
+
+
+def test_a_run_is_repeated_from_its_resolved_config(tmp_path):
+    first = composed("experiment=paper_digits", "callbacks.grid=null", "model.lr=0.1", "logger.tags=[a]")
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(first))
+    assert composed("--config", str(file)) == first
+    assert composed(stored=first) == first
+
+
+def test_another_class_drops_the_arguments_of_the_old_one():
+    config = composed("model.network._target_=bd_lightning.networks.MLP", "model.network.width=32")
+    assert config["model"]["network"] == {"_target_": "bd_lightning.networks.MLP", "width": 32}
+
+
+def test_validation_interval_counts_batches():
+    config = composed("steps=40", "eval_every=20", "trainer.accumulate_grad_batches=4")
+    assert config["trainer"]["val_check_interval"] == 80
+    assert composed("steps=7")["eval_every"] == 7
+
+
+@pytest.mark.parametrize("name", configs.names("experiment"))
+def test_every_experiment_is_valid(name):
+    composed(f"experiment={name}")
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in configs.GROUPS for name in configs.names(group)]
+)
+def test_every_group_file_is_valid(group, name):
+    extra = ["data.folder=somewhere"] if name == "folder" else []
+    composed(f"{group}={name}", *extra)
+
+
+MISTAKES = [
+    ("data=mnist data.bath_size=3", "unknown key 'data.bath_size' for MNIST. Did you mean 'batch_size'?"),
+    ("model.lr=fast", "'model.lr' must be float, got 'fast'"),
+    ("model.lr=true", "'model.lr' must be float, got True"),
+    ("data.batch_size=1.5", "'data.batch_size' must be int, got 1.5"),
+    ("model.betas=[0.9]", "'model.betas' must be tuple of float, float, got [0.9]"),
+    ("data=cifar100", "no data config named 'cifar100'. Did you mean 'cifar10'?"),
+    ("experiment=mnits", "no experiment config named 'mnits'. Did you mean 'mnist'?"),
+    ("fti", "no command 'fti'. Did you mean 'fit'?"),
+    ("dta.batch_size=3", "unknown key 'dta'. Did you mean 'data'?"),
+    ("steps", "no command 'steps'."),
+    ("fit steps", "cannot read 'steps': expected key=value, group=name or --config FILE"),
+    ("--config nowhere.yaml", "config file not found: nowhere.yaml"),
+    ("fit --config", "--config needs the path of a YAML file"),
+    ("steps=many", "'steps' must be int, got 'many'"),
+    ("steps=0", "'steps' must be at least 1, got 0"),
+    ("steps=10 eval_every=4", "'steps' must be a multiple of 'eval_every'"),
+    ("model.lr=[1", "cannot read the value of 'model.lr': '[1' is not valid YAML"),
+    ("model.lr=${nothing}", "cannot resolve 'model.lr': Interpolation key 'nothing' not found"),
+    ("model.network._target_=bd_lightning.networks.Unet", "has no class 'Unet'. Did you mean 'UNet'?"),
+    ("model.network._target_=nowhere.UNet", "'model.network._target_': cannot import 'nowhere.UNet'"),
+    ("model.network=3", "'model.network' must be Module, got 3"),
+    ("model.kernel._target_=bd_lightning.networks.MLP", "'model.kernel' must be Kernel"),
+    ("model.kernel.epsilon=x", "'model.kernel.epsilon' must be float, got 'x'"),
+    ("trainer.precision=17", "'trainer.precision' must be"),
+    ("trainer.device=2", "unknown key 'trainer.device' for Trainer. Did you mean 'devices'?"),
+    ("callbacks.ema.decy=0.9", "unknown key 'callbacks.ema.decy' for EMAWeightAveraging. Did you mean 'decay'?"),
+    ("callbacks.grid=5", "'callbacks.grid' must be a mapping with a _target_, got 5"),
+    ("callbacks.mine.n=5", "'callbacks.mine' has no _target_"),
+    ("logger.projct=a", "unknown key 'logger.projct' for WandB. Did you mean 'project'?"),
+    ("data=folder", "'data.folder' is missing: ImageFolder needs it"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES)
+def test_mistakes_are_named(words, message):
+    argv = [word.replace("[0.9]", "[0.9]") for word in words.split(" ")]
+    with pytest.raises(ConfigError) as caught:
+        composed(*argv)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_files_are_named(tmp_path):
+    for text, message in (
+        ("a: [1", "cannot read"),
+        ("- 1\n- 2", "expected a mapping"),
+        ("defaults: {dta: x}", "'dta'"),
+    ):
+        file = tmp_path / "broken.yaml"
+        file.write_text(text)
+        with pytest.raises(ConfigError, match=message):
+            composed("--config", str(file))
+
+
+def test_facts_reach_nested_nodes_and_explicit_values_win():
+    facts = {"shape": (1, 8, 8), "num_classes": 10, "sigma_data": 0.75}
+    model = instantiate(composed()["model"], "model", facts)
+    assert model.fields.sigma_data == 0.75 and model.shape == (1, 8, 8)
+    model = instantiate(composed("model.sigma_data=0.5", "model.network.conditional=true")["model"], "model", facts)
+    assert model.fields.sigma_data == 0.5 and model.fields.network.embed.classes.num_embeddings == 10
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.lr=-1", "'model' (BellmanDiffusion): lr must be positive, got -1"),
+        ("model.kernel.epsilon=0", "'model.kernel' (ClosedFormSlices): epsilon must be positive, got 0"),
+        ("model.samplers.ode.steps=0", "'model.samplers.ode' (ProbabilityFlow): steps must be positive, got 0"),
+        ("model.sampler=od", "sampler must be one of sde, ode; got 'od'"),
+        ("model.multi_scale=false", "multi_scale=false needs estimator=divergence and parametrisation=direct"),
+        ("model.estimator=score", "estimator must be one of denoising, divergence; got 'score'"),
+    ],
+)
+def test_refusals_of_classes_name_the_key(word, message):
+    facts = {"shape": (1, 8, 8), "num_classes": 10, "sigma_data": 0.75}
+    with pytest.raises(ConfigError) as caught:
+        instantiate(composed(word)["model"], "model", facts)
+    assert message in str(caught.value)
+
+
+def test_help_needs_no_torch():
+    code = "import sys, train; train.main(['--help']); sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=configs.CONFIG_DIR.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for word in ("data=mnist", "ckpt_path", "eval_every", "cifar10", "paper_digits"):
+        assert word in done.stdout

@@ -1,0 +1,48 @@
+import csv
+import time
+
+import pytest
+
+from bd_lightning.loggers import MetricsCSV, WandB
+from wandb_records import read_records
+
+
+def test_csv_appends_across_parts_of_a_run(tmp_path):
+    for step, metrics in ((1, {"a": 1.0}), (2, {"a": 2.0, "b": 3.0})):
+        logger = MetricsCSV(tmp_path)
+        logger.log_metrics(metrics, step=step)
+        logger.save()
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [(row["step"], row["a"], row["b"]) for row in rows] == [("1", "1.0", ""), ("2", "2.0", "3.0")]
+
+
+def log_one(logger):
+    logger.log_metrics({"val/fid": 3.0}, step=7)
+    logger.close()
+
+
+def test_no_key_means_offline_without_a_question(tmp_path, caplog):
+    log_one(WandB(tmp_path / "run-7", tags=["a"], notes="n", group="g"))
+    (path,) = (tmp_path / "run-7").glob("wandb/offline-run-*/run-run-7.wandb")
+    assert read_records(path).history == [pytest.approx({"val/fid": 3.0, "trainer/global_step": 7} | extras(path))]
+
+
+def extras(path):
+    """W&B's own columns of the first row."""
+    return {k: v for k, v in read_records(path).history[0].items() if k.startswith("_")}
+
+
+def test_unreachable_server_means_offline_after_the_timeout(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    start = time.monotonic()
+    log_one(WandB(tmp_path / "run-8", timeout=2.0))
+    assert time.monotonic() - start < 60
+    (path,) = (tmp_path / "run-8").glob("wandb/offline-run-*/run-run-8.wandb")
+    assert read_records(path).history[0]["val/fid"] == 3.0
+
+
+def test_disabled_by_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    log_one(WandB(tmp_path / "run-9"))
+    assert not list((tmp_path / "run-9").rglob("*.wandb"))

@@ -1,0 +1,130 @@
+"""The LightningModule learns fields that are known in closed form."""
+
+import pytest
+import torch
+
+from bd_lightning import kernels
+from bd_lightning.dynamics import ProbabilityFlow
+from bd_lightning.fields import log_gradient
+from bd_lightning.modules import BellmanDiffusion
+from bd_lightning.networks import MLP
+from oracles import OracleFields, square
+
+
+def build(**options):
+    torch.manual_seed(0)
+    options = {"kernel": kernels.ClosedFormSlices(0.01), "samplers": {"ode": ProbabilityFlow()}, **options}
+    return BellmanDiffusion(MLP((2,), width=96, depth=2), shape=(2,), num_classes=0, sigma_data=1.04, **options)
+
+
+def train(module, steps=600, batch=256):
+    target = square(torch.float32)
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / steps)
+        terms = module.losses(target.sample(batch))
+        optimizer.zero_grad()
+        (terms["gradient"] + terms["scalar"]).mean().backward()
+        optimizer.step()
+    return module
+
+
+def errors(module, level, kernel):
+    """Relative errors of s and g against the oracle, on noised data."""
+    target = square(torch.float32)
+    oracle = OracleFields(target, kernel, pool=4000)
+    x = target.sample(800) + level * torch.randn(800, 2)
+    sigma = torch.full((800,), level)
+    with torch.no_grad():
+        s, g = module.fields(x, sigma)
+    true_s, true_g = oracle(x, sigma)
+    return float((s - true_s).norm() / true_s.norm()), float((g - true_g).norm() / true_g.norm())
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({}, 0.2),
+        ({"estimator": "divergence", "trace": "exact"}, 0.3),
+        ({"parametrisation": "direct"}, 0.3),
+        ({"estimator": "divergence", "parametrisation": "direct", "trace": "sliced"}, 0.45),
+        ({"kernel": kernels.Constant()}, 0.2),
+        ({"pairs": "single"}, 0.35),
+    ],
+    ids=["default", "divergence", "direct", "sliced", "constant", "single"],
+)
+def test_multi_scale_fields_are_learned(options, limit):
+    module = build(**options)
+    kernel = module.kernel
+    before = errors(module, 0.5, kernel)[1]
+    after_s, after_g = errors(train(module), 0.5, kernel)
+    assert after_g < limit < before and after_s < 0.12
+
+
+def test_single_scale_divergence_learns_the_papers_fields():
+    kernel = kernels.Exact(0.1)
+    module = build(
+        kernel=kernel, multi_scale=False, estimator="divergence", parametrisation="direct", trace="exact",
+        scalar_weight=1.0,
+    )  # fmt: skip
+    _, before = errors(module, 0.0, kernel)
+    s, g = errors(train(module, steps=800), 0.0, kernel)
+    assert s < 0.2 and g < 0.45 < before
+
+
+def test_factored_target_ignores_the_scale_of_the_kernel():
+    """The loss of S is the score's own when the mobility is constant: m̂ cancels."""
+    module = build()
+    x = square(torch.float32).sample(64)
+    a = module.losses(x, generator=torch.Generator().manual_seed(1))["gradient"]
+    module.kernel = kernels.Constant()
+    b = module.losses(x, generator=torch.Generator().manual_seed(1))["gradient"]
+    assert (a - b).abs().max() > 0  # ∇log m̂ differs in the plane ...
+    assert torch.allclose(a.mean(), b.mean(), rtol=0.5)  # ... but not in order of magnitude
+
+
+def test_losses_are_the_weighted_denoising_error():
+    """For the constant kernel: (2σ)²(1 + σ²/σ_d²)/d · ¼‖S + n/σ‖², EDM's weighting."""
+    module = build(kernel=kernels.Constant())
+    x = square(torch.float32).sample(32)
+    terms = module.losses(x, generator=torch.Generator().manual_seed(1))
+    g = torch.Generator().manual_seed(1)
+    sigma = (-0.8 + 1.2 * torch.randn(32, generator=g)).exp()
+    noise = torch.randn(32, 2, generator=g)
+    s, field = module.fields(x + sigma[:, None] * noise, sigma)
+    residual = log_gradient(s, field) + noise / sigma[:, None]
+    expected = sigma.square() * (1 + sigma.square() / 1.04**2) / 2 * residual.square().sum(1)
+    torch.testing.assert_close(terms["sigma"], sigma)
+    torch.testing.assert_close(terms["gradient"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_depends_on_index_and_seed_only():
+    module = build()
+    together = module.sample(range(6), seed=2)
+    torch.testing.assert_close(torch.cat([module.sample([i], seed=2) for i in range(6)]), together)
+    assert (module.sample(range(6), seed=3) - together).abs().max() > 0.01
+
+
+def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
+    module = build()
+    module.log_dict = lambda *args, **options: None
+    batch = (square(torch.float32).sample(16), torch.zeros(16))
+    state = torch.get_rng_state()
+    first, second = (module.validation_step(batch, 3)["loss"] for _ in range(2))
+    assert torch.equal(first, second) and torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"samplers": {}}, "sampler must be one of"),
+        ({"lr": 0.0}, "lr must be positive"),
+        ({"betas": (0.9, 1.5)}, r"betas\[1\] must lie between 0 and 1"),
+        ({"multi_scale": False}, "nothing to denoise"),
+        ({"trace": "sliced", "estimator": "divergence"}, "parametrisation=direct"),
+    ],
+)
+def test_refusals(options, message):
+    with pytest.raises(ValueError, match=message):
+        build(**options)

@@ -1,0 +1,187 @@
+"""Callbacks inside short real trainings."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
+from PIL import Image
+
+from bd_lightning.checks import UserError
+from bd_lightning.dynamics import AnnealedDynamics, BellmanDynamics, ProbabilityFlow
+from bd_lightning.kernels import ClosedFormSlices
+from bd_lightning.modules import BellmanDiffusion
+from bd_lightning.networks import MLP
+from callbacks import ClassifierFeatures, FieldDiagnostics, ImageMetrics, NonFiniteLoss, SampleGrid, Trajectory
+from callbacks.drawing import draw
+from datamodules import Digits
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+def build(**options):
+    torch.manual_seed(0)
+    samplers = {"sde": AnnealedDynamics(levels=6), "ode": ProbabilityFlow(steps=4)}
+    return BellmanDiffusion(
+        MLP((1, 8, 8), num_classes=10, width=32, depth=1, **options), ClosedFormSlices(), (1, 8, 8), 10, 0.75, samplers
+    )
+
+
+class Losses(L.Callback):
+    """Keeps what a test wants to compare."""
+
+    def __init__(self):
+        self.losses, self.evaluated, self.trained = [], [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.losses.append(float(outputs["loss"]))
+
+    def on_validation_epoch_end(self, trainer, pl_module):
+        self.evaluated.append(pl_module.fields.network.enter.weight.clone())
+
+    def on_validation_end(self, trainer, pl_module):
+        self.trained.append(pl_module.fields.network.enter.weight.clone())
+
+
+def fit(tmp_path, cache, callbacks, steps=12, module=None, **options):
+    torch.manual_seed(3)
+    module = module or build()
+    record = Losses()
+    trainer = L.Trainer(
+        max_steps=steps, max_epochs=-1, val_check_interval=steps // 2, check_val_every_n_epoch=None,
+        num_sanity_val_steps=0, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=4,
+        default_root_dir=str(tmp_path), callbacks=[record, *callbacks],
+        **options,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=Digits(root=cache, batch_size=64))
+    return trainer, record
+
+
+def metrics(**options):
+    return ImageMetrics(ClassifierFeatures(steps=60), **{"n": 80, "kid_subset": 40, **options})
+
+
+def test_callbacks_leave_the_training_randomness_alone(tmp_path, cache):
+    _, plain = fit(tmp_path / "a", cache, [])
+    _, watched = fit(tmp_path / "b", cache, [metrics(), SampleGrid(n=4), Trajectory(n=4, frames=3), FieldDiagnostics()])
+    assert plain.losses == watched.losses and len(plain.losses) == 12
+
+
+def test_evaluation_sees_averaged_weights(tmp_path, cache):
+    frozen = EMAWeightAveraging(decay=1.0)  # the average stays at the weights of the first step
+    _, record = fit(tmp_path, cache, [frozen])
+    assert torch.equal(record.evaluated[0], record.evaluated[1])
+    assert not torch.equal(record.trained[0], record.trained[1])
+    assert not torch.equal(record.evaluated[1], record.trained[1])
+
+
+def test_pictures_are_written(tmp_path, cache):
+    fit(tmp_path, cache, [SampleGrid(n=9), Trajectory(n=4, frames=5, seconds=1.0)])
+    names = sorted(p.name for p in (tmp_path / "samples").iterdir())
+    grids = [f"{sampler}-{step:07d}.png" for sampler in ("ode", "sde") for step in (6, 12)]
+    assert names == [*grids, "trajectory-sde.gif"]
+    with Image.open(tmp_path / "samples" / grids[0]) as grid:
+        assert grid.size == (8 * 34 + 2, 2 * 34 + 2)  # eight 8×8 images a row, enlarged fourfold
+    with Image.open(tmp_path / "samples" / names[-1]) as animation:
+        assert animation.n_frames == 5
+
+
+def test_fid_is_recorded_with_its_protocol_and_does_not_depend_on_the_batch(tmp_path, cache):
+    import json
+
+    values = []
+    for name, batch_size in (("a", 80), ("b", 23)):
+        trainer, _ = fit(tmp_path / name, cache, [metrics(batch_size=batch_size)])
+        rows = json.loads((tmp_path / name / "fid.json").read_text())
+        assert [row["step"] for row in rows] == [6, 12]
+        assert rows[-1]["val/fid"] == pytest.approx(float(trainer.callback_metrics["val/fid"]))
+        values.append((rows[-1]["val/fid"], rows[-1]["val/kid"]))
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+    row = rows[-1]
+    assert 0 < row["floor"] < row["noise"] / 5 and row["floor"] < row["val/fid"]
+    for word in ("80 samples (ode, 7 network calls, seed 1)", "1500 train images of Digits", "accuracy", "297 test"):
+        assert word in row["protocol"]
+
+
+def test_reference_statistics_are_cached(tmp_path, cache, monkeypatch):
+    fit(tmp_path / "a", cache, [metrics()], steps=2)
+    monkeypatch.setattr(ImageMetrics, "_embed", lambda *args, **options: pytest.fail("computed again"))
+    fit(tmp_path / "b", cache, [metrics()], steps=2)
+
+
+def test_ranks_share_the_samples_of_one_process():
+    class Rank:
+        world_size = 3
+
+        def __init__(self, rank):
+            self.global_rank = rank
+
+    module = build().eval()
+    shares = [torch.cat(list(draw(Rank(rank), module, 8, 2, 0, "ode"))) for rank in range(3)]
+    Rank.world_size = 1
+    together = torch.cat(list(draw(Rank(0), module, 8, 8, 0, "ode")))
+    assert [len(s) for s in shares] == [3, 3, 2]
+    assert all(torch.equal(shares[i % 3][i // 3], together[i]) for i in range(8))
+
+
+def test_conditional_modules_are_asked_for_every_class(tmp_path, cache):
+    module, seen = build(conditional=True), []
+    sample = module.sample
+    module.sample = lambda indices, label=None, **options: (
+        seen.append(label.tolist()) or sample(indices, label=label, **options)
+    )
+    fit(tmp_path, cache, [metrics(n=20, kid_subset=10, batch_size=20)], steps=2, module=module)
+    assert seen[0] == [i % 10 for i in range(20)]
+
+
+def test_diagnostics(tmp_path, cache):
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(str(tmp_path), name="", version="")
+    torch.manual_seed(3)
+    trainer = L.Trainer(
+        max_steps=8, max_epochs=-1, limit_val_batches=0, accelerator="cpu", logger=logger, log_every_n_steps=4,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=str(tmp_path), callbacks=[FieldDiagnostics(edges=(0.1, 1.0))],
+    )  # fmt: skip
+    trainer.fit(build(), datamodule=Digits(root=cache, batch_size=64))
+    import csv
+
+    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["field/s_near_zero"]]
+    assert len(rows) == 2
+    for name in ("below-0.1", "0.1-1", "above-1"):
+        assert float(rows[0][f"field/gradient_loss_sigma_{name}"]) > 0
+    assert float(rows[0]["field/s_near_zero"]) == 0 and float(rows[0]["train/images_per_second"]) > 0
+    assert float(rows[0]["train/gradient_norm"]) > 0
+
+
+def test_non_finite_loss_stops_before_the_weights_change(tmp_path, cache):
+    module = build()
+    before = module.fields.network.enter.weight.detach().clone()
+    losses = module.losses
+
+    def broken(x, *args):
+        return losses(x * float("nan"), *args)
+
+    module.losses = broken
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step 0; the batch is kept in .*rank0.pt"):
+        fit(tmp_path, cache, [FieldDiagnostics()], module=module)
+    assert torch.equal(before, module.fields.network.enter.weight)
+    kept = torch.load(tmp_path / "nonfinite-batch-rank0.pt", weights_only=True)
+    assert kept["batch"][0].shape == (64, 1, 8, 8) and kept["step"] == 0
+
+
+def test_lost_chains_do_not_end_training(tmp_path, cache):
+    module = build()
+    module.samplers["ode"] = BellmanDynamics(steps=50, step_size=500.0)
+    trainer, record = fit(tmp_path, cache, [metrics(), SampleGrid(n=4)], module=module)
+    assert len(record.losses) == 12 and float(trainer.callback_metrics["val/fid"]) == float("inf")
+    assert [p.name for p in (tmp_path / "samples").iterdir()] == ["sde-0000006.png", "sde-0000012.png"]
+
+
+def test_unknown_sampler_is_named(tmp_path, cache):
+    with pytest.raises(UserError, match="SampleGrid: no sampler named 'sd'; the model has sde, ode"):
+        fit(tmp_path, cache, [SampleGrid(samplers=["sd"])])

@@ -1,0 +1,110 @@
+"""FID, its features and its caches."""
+
+import pytest
+import torch
+from torch import nn
+
+from bd_lightning.checks import UserError
+from callbacks import ClassifierFeatures, InceptionFeatures
+from callbacks.features import load_cached, save_cached
+from callbacks.metrics import frechet_distance
+from datamodules import Digits, to_uint8
+
+
+def features(root, **options):
+    made = ClassifierFeatures(steps=150, **options)
+    made.prepare(Digits(root=str(root)))
+    return made
+
+
+def test_frechet_distance_of_gaussians():
+    """‖μ1 − μ2‖² + tr(Σ1 + Σ2 − 2(Σ1Σ2)^½) for diagonal covariances: Σ (σ1 − σ2)²."""
+    generator = torch.Generator().manual_seed(0)
+    scale = torch.tensor([1.0, 2.0, 0.5], dtype=torch.float64)
+    a = torch.randn(200_000, 3, generator=generator, dtype=torch.float64)
+    b = torch.randn(200_000, 3, generator=generator, dtype=torch.float64) * scale + 0.5
+    assert frechet_distance(a, b) == pytest.approx(3 * 0.25 + float((scale - 1).square().sum()), rel=0.02)
+    assert abs(frechet_distance(a, a)) < 1e-6
+
+
+def test_classifier_is_trained_once_and_cached(tmp_path, monkeypatch):
+    state = torch.get_rng_state()
+    first = features(tmp_path)
+    assert torch.equal(state, torch.get_rng_state())  # training randomness untouched
+    assert first.accuracy > 0.8 and not any(p.requires_grad for p in first.parameters())
+    images = to_uint8(torch.stack([Digits().load_split("val")[i][0] for i in range(50)]))
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassifierFeatures, "_train", lambda *args: pytest.fail("trained twice"))
+        second = features(tmp_path)
+        torch.testing.assert_close(second(images), first(images))
+        assert (second.accuracy, second.kid_scale) == (first.accuracy, first.kid_scale)
+        with pytest.raises(pytest.fail.Exception):
+            features(tmp_path, seed=1)  # another classifier is another file
+    (file,) = (tmp_path / ".cache").glob("*classifier*.pt")
+    file.write_bytes(file.read_bytes()[:100])
+    assert features(tmp_path).accuracy == first.accuracy  # a broken cache is made anew
+
+
+def test_features_tell_digits_from_noise(tmp_path):
+    made = features(tmp_path)
+    real, other = (Digits().load_split(split).images for split in ("train", "val"))
+    noise = torch.randint(0, 256, real.shape, dtype=torch.uint8)
+    near, far = frechet_distance(made(real), made(other)), frechet_distance(made(real), made(noise))
+    assert near < far / 10
+    labels = Digits().load_split("val").labels
+    assert float((made.classify(other) == labels).float().mean()) == pytest.approx(made.accuracy)
+
+
+def test_cache_files_are_whole_or_absent(tmp_path):
+    path = tmp_path / "a" / "b.pt"
+    assert load_cached(path) is None
+    save_cached({"x": torch.ones(2)}, path)
+    assert load_cached(path)["x"].sum() == 2 and [p.name for p in path.parent.iterdir()] == ["b.pt"]
+
+
+def test_data_without_classes_needs_other_features(tmp_path):
+    data = Digits(root=str(tmp_path))
+    data.class_names = ()
+    with pytest.raises(UserError, match="no classes to train a classifier on; use callbacks.InceptionFeatures"):
+        ClassifierFeatures().prepare(data)
+
+
+@pytest.fixture
+def inception_weights(tmp_path, monkeypatch):
+    """A weights file of the right shapes, with random values: the real ones cannot be downloaded here."""
+    from torch_fidelity import feature_extractor_inceptionv3 as source
+
+    with monkeypatch.context() as patch:
+        patch.setattr(source, "load_state_dict_from_url", lambda *args, **options: None)
+        patch.setattr(nn.Module, "load_state_dict", lambda *args, **options: None)
+        network = source.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    path = tmp_path / "inception.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+def test_inception_from_a_file(inception_weights):
+    made = InceptionFeatures(str(inception_weights))
+    made.prepare(Digits())
+    grey = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    out = made(grey)
+    assert out.shape == (2, 2048) and out.isfinite().all()
+    torch.testing.assert_close(out, made(grey.expand(-1, 3, -1, -1)))
+    assert float((out[0] - out[1]).abs().max()) > 0
+
+
+def test_inception_weights_that_cannot_be_had(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="weights: file not found: nowhere.pth"):
+        InceptionFeatures("nowhere.pth")
+    wrong = tmp_path / "wrong.pth"
+    torch.save({"a": torch.ones(1)}, wrong)
+    with pytest.raises(UserError, match="could not be read from .*wrong.pth"):
+        InceptionFeatures(str(wrong)).prepare(Digits())
+    from torch_fidelity import feature_extractor_inceptionv3 as source
+
+    def no_network(*args, **options):
+        raise OSError("no network here")
+
+    monkeypatch.setattr(source, "load_state_dict_from_url", no_network)
+    with pytest.raises(UserError, match="could not be downloaded .*no network here.*ClassifierFeatures"):
+        InceptionFeatures().prepare(Digits())

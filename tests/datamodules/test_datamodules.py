@@ -1,0 +1,180 @@
+import pickle
+import struct
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import CIFAR10, MNIST, Digits, ImageFolder, SampleRequests, to_uint8
+from datamodules.base import DataError, to_unit
+
+
+def write_folder(root, classes=("cat", "dog"), n=12, size=(20, 16), splits=()):
+    generator = np.random.default_rng(0)
+    for split in splits or ("",):
+        for label, name in enumerate(classes):
+            place = root / split / name
+            place.mkdir(parents=True, exist_ok=True)
+            for i in range(n):
+                pixels = generator.integers(0, 100, (*size, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                Image.fromarray(pixels).save(place / f"{i}.png")
+    return root
+
+
+def write_mnist(root, n=40):
+    raw = root / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for name in ("train", "t10k"):
+        images = generator.integers(0, 256, (n, 28, 28), dtype=np.uint8)
+        labels = (np.arange(n) % 10).astype(np.uint8)
+        (raw / f"{name}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + images.tobytes())
+        (raw / f"{name}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + labels.tobytes())
+    return root
+
+
+def write_cifar(root, n=8):
+    base = root / "cifar-10-batches-py"
+    base.mkdir(parents=True)
+    names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
+    for name in names:
+        data = np.random.default_rng(0).integers(0, 256, (n, 3072), dtype=np.uint8)
+        (base / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 10 for i in range(n)]}))
+    (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10.class_names)}))
+    return root
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    return {
+        "digits": Digits(batch_size=4),
+        "mnist": MNIST(root=str(write_mnist(tmp_path / "m")), batch_size=4, val_size=10, download=False),
+        "cifar10": CIFAR10(root=str(write_cifar(tmp_path / "c")), batch_size=4, val_size=10, flip=True, download=False),
+        "folder": ImageFolder(str(write_folder(tmp_path / "f")), size=8, batch_size=4),
+    }
+
+
+@pytest.mark.parametrize("name", ["digits", "mnist", "cifar10", "folder"])
+def test_contract(modules, name):
+    """Whatever the data set: shapes, ranges, labels, and splits that do not overlap."""
+    data = modules[name]
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    x, y = next(iter(data.train_dataloader()))
+    assert x.shape == (4, *data.shape) and x.dtype == torch.float32 and y.shape == (4,)
+    assert -1 <= x.min() < -0.2 and 0.2 < x.max() <= 1
+    assert 0 <= y.min() and y.max() < len(data.class_names)
+    assert set(data.facts) == {"shape", "num_classes", "sigma_data"}
+    images = {split: [image.numpy().tobytes() for image, _ in data.load_split(split)] for split in ("train", "val")}
+    assert images["train"] and images["val"] and not set(images["train"]) & set(images["val"])
+    order = [next(iter(data.val_dataloader()))[1].tolist() for _ in range(2)]
+    assert order[0] == order[1]
+
+
+def test_digits():
+    data = Digits()
+    sizes = {split: len(data.load_split(split)) for split in ("train", "val", "test")}
+    assert sizes == {"train": 1500, "val": 297, "test": 297} and data.reference_split == "train"
+    assert float(to_unit(data.load_split("train").images).std()) == pytest.approx(data.sigma_data, abs=1e-3)
+
+
+def test_real_mnist(real_data):
+    data = MNIST(root=str(real_data), download=False)
+    data.prepare_data()
+    sizes = {split: len(data.load_split(split)) for split in ("train", "val", "test")}
+    assert sizes == {"train": 55000, "val": 5000, "test": 10000}
+    assert float(to_unit(data.load_split("train").images).std()) == pytest.approx(data.sigma_data, abs=1e-3)
+
+
+def test_real_cifar_as_a_folder(real_data):
+    data = ImageFolder(str(real_data / "cifar10_jpg"))
+    assert data.class_names == CIFAR10.class_names
+    assert {split: len(files) for split, files in data.files.items()} == {"train": 45000, "val": 5000, "test": 10000}
+    assert data.sigma_data == pytest.approx(CIFAR10.sigma_data, abs=0.02)
+
+
+def test_scaling_round_trip():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(to_uint8(to_unit(pixels)), pixels)
+    assert to_uint8(torch.tensor([-3.0, -1.0, 1.0, 3.0])).tolist() == [0, 0, 255, 255]
+
+
+def test_only_training_images_are_flipped(tmp_path, modules):
+    for data in (modules["cifar10"], ImageFolder(str(write_folder(tmp_path / "g")), size=8, flip=True, batch_size=4)):
+        plain, train, val = data.load_split("train"), data.split("train"), data.split("val")
+        draws = [torch.stack([train[i][0] for i in range(8)]) for _ in range(4)]
+        original = torch.stack([plain[i][0] for i in range(8)])
+        mirrored = [(d == original).flatten(1).all(1) | (d == original.flip(-1)).flatten(1).all(1) for d in draws]
+        assert all(m.all() for m in mirrored) and any((d != original).any() for d in draws)
+        assert not val.flip
+
+
+def test_folder_crops_and_splits(tmp_path):
+    wide = ImageFolder(str(write_folder(tmp_path / "a", size=(20, 40))), size=10, channels=1, val_fraction=0.25)
+    assert wide.shape == (1, 10, 10) and wide.load_split("train")[0][0].shape == (1, 10, 10)
+    assert (len(wide.files["train"]), len(wide.files["val"]), len(wide.files["test"])) == (18, 6, 6)
+    split = ImageFolder(str(write_folder(tmp_path / "b", splits=("train", "test"))), size=8)
+    assert {s: len(f) for s, f in split.files.items()} == {"train": 22, "val": 2, "test": 24}
+    assert "train" not in split.class_names
+    flat = write_folder(tmp_path / "c", classes=("",))
+    assert ImageFolder(str(flat), size=8).class_names == ()
+
+
+def test_workers_are_seeded_and_fill_batches(tmp_path):
+    data = ImageFolder(str(write_folder(tmp_path / "a")), size=8, batch_size=4, num_workers=2, flip=True)
+    assert [x.shape for x, _ in data.train_dataloader()] == [torch.Size([4, 3, 8, 8])] * 5
+
+
+def test_fingerprints_tell_data_apart(tmp_path):
+    a, b = (ImageFolder(str(write_folder(tmp_path / name)), size=8) for name in ("x", "y"))
+    assert a.fingerprint == ImageFolder(str(tmp_path / "x"), size=8).fingerprint != b.fingerprint
+    Image.new("RGB", (8, 8)).save(tmp_path / "x" / "cat" / "new.png")
+    assert ImageFolder(str(tmp_path / "x"), size=8).fingerprint != a.fingerprint
+
+
+def test_requests():
+    items = [SampleRequests(5, seed=7, labels=[3, 8])[i] for i in range(5)]
+    assert [int(i["label"]) for i in items] == [3, 8, 3, 8, 3] and [int(i["index"]) for i in items] == [0, 1, 2, 3, 4]
+    assert {int(i["seed"]) for i in items} == {7}
+
+
+def test_bad_data_is_named(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="image folder not found: .*nowhere; set data.folder"):
+        ImageFolder(str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="no images for the train split"):
+        ImageFolder(str(tmp_path / "empty"), sigma_data=0.5)
+    root = write_folder(tmp_path / "a")
+    (root / "cat" / "0.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"cannot read the image .*cat/0.png.*repair or delete it"):
+        [item for item in ImageFolder(str(root), size=8, sigma_data=0.5).load_split("train")]
+    with pytest.raises(DataError, match="fewer than one batch; set data.batch_size to 21 or less"):
+        ImageFolder(str(write_folder(tmp_path / "b")), size=8, batch_size=22, val_fraction=0.125).split("train")
+    with pytest.raises(ValueError, match="channels must be 1"):
+        ImageFolder(str(root), channels=2)
+    with pytest.raises(ValueError, match="at least 2"):
+        Digits(batch_size=1)
+    with pytest.raises(DataError, match="leaves none of the 40 images"):
+        MNIST(root=str(write_mnist(tmp_path / "m")), val_size=40).load_split("train")
+    with pytest.raises(DataError, match="MNIST cannot be read from .*set data.root"):
+        MNIST(root=str(tmp_path / "n"), download=False).prepare_data()
+
+    def no_network(*args, **options):
+        raise RuntimeError("no network here")
+
+    monkeypatch.setattr("torchvision.datasets.MNIST.download", no_network)
+    with pytest.raises(DataError, match="nor downloaded: no network here. Put MNIST/raw"):
+        MNIST(root=str(tmp_path / "n")).prepare_data()
+
+
+def test_truncated_mnist_is_named(tmp_path):
+    root = write_mnist(tmp_path)
+    path = root / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(DataError, match="MNIST cannot be read"):
+        MNIST(root=str(root), val_size=10, download=False).load_split("train")
