@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from oracles import Mixture, OracleFields
 
 from bd_lightning import divergences, kernels
+from oracles import Mixture, OracleFields
 
 N = 400_000
 EPSILON, SIGMA, TAU = 0.2, 0.6, 0.8

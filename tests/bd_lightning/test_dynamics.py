@@ -1,6 +1,5 @@
 import pytest
 import torch
-from oracles import Mixture, OracleFields, square
 
 from bd_lightning import dynamics, kernels
 from bd_lightning.dynamics import (
@@ -11,6 +10,7 @@ from bd_lightning.dynamics import (
     SamplingDiverged,
     bellman_step,
 )
+from oracles import Mixture, OracleFields, square
 
 TAU = 0.7
 

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from oracles import square
 
 from bd_lightning import kernels
+from oracles import square
 
 KERNELS = [kernels.Exact(0.05), kernels.ClosedFormSlices(0.05), kernels.Sliced(0.05, slices=3), kernels.Constant()]
 
