@@ -190,9 +190,10 @@ def compose(request: Request, stored: dict[str, Any] | None = None) -> dict[str,
     choices = {group: name for group, name in request.choices.items() if group != "experiment"}
     apply({"defaults": choices}, "the command line")
     for key, value in request.values:
+        nested = value
         for part in reversed(key.split(".")):
-            value = {part: value}
-        apply(value, "the command line")
+            nested = {part: nested}
+        apply(nested, "the command line")
     if isinstance(config["steps"], int) and isinstance(config["eval_every"], int):
         config["eval_every"] = min(config["steps"], config["eval_every"])
     try:

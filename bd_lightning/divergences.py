@@ -121,6 +121,6 @@ def probe_jacobian(
     """
     total = x.new_zeros(len(x))
     for direction in v:
-        value, tangent, aux = torch.func.jvp(function, (x,), (direction,), has_aux=True)
+        value, tangent, aux = torch.func.jvp(function, (x,), (direction,), has_aux=True)  # type: ignore[misc]
         total = total + inner(tangent, direction)
     return value, aux, total

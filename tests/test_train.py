@@ -177,7 +177,8 @@ def test_data_sets_are_swapped_by_one_word(data, root, tmp_path, monkeypatch, re
         "folder": [f"data.folder={tmp_path / 'folder'}"],
     }[data]
     status = train.main([
-        *TINY, f"data={data}", *words, "model=unet_patch", "model.network.channels=[8, 8]", "model.samplers.sde.levels=3",
+        *TINY, f"data={data}", *words,
+        "model=unet_patch", "model.network.channels=[8, 8]", "model.samplers.sde.levels=3",
         "model.samplers.ode.steps=2", "data.batch_size=10", "steps=2", "callbacks.metrics.n=10",
         "callbacks.metrics.features.steps=5", "callbacks.metrics.kid_subset=5", "logger=none",
         f"root={tmp_path / 'runs'}", f"data.root={tmp_path}", "run_id=x",
@@ -192,7 +193,8 @@ def test_data_sets_are_swapped_by_one_word(data, root, tmp_path, monkeypatch, re
 def test_paper_setting_runs(tmp_path):
     """Single scale, two networks, sliced divergence loss: it may lose chains, and then says so and trains on."""
     status = train.main([
-        "experiment=paper_digits", "steps=4", "eval_every=4", "callbacks.metrics.n=80", "callbacks.metrics.kid_subset=40",
+        "experiment=paper_digits", "steps=4", "eval_every=4",
+        "callbacks.metrics.n=80", "callbacks.metrics.kid_subset=40",
         "callbacks.metrics.features.steps=40", "model.samplers.sde.steps=20", "logger=none",
         f"root={tmp_path}", f"data.root={tmp_path}", "run_id=x",
     ])  # fmt: skip

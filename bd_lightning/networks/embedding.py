@@ -24,6 +24,7 @@ class ConditionEmbedding(nn.Module):
     def __init__(self, width: int, num_classes: int = 0, conditional: bool = False, frequencies: int = 32) -> None:
         super().__init__()
         positive(width=width, frequencies=frequencies)
+        self.frequencies: Tensor
         self.register_buffer("frequencies", torch.logspace(0, 2, frequencies), persistent=False)
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
         if conditional and num_classes < 1:

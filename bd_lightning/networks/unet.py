@@ -134,7 +134,7 @@ class UNet(nn.Module):
         h = self.enter(x)
         skips = [h]
         for level, stage in enumerate(self.down):
-            for block in stage:
+            for block in stage:  # type: ignore[attr-defined]
                 h = block(h, emb)
                 skips.append(h)
             if level < len(self.pool):
@@ -143,7 +143,7 @@ class UNet(nn.Module):
         h = self.middle(h, emb)
         a = self.scalar_head(h.mean((2, 3))).squeeze(1)
         for level, stage in enumerate(self.up):
-            for block in stage:
+            for block in stage:  # type: ignore[attr-defined]
                 h = block(torch.cat([h, skips.pop()], 1), emb)
             if level < len(self.grow):
                 h = self.grow[level](F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
