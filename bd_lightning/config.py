@@ -199,8 +199,8 @@ def compose(request: Request, stored: dict[str, Any] | None = None) -> dict[str,
     try:
         return OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
-        key = getattr(error, "full_key", None)
-        place = f"'{key}'" if key else "the config"
+        full_key = getattr(error, "full_key", None)
+        place = f"'{full_key}'" if full_key else "the config"
         raise ConfigError(f"cannot resolve {place}: {str(error).splitlines()[0]}") from error
 
 

@@ -39,8 +39,8 @@ def write_cifar(root, n=8):
     base = root / "cifar-10-batches-py"
     base.mkdir(parents=True)
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
-    for name in names:
-        data = np.random.default_rng(0).integers(0, 256, (n, 3072), dtype=np.uint8)
+    for seed, name in enumerate(names):
+        data = np.random.default_rng(seed).integers(0, 256, (n, 3072), dtype=np.uint8)
         (base / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 10 for i in range(n)]}))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": list(CIFAR10.class_names)}))
     return root
