@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bd_lightning import build
 from bd_lightning import config as configs
 from bd_lightning.checks import UserError
 
@@ -137,12 +138,12 @@ def build_callbacks(config: dict[str, Any], command: str, run_dir: Path) -> list
     for name, node in (config["callbacks"] or {}).items():
         if node is None:
             continue
-        cls = configs.locate(node["_target_"], f"callbacks.{name}")
+        cls = build.locate(node["_target_"], f"callbacks.{name}")
         saves = issubclass(cls, ModelCheckpoint)
         if command != "fit" and (saves or issubclass(cls, WeightAveraging)):
             continue
         extra = {"dirpath": str(run_dir / "checkpoints")} if saves and "dirpath" not in node else {}
-        built.append(configs.instantiate(node, f"callbacks.{name}", **extra))
+        built.append(build.instantiate(node, f"callbacks.{name}", **extra))
     monitored = {c.monitor for c in built if isinstance(c, ModelCheckpoint)}
     if monitored & {"val/fid", "val/kid"} and not (config["callbacks"] or {}).get("metrics"):
         raise UserError(
@@ -165,7 +166,7 @@ def run(request: configs.Request) -> None:
         config = configs.compose(request, {k: v for k, v in stored.items() if k != "facts"})
     elif request.command != "fit":
         raise UserError(f"{request.command} needs ckpt_path=<run folder>/checkpoints/best.ckpt")
-    configs.check(config)
+    build.check(config)
 
     import lightning as L
     from omegaconf import OmegaConf
@@ -178,7 +179,7 @@ def run(request: configs.Request) -> None:
     if request.command == "predict" and stored is not None:
         data, facts = None, stored["facts"]
     else:
-        data = configs.instantiate(config["data"], "data")
+        data = build.instantiate(config["data"], "data")
         facts = {**data.facts, "class_names": list(data.class_names), "shape": list(data.shape)}
         for name, value in (stored or {}).get("facts", {}).items():
             if facts[name] != value:
@@ -186,7 +187,7 @@ def run(request: configs.Request) -> None:
                     f"the checkpoint was trained on data with {name} {value}, this data has {facts[name]}: "
                     "leave data as it was, or start a new run"
                 )
-    model = configs.instantiate(config["model"], "model", facts)
+    model = build.instantiate(config["model"], "model", facts)
     if request.command == "predict":
         predict(config, facts, model, run_dir)
         return
@@ -195,9 +196,9 @@ def run(request: configs.Request) -> None:
     model.save_hyperparameters({**record, "facts": facts})
     loggers = [MetricsCSV(run_dir, config["trainer"].get("log_every_n_steps") or 50)]
     if config["logger"]:
-        loggers.append(configs.instantiate(config["logger"], "logger", {"run_dir": run_dir}))
+        loggers.append(build.instantiate(config["logger"], "logger", {"run_dir": run_dir}))
     callbacks = build_callbacks(config, request.command, run_dir)
-    trainer = configs.instantiate(
+    trainer = build.instantiate(
         config["trainer"], "trainer", logger=loggers, callbacks=callbacks, default_root_dir=str(run_dir)
     )
     if request.command == "fit" and trainer.is_global_zero:
@@ -237,8 +238,8 @@ def predict(config: dict[str, Any], facts: dict[str, Any], model: Any, run_dir: 
         labels = list(range(facts["num_classes"]))
     folder = run_dir / f"predict-{model.sampler}-seed{config['seed']}"
     progress = [c for n, c in (config["callbacks"] or {}).items() if n == "progress" and c]
-    callbacks = [ImageWriter(folder), *(configs.instantiate(c, "callbacks.progress") for c in progress)]
-    trainer = configs.instantiate(
+    callbacks = [ImageWriter(folder), *(build.instantiate(c, "callbacks.progress") for c in progress)]
+    trainer = build.instantiate(
         config["trainer"], "trainer", logger=False, callbacks=callbacks, default_root_dir=str(run_dir)
     )
     requests = SampleRequests(config["n"], config["seed"], labels)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bd_lightning import build as builder
 from bd_lightning import config as configs
 from callbacks import ClassifierFeatures
 from callbacks.metrics import frechet_distance
@@ -30,7 +31,7 @@ def build(kernel: str, facts: dict, seed: int) -> torch.nn.Module:
     """The default model with another kernel, from the same initial weights."""
     words = [f"model.kernel._target_=bd_lightning.kernels.{kernel}", "model.kernel.epsilon=0.001"]
     torch.manual_seed(seed)
-    return configs.instantiate(configs.compose(configs.parse(words))["model"], "model", facts)
+    return builder.instantiate(configs.compose(configs.parse(words))["model"], "model", facts)
 
 
 def train(models: list[torch.nn.Module], data: Digits, steps: int, seed: int) -> tuple[list, list[list[float]]]:

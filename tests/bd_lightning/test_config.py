@@ -8,12 +8,13 @@ import pytest
 import yaml
 
 from bd_lightning import config as configs
-from bd_lightning.config import ConfigError, compose, instantiate, parse
+from bd_lightning.build import check, instantiate
+from bd_lightning.config import ConfigError, compose, parse
 
 
 def composed(*argv: str, stored=None) -> dict:
     config = compose(parse(argv), stored)
-    configs.check(config)
+    check(config)
     return config
 
 
