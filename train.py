@@ -65,6 +65,7 @@ def quiet() -> None:
         ".*will save all extracted features in buffer.*",
         ".*LeafSpec.*",
         ".*exists and is not empty.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
@@ -104,12 +105,12 @@ def choose_run_id(given: str | None) -> str:
 
 
 def choose_run_dir(config: dict[str, Any]) -> Path:
-    """<root>/<project>/<run id>, or the run folder that a checkpoint lies in."""
+    """<root>/<logger.project>/<run id>, or the run folder that a checkpoint lies in."""
     if config["ckpt_path"]:
         folder = Path(config["ckpt_path"]).resolve().parent.parent
         if (folder / "config.yaml").is_file():
             return folder
-    project = (config["logger"] or {}).get("project") or config["project"]
+    project = (config["logger"] or {}).get("project") or "bellman-diffusion"
     return Path(config["root"]).resolve() / project / choose_run_id(config["run_id"])
 
 
@@ -199,7 +200,15 @@ def run(request: configs.Request) -> None:
         loggers.append(build.instantiate(config["logger"], "logger", {"run_dir": run_dir}))
     callbacks = build_callbacks(config, request.command, run_dir)
     trainer = build.instantiate(
-        config["trainer"], "trainer", logger=loggers, callbacks=callbacks, default_root_dir=str(run_dir)
+        config["trainer"],
+        "trainer",
+        logger=loggers,
+        callbacks=callbacks,
+        default_root_dir=str(run_dir),
+        max_steps=config["steps"],
+        max_epochs=-1,
+        val_check_interval=config["eval_every"] * config["trainer"].get("accumulate_grad_batches", 1),  # in batches
+        check_val_every_n_epoch=None,
     )
     if request.command == "fit" and trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)

@@ -176,13 +176,15 @@ def instantiate(node: Any, key: str, facts: Mapping[str, Any] | None = None, **e
     built = {name: instantiate(sub, f"{key}.{name}", facts) for name, sub in node.items() if name != "_target_"}
     if "_target_" not in node:
         return built
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
     cls = locate(node["_target_"], key)
     signature = _signature(cls)
     for name in extra:
         if name in built:
-            raise ConfigError(f"'{key}.{name}' is set by train.py; leave it out")
+            raise ConfigError(f"'{key}.{name}' is set by train.py; leave it out (steps and eval_every say how long)")
     known = {name: value for name, value in (facts or {}).items() if name in signature and name not in built}
     try:
         return cls(**built, **known, **extra)
-    except (ValueError, TypeError, RuntimeError, OSError) as error:
+    except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:
         raise ConfigError(f"'{key}' ({cls.__name__}): {' '.join(str(error).split())}") from error

@@ -28,15 +28,12 @@ from bd_lightning.checks import UserError
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 COMMANDS = ("fit", "validate", "test", "predict")
 GROUPS = ("data", "model", "trainer", "logger", "callbacks")
-OmegaConf.register_resolver("times", lambda a, b: a * b, replace=True)
-
 TOP_LEVEL: dict[str, Any] = {
     "seed": int,
     "steps": int,
     "eval_every": int,
     "ckpt_path": str | None,
     "root": str,
-    "project": str,
     "run_id": str | None,
     "n": int,
     "labels": list[int | str] | None,
