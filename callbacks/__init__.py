@@ -1,7 +1,8 @@
 """Callbacks: periodic side effects around training. None of them touches the training random numbers, and none is
-part of the checkpointed module. Those that evaluate run between the two swaps of `EMAWeightAveraging` at validation,
-so they see averaged weights; `train.py` puts the averaging callback behind them to make it so."""
+part of the checkpointed module. Those that evaluate run between the two swaps of `AveragedWeights` at validation, so
+ they see averaged weights; `train.py` puts the averaging callback behind them to make it so."""
 
+from callbacks.checkpoints import AveragedWeights, LastCheckpoint
 from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss
 from callbacks.features import ClassifierFeatures, InceptionFeatures
 from callbacks.metrics import ImageMetrics
@@ -9,11 +10,13 @@ from callbacks.progress import StepProgress
 from callbacks.samples import ImageWriter, SampleGrid, Trajectory
 
 __all__ = [
+    "AveragedWeights",
     "ClassifierFeatures",
     "FieldDiagnostics",
     "ImageMetrics",
     "ImageWriter",
     "InceptionFeatures",
+    "LastCheckpoint",
     "NonFiniteLoss",
     "SampleGrid",
     "StepProgress",

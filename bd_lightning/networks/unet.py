@@ -2,7 +2,8 @@
 
 Residual blocks modulated by the noise level, after Dhariwal and Nichol (arXiv 2105.05233), with self-attention at
 the resolutions asked for. Attention is written with plain matrix products, because the fused kernels have no
-forward-mode derivative and the divergence form of the losses needs one.
+forward-mode derivative and the divergence form of the losses needs one. Convolutions run channels-last, which is
+faster on CPUs and on GPUs.
 """
 
 import math
@@ -127,11 +128,12 @@ class UNet(nn.Module):
         self.gradient_head = nn.Sequential(
             _norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, folded, 3, padding=1)), nn.PixelShuffle(patch)
         )
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x (B, C, H, W), c_noise (B,) and label (B,) or None to F (B, C, H, W) and a (B,)."""
         emb = F.silu(self.embed(c_noise, label))
-        h = self.enter(x)
+        h = self.enter(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
         for level, stage in enumerate(self.down):
             for block in stage:  # type: ignore[attr-defined]

@@ -3,7 +3,6 @@
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from PIL import Image
 
 from bd_lightning.checks import UserError
@@ -11,7 +10,16 @@ from bd_lightning.dynamics import AnnealedDynamics, BellmanDynamics, Probability
 from bd_lightning.kernels import ClosedFormSlices
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP
-from callbacks import ClassifierFeatures, FieldDiagnostics, ImageMetrics, NonFiniteLoss, SampleGrid, Trajectory
+from callbacks import (
+    AveragedWeights,
+    ClassifierFeatures,
+    FieldDiagnostics,
+    ImageMetrics,
+    LastCheckpoint,
+    NonFiniteLoss,
+    SampleGrid,
+    Trajectory,
+)
 from callbacks.drawing import draw
 from datamodules import Digits
 
@@ -51,10 +59,10 @@ def fit(tmp_path, cache, callbacks, steps=12, module=None, **options):
     record = Losses()
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, val_check_interval=steps // 2, check_val_every_n_epoch=None,
-        num_sanity_val_steps=0, accelerator="cpu", devices=1, logger=False, enable_checkpointing=False,
+        num_sanity_val_steps=0, accelerator="cpu", devices=1, logger=False,
         enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=4,
         default_root_dir=str(tmp_path), callbacks=[record, *callbacks],
-        **options,
+        **{"enable_checkpointing": False, **options},
     )  # fmt: skip
     trainer.fit(module, datamodule=Digits(root=cache, batch_size=64))
     return trainer, record
@@ -71,11 +79,27 @@ def test_callbacks_leave_the_training_randomness_alone(tmp_path, cache):
 
 
 def test_evaluation_sees_averaged_weights(tmp_path, cache):
-    frozen = EMAWeightAveraging(decay=1.0)  # the average stays at the weights of the first step
+    frozen = AveragedWeights(decay=1.0)  # the average stays at the weights of the first step
     _, record = fit(tmp_path, cache, [frozen])
     assert torch.equal(record.evaluated[0], record.evaluated[1])
     assert not torch.equal(record.trained[0], record.trained[1])
     assert not torch.equal(record.evaluated[1], record.trained[1])
+
+
+def test_exception_during_validation_saves_weights_in_their_places(tmp_path, cache):
+    class Fails(L.Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            raise KeyError("evaluation failed")
+
+    callbacks = [Fails(), AveragedWeights(decay=1.0), LastCheckpoint(str(tmp_path))]
+    with pytest.raises(KeyError, match="evaluation failed"):
+        fit(tmp_path, cache, callbacks, enable_checkpointing=True)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 6
+    name = "fields.network.enter.weight"
+    start = build().fields.network.enter.weight
+    average, current = saved["state_dict"][name], saved["current_model_state"][name]
+    assert (average - start).norm() < (current - start).norm()  # decay 1: the average is the first step's
 
 
 def test_pictures_are_written(tmp_path, cache):
