@@ -16,6 +16,7 @@ References:
     | Karras et al., EDM, arXiv 2206.00364, Algorithm 1 (Heun's method and the grid of noise levels)
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -138,7 +139,7 @@ def edm_grid(sigma_max: float, sigma_min: float, steps: int, rho: float = 7.0) -
 
 
 @dataclass(frozen=True)
-class Sampler:
+class Sampler(ABC):
     """Base of the samplers: guards the chains and keeps what a caller wants to see of the way.
 
     Args:
@@ -151,18 +152,18 @@ class Sampler:
         positive(bound=self.bound)
 
     @property
+    @abstractmethod
     def start_scale(self) -> float:
         """Standard deviation of the starting points, in data units."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def calls(self) -> int:
         """Number of network calls for one sample (NFE)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def path(self, fields: FieldPair, noise: SampleNoise) -> Iterator[Tensor]:
         """Yield the state after every step, the start first; each of shape (B, *)."""
-        raise NotImplementedError
 
     def __call__(
         self, fields: FieldPair, noise: SampleNoise, watch: Callable[[int, Tensor], None] | None = None

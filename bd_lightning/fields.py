@@ -38,7 +38,8 @@ class Fields(nn.Module):
         sigma_data: standard deviation σ_d of the data.
         dim: number of data dimensions.
         parametrisation: "factored" or "direct". A single-scale model (σ = 0) has to be "direct".
-        scalar_network: a network of its own for the scalar field, whose F is not used; None shares the trunk.
+        scalar_network: a network of its own for the scalar field; None shares the trunk. Of two networks the heads
+            `scalar_head` and `gradient_head` that go unused are frozen.
     """
 
     def __init__(
@@ -56,6 +57,9 @@ class Fields(nn.Module):
         self.network, self.scalar_network = network, scalar_network
         self.kernel, self.sigma_data, self.dim = kernel, sigma_data, dim
         self.factored = parametrisation == "factored"
+        if scalar_network is not None:  # heads that no loss reaches would make DDP wait for their gradients
+            network.scalar_head.requires_grad_(False)
+            scalar_network.gradient_head.requires_grad_(False)
 
     def reference(self, sigma: Tensor) -> Tensor:
         """Typical mobility m_ref at noise levels sigma; shape of sigma."""
@@ -78,8 +82,8 @@ class Fields(nn.Module):
         out, a = self.network(scaled, c_noise, label)
         if self.scalar_network is not None:
             _, a = self.scalar_network(scaled, c_noise, label)
-        s = self.reference(sigma) * F.softplus(a.float() + _SOFTPLUS_SHIFT)
-        out = out.float()
+        out, a = out.to(x.dtype), a.to(x.dtype)  # from the lower precision of autocast, if it is on
+        s = self.reference(sigma) * F.softplus(a + _SOFTPLUS_SHIFT)
         if self.factored:
             # S = (D − x)/σ² with c_skip − 1 = −σ²/(σ² + σ_d²): written without the cancellation at small σ
             return bcast(self.sigma_data / (sigma * total.sqrt()), x) * out - x / bcast(total, x), s

@@ -24,6 +24,7 @@ References:
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -77,7 +78,7 @@ def squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Kernel:
+class Kernel(ABC):
     """Base of the pair kernels.
 
     Args:
@@ -89,6 +90,7 @@ class Kernel:
     def __post_init__(self) -> None:
         positive(epsilon=self.epsilon)
 
+    @abstractmethod
     def __call__(
         self, x: Tensor, y: Tensor, sigma: Tensor, weights: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -104,11 +106,10 @@ class Kernel:
         Returns:
             The estimates m̂, shape (B,), and ∇m̂, shape (B, d).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def order(self, dim: int) -> int:
         """The dimension of the Gaussian density that k stands for: d, 1 for slices, 0 for a constant."""
-        raise NotImplementedError
 
     def reference(self, sigma: Tensor, sigma_data: float, dim: int) -> Tensor:
         r"""A typical mobility m_ref(σ), by which networks and step sizes are scaled.
@@ -130,9 +131,9 @@ class Kernel:
 class _Radial(Kernel):
     """Kernels of the distance alone: k = exp(l(r², v)), r² = ‖x − y‖²."""
 
+    @abstractmethod
     def log(self, r2: Tensor, variance: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         """log k and its derivative in r², for r2 of shape (B, N) and variance of shape (B, 1)."""
-        raise NotImplementedError
 
     def __call__(self, x, y, sigma, weights, generator=None):
         variance = (self.epsilon + sigma.square())[:, None]

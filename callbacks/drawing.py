@@ -1,6 +1,7 @@
 """Drawing samples on all ranks, and putting pictures where people look for them."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from bd_lightning.checks import UserError
+from bd_lightning.dynamics import SamplingDiverged
 from datamodules.base import to_uint8
 
 
@@ -21,6 +23,18 @@ def check_sampler(pl_module: L.LightningModule, name: str | None, owner: str) ->
     """
     if name is not None and name not in pl_module.samplers:
         raise UserError(f"{owner}: no sampler named '{name}'; the model has {', '.join(pl_module.samplers)}")
+
+
+@contextmanager
+def all_or_none(trainer: L.Trainer) -> Iterator[None]:
+    """Fail on every rank if sampling fails on one, so that no rank waits for the others in what follows."""
+    lost: UserError | None = None
+    try:
+        yield
+    except SamplingDiverged as error:
+        lost = error
+    if not trainer.strategy.reduce_boolean_decision(lost is None, all=True):
+        raise lost or UserError("samples were lost on another rank")
 
 
 def draw(
@@ -43,10 +57,15 @@ def draw(
 def draw_together(
     trainer: L.Trainer, pl_module: L.LightningModule, n: int, batch_size: int, seed: int, sampler: str | None
 ) -> Tensor:
-    """All n samples on every rank, in order, bytes of shape (n, C, H, W) on the CPU."""
+    """All n samples on every rank, in order, bytes of shape (n, C, H, W) on the CPU.
+
+    Raises:
+        UserError: on every rank, if chains were lost on any.
+    """
     world = trainer.world_size
     padded = -(-n // world) * world  # equal shares; the few too many are cut off
-    mine = torch.cat(list(draw(trainer, pl_module, padded, batch_size, seed, sampler)))
+    with all_or_none(trainer):
+        mine = torch.cat(list(draw(trainer, pl_module, padded, batch_size, seed, sampler)))
     if world == 1:
         return mine[:n].cpu()
     shares = pl_module.all_gather(mine)  # (world, n / world, C, H, W)

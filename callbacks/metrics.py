@@ -13,9 +13,8 @@ from torch.utils.data import DataLoader
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from bd_lightning.checks import positive
-from bd_lightning.dynamics import SamplingDiverged
-from callbacks.drawing import check_sampler, draw, run_folder
+from bd_lightning.checks import UserError, positive
+from callbacks.drawing import all_or_none, check_sampler, draw, run_folder
 from callbacks.features import ImageFeatures, cache_path, load_cached, save_cached
 from datamodules.base import ImageDataModule, to_uint8
 
@@ -144,18 +143,19 @@ class ImageMetrics(L.Callback):
         sampler = self.sampler or pl_module.sampler
         try:
             with isolate_rng():
-                for images in draw(trainer, pl_module, n, self.batch_size, self.seed, sampler):
-                    rows = self.features(images.to(pl_module.device))
-                    fid.update(rows.double(), real=False)
-                    kid.update(rows / self.features.kid_scale, real=False)
+                with all_or_none(trainer):
+                    for images in draw(trainer, pl_module, n, self.batch_size, self.seed, sampler):
+                        rows = self.features(images.to(pl_module.device))
+                        fid.update(rows.double(), real=False)
+                        kid.update(rows / self.features.kid_scale, real=False)
                 torch.manual_seed(0)  # KID draws subsets
                 values = {f"{stage}/fid": fid.compute().float()}
                 if subset == self.kid_subset:
                     values[f"{stage}/kid"] = kid.compute()[0].float()
-        except SamplingDiverged as error:
+        except UserError as error:
             rank_zero_info(f"no FID at step {trainer.global_step}: {error}")
-            values = {f"{stage}/fid": torch.tensor(float("inf"))}
-        pl_module.log_dict(values, rank_zero_only=False)
+            values = {f"{stage}/fid": torch.tensor(float("inf"), device=pl_module.device)}
+        pl_module.log_dict(values, sync_dist=True)  # the same on every rank
         if trainer.is_global_zero:
             self._record(trainer, pl_module, stage, n, sampler, {k: float(v) for k, v in values.items()})
 

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
 from torchvision.io import read_image
 
-from bd_lightning.checks import positive
+from bd_lightning.checks import UserError, positive
 from bd_lightning.dynamics import SamplingDiverged
 from callbacks.drawing import check_sampler, draw_together, grid_image, publish_image, run_folder
 from datamodules.base import to_uint8
@@ -44,7 +44,7 @@ class SampleGrid(L.Callback):
             with isolate_rng():
                 try:
                     images = draw_together(trainer, pl_module, self.n, self.n, self.seed, name)
-                except SamplingDiverged as error:
+                except UserError as error:
                     rank_zero_info(f"no grid of sampler '{name}' at step {trainer.global_step}: {error}")
                     continue
             if trainer.is_global_zero:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 from bd_lightning import config as configs
@@ -70,8 +71,12 @@ def test_interpolations_are_resolved():
 
 
 @pytest.mark.parametrize("name", configs.names("experiment"))
-def test_every_experiment_is_valid(name):
-    composed(f"experiment={name}")
+def test_every_experiment_is_valid_and_builds_its_model(name):
+    config = composed(f"experiment={name}")
+    facts = instantiate(config["data"], "data").facts
+    model = instantiate(config["model"], "model", facts)
+    terms = model.losses(torch.randn(2, *facts["shape"]))
+    assert terms["gradient"].isfinite().all() and terms["scalar"].isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_denoiser_form_without_cancellation():
         sigma = torch.full((4,), level, dtype=torch.float64)
         total = level**2 + 0.49
         out, _ = network(x / total**0.5, sigma.log() / 4, None)
-        denoised = 0.49 / total * x + level * 0.7 / total**0.5 * out.float()
+        denoised = 0.49 / total * x + level * 0.7 / total**0.5 * out
         S, _ = fields.heads(x, sigma)
         torch.testing.assert_close(S, (denoised - x) / level**2, rtol=1e-5, atol=1e-5)
 
@@ -66,6 +66,8 @@ def test_two_networks():
     torch.autograd.grad(s.sum(), list(scalar.scalar_head.parameters()), retain_graph=True)
     (unused,) = torch.autograd.grad(s.sum(), fields.network.enter.weight, allow_unused=True)
     assert unused is None and g.isfinite().all()
+    (s.sum() + g.sum()).backward()
+    assert all((p.grad is not None) == p.requires_grad for p in fields.parameters())  # what DDP asks for
 
 
 @pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
