@@ -62,19 +62,24 @@ def locate(path: str, key: str) -> Any:
 
 
 def _signature(cls: Any) -> dict[str, tuple[Any, bool]]:
-    """Arguments of a class: name → (type, required)."""
-    parameters = inspect.signature(cls).parameters
-    owner = cls.__init__ if inspect.isclass(cls) else cls
-    try:
-        hints = typing.get_type_hints(owner)
-    except Exception:  # hints that only a type checker can resolve
-        hints = {}
-    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return {
-        name: (hints.get(name, Any), p.default is inspect.Parameter.empty)
-        for name, p in parameters.items()
-        if p.kind not in variadic
-    }
+    """Arguments of a class, name → (type, required); **options stands for the arguments of the class it inherits."""
+    known: dict[str, tuple[Any, bool]] = {}
+    constructors = (
+        [vars(c)["__init__"] for c in cls.__mro__ if "__init__" in vars(c)] if inspect.isclass(cls) else [cls]
+    )
+    for constructor in constructors:
+        parameters = inspect.signature(constructor).parameters
+        try:
+            hints = typing.get_type_hints(constructor)
+        except Exception:  # hints that only a type checker can resolve
+            hints = {}
+        kinds = {p.kind for p in parameters.values()}
+        for name, p in parameters.items():
+            if name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+                known.setdefault(name, (hints.get(name, Any), p.default is p.empty))
+        if inspect.Parameter.VAR_KEYWORD not in kinds:
+            break
+    return known
 
 
 def _check_node(node: Any, key: str) -> Any:

@@ -63,12 +63,7 @@ class ImageFolder(ImageDataModule):
         channels: 1 for grey, 3 for colour.
         val_fraction: share held out where the folder has no split for it.
         sigma_data: standard deviation of the images in [−1, 1]; None measures it on up to 500 training images.
-        root: where features and statistics of this data are cached.
-        batch_size: as in `ImageDataModule`.
-        eval_batch_size: as in `ImageDataModule`.
-        num_workers: as in `ImageDataModule`.
-        pin_memory: as in `ImageDataModule`.
-        flip: as in `ImageDataModule`.
+        options: arguments of `ImageDataModule`.
 
     Raises:
         DataError: if the folder is missing or has too few images.
@@ -81,14 +76,9 @@ class ImageFolder(ImageDataModule):
         channels: int = 3,
         val_fraction: float = 0.1,
         sigma_data: float | None = None,
-        root: str = "data",
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        flip: bool = False,
+        **options: Any,
     ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, pin_memory, flip)
+        super().__init__(**options)
         positive(size=size)
         in_range(0.001, 0.9, val_fraction=val_fraction)
         if channels not in (1, 3):

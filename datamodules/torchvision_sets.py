@@ -1,6 +1,7 @@
 """MNIST and CIFAR-10 through torchvision, which downloads and verifies them where there is a network."""
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,24 +18,14 @@ class _Torchvision(ImageDataModule):
     Args:
         val_size: images of the training set that validation uses.
         download: fetch the files if they are not under `root`.
-        options: the arguments of `ImageDataModule`.
+        options: arguments of `ImageDataModule`.
     """
 
     source: type[VisionDataset]
     layout: str
 
-    def __init__(
-        self,
-        root: str = "data",
-        batch_size: int = 128,
-        eval_batch_size: int = 500,
-        num_workers: int = 0,
-        pin_memory: bool = False,
-        flip: bool = False,
-        val_size: int = 5000,
-        download: bool = True,
-    ) -> None:
-        super().__init__(root, batch_size, eval_batch_size, num_workers, pin_memory, flip)
+    def __init__(self, val_size: int = 5000, download: bool = True, **options: Any) -> None:
+        super().__init__(**options)
         positive(val_size=val_size)
         self.val_size, self.download = val_size, download
 
