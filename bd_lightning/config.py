@@ -166,7 +166,7 @@ def compose(request: Request, stored: dict[str, Any] | None = None) -> dict[str,
             chosen[group] = merge(base.get(group) or {}, _named(group, str(name)))
         config = merge({**config, **chosen}, layer)
 
-    apply(dict(base), "train.yaml")
+    apply({key: value for key, value in base.items() if key not in GROUPS}, "train.yaml")
     if stored is not None:
         apply(dict(stored), "the checkpoint")
     if "experiment" in request.choices:

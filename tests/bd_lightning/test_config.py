@@ -43,6 +43,16 @@ def test_layers_apply_in_order(tmp_path):
     assert config["model"]["lr"] == 0.25  # command line over file
 
 
+def test_group_files_set_values_over_the_base():
+    """Also the files that train.yaml itself chooses."""
+    base = configs.load(configs.CONFIG_DIR / "train.yaml")
+    chosen = configs.load(configs.CONFIG_DIR / "model" / f"{base['defaults']['model']}.yaml")
+    assert base["model"]["lr"] != chosen["lr"]
+    assert composed()["model"]["lr"] == chosen["lr"]
+    assert composed("model=unet_large")["model"]["samplers"]["ode"]["sigma_max"] == 50.0
+    assert composed("model=unet_large")["model"]["kernel"] == base["model"]["kernel"]
+
+
 def test_choosing_a_group_starts_it_afresh():
     config = composed("experiment=mnist", "data=digits", "trainer=ddp_cpu")
     assert config["data"] == {"root": "data", "_target_": "datamodules.Digits", "batch_size": 128}
