@@ -84,8 +84,13 @@ def run_folder(trainer: L.Trainer) -> Path:
     return Path(trainer.default_root_dir)
 
 
+def step_of(trainer: L.Trainer) -> int:
+    """The optimiser step that the module's weights come from, also when they were loaded to be evaluated."""
+    return max(trainer.global_step, trainer.lightning_module.loaded_step)
+
+
 def publish_image(trainer: L.Trainer, key: str, path: Path, caption: str) -> None:
     """Log a picture that lies at `path` with every logger that takes pictures. Call on rank 0."""
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
-            logger.log_image(key, [str(path)], step=trainer.global_step, caption=[caption])
+            logger.log_image(key, [str(path)], step=step_of(trainer), caption=[caption])

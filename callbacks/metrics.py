@@ -14,7 +14,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import UserError, positive
-from callbacks.drawing import all_or_none, check_sampler, draw, run_folder
+from callbacks.drawing import all_or_none, check_sampler, draw, run_folder, step_of
 from callbacks.features import ImageFeatures, cache_path, load_cached, save_cached
 from datamodules.base import ImageDataModule, to_uint8
 
@@ -164,7 +164,7 @@ class ImageMetrics(L.Callback):
     ) -> None:
         reference = self.references[stage]
         row = {
-            "step": trainer.global_step,
+            "step": step_of(trainer),
             **values,
             "floor": round(reference["floor"], 2),
             "noise": round(reference["noise"], 2),
@@ -183,7 +183,7 @@ class ImageMetrics(L.Callback):
         part.replace(path)
         facts = {"fid/floor": reference["floor"], "fid/noise": reference["noise"], **self.features.facts}
         for logger in trainer.loggers:
-            logger.log_metrics(facts, step=trainer.global_step)
+            logger.log_metrics(facts, step=step_of(trainer))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """FID and KID of the validation samples."""

@@ -14,7 +14,7 @@ from torchvision.io import read_image
 
 from bd_lightning.checks import UserError, positive
 from bd_lightning.dynamics import SamplingDiverged
-from callbacks.drawing import check_sampler, draw_together, grid_image, publish_image, run_folder
+from callbacks.drawing import check_sampler, draw_together, grid_image, publish_image, run_folder, step_of
 from datamodules.base import to_uint8
 
 
@@ -48,7 +48,7 @@ class SampleGrid(L.Callback):
                     rank_zero_info(f"no grid of sampler '{name}' at step {trainer.global_step}: {error}")
                     continue
             if trainer.is_global_zero:
-                path = run_folder(trainer) / "samples" / f"{name}-{trainer.global_step:07d}.png"
+                path = run_folder(trainer) / "samples" / f"{name}-{step_of(trainer):07d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 grid_image(images).save(path)
                 caption = f"{name}, {pl_module.samplers[name].calls} network calls, seed {self.seed}"

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -103,22 +104,27 @@ def test_predict_writes_images(finished, root, capsys):
     assert (finished / "predict-sde-seed4" / "000003.png").read_bytes() != first
 
 
-def test_checkpoint_holds_the_weights_whose_fid_was_logged(finished):
-    logged = [row["val/fid"] for row in json.loads((finished / "fid.json").read_text())]
-    assert train.main(["validate", f"ckpt_path={finished}/checkpoints/best.ckpt"]) == 0
-    again = json.loads((finished / "fid.json").read_text())[-1]["val/fid"]
-    assert again == pytest.approx(min(logged), rel=1e-4)
-
-
-def test_resume_continues_in_the_same_folder(finished, root, tmp_path, capsys):
-    import shutil
-
+@pytest.fixture
+def copied(finished, tmp_path) -> Path:
+    """A copy of the finished run, for tests that add to it."""
     folder = tmp_path / "runs" / "bellman-diffusion" / "first"
     shutil.copytree(finished, folder)
+    return folder
+
+
+def test_checkpoint_holds_the_weights_whose_fid_was_logged(copied):
+    logged = {row["val/fid"]: row["step"] for row in json.loads((copied / "fid.json").read_text())}
+    assert train.main(["validate", f"ckpt_path={copied}/checkpoints/best.ckpt"]) == 0
+    again = json.loads((copied / "fid.json").read_text())[-1]
+    assert again["val/fid"] == pytest.approx(min(logged), rel=1e-4) and again["step"] == logged[min(logged)]
+
+
+def test_resume_continues_in_the_same_folder(copied, capsys):
+    folder = copied
     before = rows(folder)
     assert train.main([f"ckpt_path={folder}/checkpoints/last.ckpt", "steps=60"]) == 0
     assert f"run folder: {train.short(folder)}" in capsys.readouterr().out
-    assert json.loads((folder / "fid.json").read_text())[-1]["step"] == 60
+    assert [row["step"] for row in json.loads((folder / "fid.json").read_text())] == [20, 40, 60]
     after = rows(folder)
     assert len(after) > len(before) and [r["step"] for r in after[: len(before)]] == [r["step"] for r in before]
     checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
@@ -135,15 +141,15 @@ def test_config_of_a_run_repeats_it(finished, root):
     assert yaml.safe_load((again / "config.yaml").read_text()) == yaml.safe_load((finished / "config.yaml").read_text())
 
 
-def test_fid_is_the_same_on_one_and_two_processes(finished, root):
+def test_fid_is_the_same_on_one_and_two_processes(copied):
     """`test` of one checkpoint, at two batch sizes and on two processes."""
     values = []
     for words in (["trainer=cpu"], ["trainer=ddp_cpu", "callbacks.metrics.batch_size=7"]):
-        command = [sys.executable, "train.py", "test", f"ckpt_path={finished}/checkpoints/best.ckpt", *words]
+        command = [sys.executable, "train.py", "test", f"ckpt_path={copied}/checkpoints/best.ckpt", *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
-        row = json.loads((finished / "fid.json").read_text())[-1]
+        row = json.loads((copied / "fid.json").read_text())[-1]
         assert row["protocol"].startswith("150 samples (ode, 9 network calls")
         values.append((row["test/fid"], row["test/kid"]))
     assert values[0] == pytest.approx(values[1], rel=1e-3)

@@ -102,6 +102,7 @@ class BellmanDiffusion(L.LightningModule):
         self.scalar_weight = scalar_weight
         self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
         self.warmup_steps, self.lr_decay = warmup_steps, lr_decay
+        self.loaded_step = 0
 
     # ---- losses
 
@@ -185,6 +186,10 @@ class BellmanDiffusion(L.LightningModule):
     def on_train_start(self) -> None:
         """Give every rank, and every part of a resumed run, noise of its own."""
         torch.manual_seed(torch.initial_seed() + self.global_rank + 1000 * self.global_step)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember how long the loaded weights were trained."""
+        self.loaded_step = checkpoint["global_step"]
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
         """Losses of one batch (x, label); the vectors beside "loss" are for callbacks."""

@@ -6,12 +6,13 @@ from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, positive
 from bd_lightning.networks.embedding import ConditionEmbedding, zero_init
+from bd_lightning.networks.norms import LayerNorm
 
 
 class _Block(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.inner = nn.Linear(width, width)
         self.condition = nn.Linear(width, 2 * width)
         self.outer = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), nn.Linear(width, width))
@@ -51,7 +52,7 @@ class MLP(nn.Module):
         self.act = nn.SiLU()
         self.enter = nn.Linear(dim, width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
-        self.norm = nn.LayerNorm(width)
+        self.norm = LayerNorm(width)
         self.gradient_head = zero_init(nn.Linear(width, dim))
         self.scalar_head = zero_init(nn.Linear(width, 1))
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, positive
 from bd_lightning.networks.embedding import ConditionEmbedding, zero_init
+from bd_lightning.networks.norms import GroupNorm
 
 
-def _norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(math.gcd(8, channels), channels)
+def _norm(channels: int) -> GroupNorm:
+    return GroupNorm(math.gcd(8, channels), channels)
 
 
 class _Attention(nn.Module):

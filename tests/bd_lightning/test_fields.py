@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from bd_lightning import kernels
+from bd_lightning.divergences import probe_jacobian
 from bd_lightning.fields import Fields, log_gradient
 from bd_lightning.networks import MLP, UNet
 
@@ -80,6 +81,26 @@ def test_forward_mode_agrees_with_differences(build):
     _, tangent = torch.func.jvp(function, (x,), (v,))
     difference = (function(x + 1e-5 * v) - function(x - 1e-5 * v)) / 2e-5
     torch.testing.assert_close(tangent, difference, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
+def test_gradients_of_the_probed_jacobian(build):
+    """Parameters are trained through vᵀJv: forward over reverse has to agree with reverse over reverse, layer by layer."""
+    network = excite(build()).double()
+    x, c = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    v = torch.randn(1, 2, 1, 8, 8, dtype=torch.float64)
+    parameters = [p for name, p in network.named_parameters() if not name.startswith("scalar_head")]
+
+    _, _, forward = probe_jacobian(lambda p: network(p, c), x, v)
+    point = x.clone().requires_grad_(True)
+    out = network(point, c)[0]
+    (pulled,) = torch.autograd.grad((out * v[0]).sum(), point, create_graph=True)
+    reverse = (pulled * v[0]).flatten(1).sum(1)
+    torch.testing.assert_close(forward, reverse)
+    for a, b in zip(*(torch.autograd.grad(t.sum(), parameters, allow_unused=True) for t in (forward, reverse))):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
