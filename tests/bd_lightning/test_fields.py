@@ -85,7 +85,7 @@ def test_forward_mode_agrees_with_differences(build):
 
 @pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
 def test_gradients_of_the_probed_jacobian(build):
-    """Parameters are trained through vᵀJv: forward over reverse has to agree with reverse over reverse, layer by layer."""
+    """Parameters are trained through vᵀJv: forward over reverse has to agree with reverse over reverse."""
     network = excite(build()).double()
     x, c = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     v = torch.randn(1, 2, 1, 8, 8, dtype=torch.float64)
