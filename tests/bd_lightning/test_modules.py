@@ -83,17 +83,6 @@ def test_single_scale_divergence_learns_the_papers_fields():
     assert s < 0.2 and g < 0.45 < before
 
 
-def test_factored_target_ignores_the_scale_of_the_kernel():
-    """The loss of S is the score's own when the mobility is constant: m̂ cancels."""
-    module = build()
-    x = square(torch.float32).sample(64)
-    a = module.losses(x, generator=torch.Generator().manual_seed(1))["gradient"]
-    module.kernel = kernels.Constant()
-    b = module.losses(x, generator=torch.Generator().manual_seed(1))["gradient"]
-    assert (a - b).abs().max() > 0  # ∇log m̂ differs in the plane ...
-    assert torch.allclose(a.mean(), b.mean(), rtol=0.5)  # ... but not in order of magnitude
-
-
 def test_losses_are_the_weighted_denoising_error():
     """For the constant kernel: (2σ)²(1 + σ²/σ_d²)/d · ¼‖S + n/σ‖², EDM's weighting."""
     module = build(kernel=kernels.Constant())
