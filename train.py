@@ -146,9 +146,10 @@ def build_callbacks(config: dict[str, Any], command: str, run_dir: Path) -> list
         extra = {"dirpath": str(run_dir / "checkpoints")} if saves and "dirpath" not in node else {}
         built.append(build.instantiate(node, f"callbacks.{name}", **extra))
     monitored = {c.monitor for c in built if isinstance(c, ModelCheckpoint)}
-    if monitored & {"val/fid", "val/kid"} and not (config["callbacks"] or {}).get("metrics"):
+    monitored &= {"val/fid", "val/kid", "val/w2", "val/mmd"}
+    if monitored and not (config["callbacks"] or {}).get("metrics"):
         raise UserError(
-            "without callbacks.metrics there is no val/fid to choose the best checkpoint by: "
+            f"without callbacks.metrics there is no {monitored.pop()} to choose the best checkpoint by: "
             "set callbacks.best=null too, or callbacks.best.monitor=val/loss"
         )
     return sorted(built, key=lambda callback: isinstance(callback, WeightAveraging))
@@ -268,15 +269,9 @@ def finish(run_dir: Path) -> None:
     """Say where everything is and how to sample from it."""
     import json
 
-    path = run_dir / "fid.json"
-    if path.is_file():
-        row = json.loads(path.read_text())[-1]
-        stage = "test" if "test/fid" in row else "val"
-        kid = f", KID {row[f'{stage}/kid']:.4f}" if f"{stage}/kid" in row else ""
-        print(
-            f"FID {row[f'{stage}/fid']:.2f}{kid} (real images {row['floor']:.2f}, noise {row['noise']:.1f}): "
-            f"{row['protocol']}"
-        )
+    for path in (run_dir / "fid.json", run_dir / "distances.json"):
+        if path.is_file():
+            print(json.loads(path.read_text())[-1]["summary"])
     best, last = (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     checkpoint = best if best.is_file() else last
     print(f"everything is in {short(run_dir)}; to sample: train.py predict ckpt_path={short(checkpoint)} n=64")

@@ -19,6 +19,14 @@ so the noise of the kernel cancels out of the target:
     denoising    ¼ m̂² ‖ S + n/σ − ∇log m̂ ‖²
     divergence   ¼ m̂² ‖S‖² + ½ m̂² tr ∇S + ½ m̂ ∇m̂·S        (tr ∇(m̂S) = m̂ tr ∇S + ∇m̂·S)
 
+*Kernel field regression*, for low dimension. With the exact kernel, m and ∇m are conditional means of k(x, y) and
+∇_x k(x, y) given x, whatever the density of x, so that the squared errors
+
+    E_x ( s(x) − m̂(x) )²,        E_x ‖ g(x) − ∇m̂(x) ‖²
+
+reach s = m and g = ∇m wherever a `Proposal` sends x, off the data too. These are the fields of m itself, p smoothed by
+the kernel: g m − ½∇(m m) = 0.
+
 All functions return one loss per sample, shape (B,), without weights; x, fields and ∇m̂ have shape (B, *), m̂ (B,).
 
 References:
@@ -28,12 +36,13 @@ References:
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import one_of
+from bd_lightning.checks import in_range, one_of, positive
 
 TRACES = ("hutchinson", "gaussian", "sliced", "exact")
 
@@ -78,6 +87,54 @@ def factored_denoising_loss(S: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, 
     """The denoising form for g = ½ m̂ S per sample: ¼ ‖m̂(S + n/σ) − ∇m̂‖²."""
     residual = bcast(m, S) * (S + noise / bcast(sigma, S)) - grad_m
     return inner(residual, residual) / 4
+
+
+def regression_loss(g: Tensor, grad_m: Tensor) -> Tensor:
+    """‖g − ∇m̂‖² per sample, at any points x."""
+    return inner(g - grad_m, g - grad_m)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Query points of kernel field regression: some near the data, the others all over its surroundings.
+
+    Args:
+        uniform: share of points drawn uniformly from the bounding box of the pool, widened by `margin`.
+        margin: by how much the box is widened on each side, as a share of its side.
+        spread: the other points are data with noise of this standard deviation, in widths √(ε + σ²) of the kernel.
+    """
+
+    uniform: float = 0.5
+    margin: float = 0.3
+    spread: float = 1.5
+
+    def __post_init__(self) -> None:
+        in_range(0, 1, uniform=self.uniform)
+        positive(spread=self.spread)
+        in_range(0, 10, margin=self.margin)
+
+    def __call__(self, x: Tensor, pool: Tensor, width: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Draw one query point per data point.
+
+        Args:
+            x: data, shape (B, *).
+            pool: data that spans the box, shape (N, *).
+            width: kernel width at each point, shape (B,).
+            generator: source of randomness.
+
+        Returns:
+            Points, shape (B, *).
+        """
+
+        def uniform(*size: int) -> Tensor:
+            return torch.rand(size, device=x.device, dtype=x.dtype, generator=generator)
+
+        noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+        near = x + self.spread * bcast(width, x) * noise
+        low, high = pool.amin(0), pool.amax(0)
+        side = high - low
+        anywhere = low - self.margin * side + (1 + 2 * self.margin) * side * uniform(*x.shape)
+        return torch.where(bcast(uniform(len(x)) < self.uniform, x), anywhere, near)
 
 
 def probes(x: Tensor, method: str, generator: torch.Generator | None = None) -> Tensor:

@@ -26,11 +26,20 @@ References:
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from bd_lightning.checks import positive
+
+
+class Smoothable(Protocol):
+    """What a kernel asks of a density to know its mobility in closed form; `targets.Density` is one."""
+
+    def smoothed(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
+        """p_σ and ∇p_σ at x."""
+        ...
 
 
 def leave_one_out(batch: int, pool: int | None = None, offset: int = 0, device: torch.device | None = None) -> Tensor:
@@ -57,18 +66,24 @@ def leave_one_out(batch: int, pool: int | None = None, offset: int = 0, device: 
     return weights
 
 
-def single_partner(batch: int, device: torch.device | None = None) -> Tensor:
+def single_partner(batch: int, pool: int | None = None, device: torch.device | None = None) -> Tensor:
     """Weights that give point i the single partner i + 1 (cyclic), one pair per sample as in the paper.
 
+    Args:
+        batch: number of query points B.
+        pool: number of partners N ≥ B, the query points' own first; the batch itself if None.
+        device: where to put the result.
+
     Returns:
-        Weights, shape (B, B), rows summing to one.
+        Weights, shape (B, N), rows summing to one.
 
     Raises:
-        ValueError: if the batch has fewer than two points.
+        ValueError: if the pool has fewer than two points.
     """
-    if batch < 2:
-        raise ValueError(f"a kernel estimate needs a batch of at least 2 points, got {batch}; raise the batch size")
-    return torch.eye(batch, device=device).roll(1, dims=1)
+    pool = batch if pool is None else pool
+    if pool < 2:
+        raise ValueError(f"a kernel estimate needs a batch of at least 2 points, got {pool}; raise the batch size")
+    return torch.eye(pool, device=device).roll(1, dims=1)[:batch]
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -105,6 +120,19 @@ class Kernel(ABC):
 
         Returns:
             The estimates m̂, shape (B,), and ∇m̂, shape (B, d).
+        """
+
+    @abstractmethod
+    def mobility(self, density: Smoothable, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The mobility that the estimates have as their mean, for a density with closed-form smoothing.
+
+        Args:
+            density: the density of y.
+            x: query points, shape (B, d).
+            sigma: noise level of each query point, shape (B,), in data units.
+
+        Returns:
+            m, shape (B,), and ∇m, shape (B, d).
         """
 
     @abstractmethod
@@ -154,8 +182,40 @@ class Exact(_Radial):
     def order(self, dim):
         return dim
 
+    def mobility(self, density, x, sigma):
+        return density.smoothed(x, (self.epsilon + sigma.square()).sqrt())
+
     def log(self, r2, variance, dim):
         return -r2 / (2 * variance) - dim / 2 * (2 * math.pi * variance).log(), -1 / (2 * variance)
+
+
+def _slice_average(density: Smoothable, x: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """E_y (2π(v + ‖x − y‖²/d))^{−1/2} and its gradient, for v of shape (B,).
+
+    A^{−1/2} = (2/√π) ∫₀^∞ exp(−u²A) du makes the kernel a mixture of Gaussians in x − y, of variances τ² = d/(2u²):
+
+        m = (√2/π) ∫₀^∞ exp(−u²v) (2πτ²)^{d/2} p_τ(x) du,
+
+    by the trapezoid rule in t, u = exp(t − exp(−t)) in units of the smallest 1/‖x − y‖ that occurs.
+    """
+    d = x.shape[1]
+    far = float(x.detach().norm(dim=1).max()) + 30.0
+    end = math.log(far * math.sqrt(30 / float(variance.min())))
+    nodes = torch.linspace(-2.8, end, math.ceil((end + 2.8) / 0.3), dtype=torch.float64)
+    h = float(nodes[1] - nodes[0])
+    m, grad_m = torch.zeros_like(x[:, 0]), torch.zeros_like(x)
+    for t in nodes.tolist():
+        u = math.exp(t - math.exp(-t)) / far
+        width = math.sqrt(d / 2) / u
+        log_scale = (
+            math.log(math.sqrt(2) / math.pi * h * u * (1 + math.exp(-t)))
+            + d * math.log(width)
+            + (d / 2 * math.log(2 * math.pi))
+        )
+        factor = (log_scale - u**2 * variance).exp()
+        p, grad_p = density.smoothed(x, width)
+        m, grad_m = m + factor * p, grad_m + factor[:, None] * grad_p
+    return m, grad_m
 
 
 @dataclass(frozen=True)
@@ -168,6 +228,9 @@ class ClosedFormSlices(_Radial):
 
     def order(self, dim):
         return 1
+
+    def mobility(self, density, x, sigma):
+        return _slice_average(density, x, self.epsilon + sigma.square())
 
     def log(self, r2, variance, dim):
         total = variance + r2 / dim
@@ -194,6 +257,9 @@ class Sliced(Kernel):
     def order(self, dim):
         return 1
 
+    def mobility(self, density, x, sigma):
+        return _slice_average(density, x, self.epsilon + sigma.square())
+
     def __call__(self, x, y, sigma, weights, generator=None):
         w = torch.randn(len(x), self.slices, x.shape[1], device=x.device, dtype=x.dtype, generator=generator)
         w = w / math.sqrt(x.shape[1])
@@ -210,6 +276,9 @@ class Constant(Kernel):
 
     def order(self, dim):
         return 0
+
+    def mobility(self, density, x, sigma):
+        return torch.ones_like(x[:, 0]), torch.zeros_like(x)
 
     def __call__(self, x, y, sigma, weights, generator=None):
         return torch.ones_like(x[:, 0]), torch.zeros_like(x)

@@ -51,8 +51,8 @@ class WandB(WandbLogger):
     """A Weights & Biases run that never asks for a login and never waits for a server.
 
     Without an API key, or when the server does not answer within `timeout`, the run is kept offline in the run folder
-    and one line says how to sync it. The x-axis is the trainer's global step, and val/fid is summarised by its
-    minimum. Only rank 0 starts a run.
+    and one line says how to sync it. The x-axis is the trainer's global step; val/fid and val/w2 are summarised by
+    their minimum. Only rank 0 starts a run.
 
     Args:
         project: W&B project.
@@ -136,7 +136,8 @@ class WandB(WandbLogger):
             if mode != "disabled":
                 run.define_metric("trainer/global_step")
                 run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-                run.define_metric("val/fid", step_metric="trainer/global_step", summary="min")
+                for metric in ("val/fid", "val/w2"):
+                    run.define_metric(metric, step_metric="trainer/global_step", summary="min")
             self._experiment = run
         return self._experiment
 

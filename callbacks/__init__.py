@@ -5,7 +5,9 @@ part of the checkpointed module. Those that evaluate run between the two swaps o
 from callbacks.checkpoints import AveragedWeights, LastCheckpoint
 from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss
 from callbacks.features import ClassifierFeatures, InceptionFeatures
+from callbacks.figures import FieldFigures, PointTrajectory
 from callbacks.metrics import ImageMetrics
+from callbacks.points import PointMetrics
 from callbacks.progress import StepProgress
 from callbacks.samples import ImageWriter, SampleGrid, Trajectory
 
@@ -13,11 +15,14 @@ __all__ = [
     "AveragedWeights",
     "ClassifierFeatures",
     "FieldDiagnostics",
+    "FieldFigures",
     "ImageMetrics",
     "ImageWriter",
     "InceptionFeatures",
     "LastCheckpoint",
     "NonFiniteLoss",
+    "PointMetrics",
+    "PointTrajectory",
     "SampleGrid",
     "StepProgress",
     "Trajectory",

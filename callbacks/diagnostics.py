@@ -17,7 +17,7 @@ class NonFiniteLoss(UserError):
 
 class FieldDiagnostics(L.Callback):
     """Logs, every `trainer.log_every_n_steps` steps: the two losses by noise level, the share of the scalar field near
-    zero, the norm of the gradient before clipping, and images per second over all devices (validation not counted).
+    zero, the norm of the gradient before clipping, and samples per second over all devices (validation not counted).
 
     Stops the run at the first non-finite loss, before the weights are changed, and keeps the batch.
 
@@ -39,7 +39,7 @@ class FieldDiagnostics(L.Callback):
 
     def _clear(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.images, self.seconds, self.last = 0, 0.0, time.perf_counter()
+        self.samples, self.seconds, self.last = 0, 0.0, time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
@@ -86,7 +86,7 @@ class FieldDiagnostics(L.Callback):
             binned = torch.zeros(len(self.bins), device=sigma.device).index_add_(0, place, vector.float())
             self.sums[name] = self.sums[name] + binned if name in self.sums else binned
         now = time.perf_counter()
-        self.images += len(sigma) * trainer.world_size
+        self.samples += len(sigma) * trainer.world_size
         self.seconds += now - self.last
         self.last = now
         due = trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step != self.logged_step
@@ -95,7 +95,7 @@ class FieldDiagnostics(L.Callback):
             counts = self.sums["count"].tolist()
             values = {
                 "field/s_near_zero": float(self.sums["near_zero"].sum()) / sum(counts),
-                "train/images_per_second": self.images / self.seconds,
+                "train/samples_per_second": self.samples / self.seconds,
             }
             for term in ("gradient", "scalar"):
                 for name, total, count in zip(self.bins, self.sums[term].tolist(), counts):

@@ -1,8 +1,10 @@
-"""Drawing samples on all ranks, and putting pictures where people look for them."""
+"""Drawing samples on all ranks, and putting pictures and records where people look for them."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,7 +14,6 @@ from torchvision.utils import make_grid
 
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import SamplingDiverged
-from datamodules.base import to_uint8
 
 
 def check_sampler(pl_module: L.LightningModule, name: str | None, owner: str) -> None:
@@ -23,6 +24,16 @@ def check_sampler(pl_module: L.LightningModule, name: str | None, owner: str) ->
     """
     if name is not None and name not in pl_module.samplers:
         raise UserError(f"{owner}: no sampler named '{name}'; the model has {', '.join(pl_module.samplers)}")
+
+
+def need_images(pl_module: L.LightningModule, owner: str) -> None:
+    """Refuse data that is not images.
+
+    Raises:
+        UserError: naming the callback and what to choose instead.
+    """
+    if len(pl_module.shape) != 3:
+        raise UserError(f"{owner} is for images, and a sample has shape {pl_module.shape}: choose callbacks=points")
 
 
 @contextmanager
@@ -40,7 +51,7 @@ def all_or_none(trainer: L.Trainer) -> Iterator[None]:
 def draw(
     trainer: L.Trainer, pl_module: L.LightningModule, n: int, batch_size: int, seed: int, sampler: str | None
 ) -> Iterator[Tensor]:
-    """This rank's share of n samples, as bytes, a batch at a time.
+    """This rank's share of n samples, in the model's units, a batch at a time.
 
     Sample i depends on the seed and on i alone, and goes to rank i modulo the number of ranks. A class-conditional
     module is asked for class i modulo the number of classes.
@@ -51,13 +62,13 @@ def draw(
         label = None
         if pl_module.conditional:
             label = torch.tensor([i % pl_module.num_classes for i in indices], device=pl_module.device)
-        yield to_uint8(pl_module.sample(indices, sampler=sampler, seed=seed, label=label))
+        yield pl_module.sample(indices, sampler=sampler, seed=seed, label=label)
 
 
 def draw_together(
     trainer: L.Trainer, pl_module: L.LightningModule, n: int, batch_size: int, seed: int, sampler: str | None
 ) -> Tensor:
-    """All n samples on every rank, in order, bytes of shape (n, C, H, W) on the CPU.
+    """All n samples on every rank, in order and in the model's units, shape (n, *shape), on the CPU.
 
     Raises:
         UserError: on every rank, if chains were lost on any.
@@ -68,7 +79,7 @@ def draw_together(
         mine = torch.cat(list(draw(trainer, pl_module, padded, batch_size, seed, sampler)))
     if world == 1:
         return mine[:n].cpu()
-    shares = pl_module.all_gather(mine)  # (world, n / world, C, H, W)
+    shares = pl_module.all_gather(mine)  # (world, n / world, *shape)
     return shares.transpose(0, 1).flatten(0, 1)[:n].cpu()
 
 
@@ -94,3 +105,26 @@ def publish_image(trainer: L.Trainer, key: str, path: Path, caption: str) -> Non
     for logger in trainer.loggers:
         if hasattr(logger, "log_image"):
             logger.log_image(key, [str(path)], step=step_of(trainer), caption=[caption])
+
+
+def publish_animation(
+    trainer: L.Trainer, name: str, pictures: list[Image.Image], seconds: float, hold: float = 1.0
+) -> None:
+    """Write pictures as <run folder>/samples/trajectory-<name>.gif, the last one held, and log them as a video."""
+    path = run_folder(trainer) / "samples" / f"trajectory-{name}.gif"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    times = [round(1000 * seconds / len(pictures))] * (len(pictures) - 1) + [round(1000 * hold)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_video"):
+            logger.log_video(f"trajectory/{name}", [str(path)], step=trainer.global_step, format=["gif"])
+
+
+def append_record(trainer: L.Trainer, name: str, row: dict[str, Any]) -> None:
+    """Append a row to <run folder>/<name>, a JSON list; "summary" of the last row is printed when the run ends."""
+    path = run_folder(trainer) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(path.read_text()) if path.is_file() else []
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps([*rows, row], indent=1))
+    part.replace(path)

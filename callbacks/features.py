@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from bd_lightning.checks import UserError, positive
-from datamodules.base import ImageDataModule, to_unit
+from datamodules.images import ImageDataModule, to_unit
 
 
 def cache_path(data: ImageDataModule, what: str, *keys: Any) -> Path:

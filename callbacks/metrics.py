@@ -1,7 +1,5 @@
 """FID and KID of samples, with the protocol written beside every number."""
 
-import json
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -14,9 +12,9 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import UserError, positive
-from callbacks.drawing import all_or_none, check_sampler, draw, run_folder, step_of
+from callbacks.drawing import all_or_none, append_record, check_sampler, draw, need_images, step_of
 from callbacks.features import ImageFeatures, cache_path, load_cached, save_cached
-from datamodules.base import ImageDataModule, to_uint8
+from datamodules.images import ImageDataModule, to_uint8
 
 
 class _Given(nn.Module):
@@ -77,6 +75,7 @@ class ImageMetrics(L.Callback):
         """Train or load the features and the reference statistics, on rank 0 first."""
         if stage not in ("fit", "validate", "test"):
             return
+        need_images(pl_module, type(self).__name__)
         check_sampler(pl_module, self.sampler, type(self).__name__)
         held_out = "test" if stage == "test" else "val"
         data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
@@ -144,8 +143,8 @@ class ImageMetrics(L.Callback):
         try:
             with isolate_rng():
                 with all_or_none(trainer):
-                    for images in draw(trainer, pl_module, n, self.batch_size, self.seed, sampler):
-                        rows = self.features(images.to(pl_module.device))
+                    for x in draw(trainer, pl_module, n, self.batch_size, self.seed, sampler):
+                        rows = self.features(to_uint8(x))
                         fid.update(rows.double(), real=False)
                         kid.update(rows / self.features.kid_scale, real=False)
                 torch.manual_seed(0)  # KID draws subsets
@@ -175,12 +174,12 @@ class ImageMetrics(L.Callback):
                 f"floor: {reference['floor_split']}; noise: uniform bytes"
             ),
         }
-        path = run_folder(trainer) / "fid.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = json.loads(path.read_text()) if path.is_file() else []
-        part = Path(f"{path}.part")
-        part.write_text(json.dumps([*rows, row], indent=1))
-        part.replace(path)
+        kid = f", KID {values[f'{stage}/kid']:.4f}" if f"{stage}/kid" in values else ""
+        row["summary"] = (
+            f"FID {values[f'{stage}/fid']:.2f}{kid} (real images {row['floor']:.2f}, noise {row['noise']:.1f}): "
+            f"{row['protocol']}"
+        )
+        append_record(trainer, "fid.json", row)
         facts = {"fid/floor": reference["floor"], "fid/noise": reference["noise"], **self.features.facts}
         for logger in trainer.loggers:
             logger.log_metrics(facts, step=step_of(trainer))

@@ -10,7 +10,8 @@ from bd_lightning.checks import positive
 
 
 class StepProgress(ProgressBar):
-    """Shows steps, time left, the smoothed loss and the latest FID. Epochs of small data sets are too short to watch.
+    """Shows steps, time left, the smoothed loss, and the latest FID or Wasserstein distance. Epochs of small data sets
+    are too short to watch.
 
     Args:
         refresh_rate: steps between updates.
@@ -55,8 +56,9 @@ class StepProgress(ProgressBar):
             loss = float(outputs["loss"])
             self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
             shown = {"loss": f"{self.loss:.3f}"}
-            if "val/fid" in trainer.callback_metrics:
-                shown["fid"] = f"{float(trainer.callback_metrics['val/fid']):.1f}"
+            for name, digits in (("fid", 1), ("w2", 3)):
+                if f"val/{name}" in trainer.callback_metrics:
+                    shown[name] = f"{float(trainer.callback_metrics[f'val/{name}']):.{digits}f}"
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(step - self.bar.n)
 

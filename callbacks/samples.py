@@ -1,4 +1,4 @@
-"""Pictures: sample grids, the way of the sampler, and the images that `predict` writes."""
+"""Pictures of images: sample grids, the way of the sampler, and the images that `predict` writes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +14,17 @@ from torchvision.io import read_image
 
 from bd_lightning.checks import UserError, positive
 from bd_lightning.dynamics import SamplingDiverged
-from callbacks.drawing import check_sampler, draw_together, grid_image, publish_image, run_folder, step_of
-from datamodules.base import to_uint8
+from callbacks.drawing import (
+    check_sampler,
+    draw_together,
+    grid_image,
+    need_images,
+    publish_animation,
+    publish_image,
+    run_folder,
+    step_of,
+)
+from datamodules.images import to_uint8
 
 
 class SampleGrid(L.Callback):
@@ -35,6 +44,7 @@ class SampleGrid(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the names of the samplers."""
+        need_images(pl_module, type(self).__name__)
         for name in self.samplers:
             check_sampler(pl_module, name, type(self).__name__)
 
@@ -50,18 +60,19 @@ class SampleGrid(L.Callback):
             if trainer.is_global_zero:
                 path = run_folder(trainer) / "samples" / f"{name}-{step_of(trainer):07d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                grid_image(images).save(path)
+                grid_image(to_uint8(images)).save(path)
                 caption = f"{name}, {pl_module.samplers[name].calls} network calls, seed {self.seed}"
                 publish_image(trainer, f"samples/{name}", path, caption)
 
 
 class Trajectory(L.Callback):
-    """The way of a sampler from noise to images, as an animation, once training is over.
+    """The way of a sampler from noise to samples, as an animation, once training is over.
 
-    Written to <run folder>/samples/trajectory-<sampler>.gif and logged as a video.
+    Written to <run folder>/samples/trajectory-<sampler>.gif and logged as a video. Images are shown side by side;
+    sub-classes say how other data is drawn.
 
     Args:
-        n: images side by side.
+        n: number of samples.
         sampler: name of the module's sampler.
         frames: number of frames, spread over the steps.
         seconds: length of the animation.
@@ -76,18 +87,19 @@ class Trajectory(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the name of the sampler."""
+        need_images(pl_module, type(self).__name__)
         check_sampler(pl_module, self.sampler, type(self).__name__)
+
+    def picture(self, trainer: L.Trainer, x: torch.Tensor) -> Image.Image:
+        """One frame for a state x, shape (n, *shape)."""
+        scale = x.std().clamp_min(1.0)  # early states are far larger than images
+        return grid_image(to_uint8(x / scale), columns=round(self.n**0.5))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw and write the animation; the module holds averaged weights by now."""
         if not trainer.is_global_zero:
             return
         states: list[torch.Tensor] = []
-
-        def watch(step: int, x: torch.Tensor) -> None:
-            scale = x.std().clamp_min(1.0)  # early states are far larger than images
-            states.append(to_uint8(x / scale).cpu())
-
         label = None
         if pl_module.conditional:
             label = torch.arange(self.n, device=pl_module.device) % pl_module.num_classes
@@ -95,22 +107,16 @@ class Trajectory(L.Callback):
         pl_module.eval()
         try:
             with isolate_rng():
-                pl_module.sample(range(self.n), sampler=self.sampler, seed=self.seed, label=label, watch=watch)
+                pl_module.sample(
+                    range(self.n), self.sampler, self.seed, label, watch=lambda step, x: states.append(x.cpu())
+                )
         except SamplingDiverged as error:
             rank_zero_info(f"no animation of sampler '{self.sampler}': {error}")
             return
         finally:
             pl_module.train(training)
         chosen = torch.linspace(0, len(states) - 1, min(self.frames, len(states))).round().int().tolist()
-        pictures = [grid_image(states[i], columns=round(self.n**0.5)) for i in chosen]
-        path = run_folder(trainer) / "samples" / f"trajectory-{self.sampler}.gif"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pause = round(1000 * self.seconds / len(pictures))
-        times = [pause] * (len(pictures) - 1) + [1000]
-        pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
-        for logger in trainer.loggers:
-            if hasattr(logger, "log_video"):
-                logger.log_video(f"trajectory/{self.sampler}", [str(path)], step=trainer.global_step, format=["gif"])
+        publish_animation(trainer, self.sampler, [self.picture(trainer, states[i]) for i in chosen], self.seconds)
 
 
 class ImageWriter(BasePredictionWriter):

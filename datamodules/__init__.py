@@ -1,9 +1,23 @@
 """LightningDataModules. Everything a model needs to know of the data comes from here."""
 
-from datamodules.base import ImageDataModule, to_uint8
+from datamodules.base import DataModule
 from datamodules.digits import Digits
 from datamodules.folder import ImageFolder
+from datamodules.images import ImageDataModule, to_uint8
 from datamodules.requests import SampleRequests
+from datamodules.synthetic import Synthetic
+from datamodules.table import Table
 from datamodules.torchvision_sets import CIFAR10, MNIST
 
-__all__ = ["CIFAR10", "MNIST", "Digits", "ImageDataModule", "ImageFolder", "SampleRequests", "to_uint8"]
+__all__ = [
+    "CIFAR10",
+    "MNIST",
+    "DataModule",
+    "Digits",
+    "ImageDataModule",
+    "ImageFolder",
+    "SampleRequests",
+    "Synthetic",
+    "Table",
+    "to_uint8",
+]

@@ -1,7 +1,4 @@
-"""What all image data modules share: facts, splits, scaling, augmentation and loading.
-
-Images travel as bytes and are scaled to [−1, 1] a batch at a time. Augmentation touches the training split only.
-"""
+"""What all data modules share: facts, splits and loaders."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -19,32 +16,20 @@ class DataError(UserError):
     """Data that is missing or unusable, said in one sentence."""
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """Images from [−1, 1] (clipped) to bytes, the same shape."""
-    return ((x.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def to_unit(x: Tensor) -> Tensor:
-    """Images from bytes to [−1, 1], float32, the same shape."""
-    return x.float() / 127.5 - 1
-
-
-class ByteImages(Dataset):
-    """A split held in memory: images (N, C, H, W) of bytes and labels (N,). It is indexed by lists, a batch at a time.
+class Rows(Dataset):
+    """A split held in memory: x (N, *) and labels (N,). It is indexed by lists, a batch at a time.
 
     Args:
-        images: the images.
-        labels: class indices.
-
-    Attributes:
-        flip: mirror images left to right with probability one half.
+        x: the samples.
+        labels: class indices; zeros if None.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.images, self.labels, self.flip = images, labels, False
+    def __init__(self, x: Tensor, labels: Tensor | None = None) -> None:
+        self.x = x
+        self.labels = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.x)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         x, y = self.__getitems__([index])
@@ -52,25 +37,21 @@ class ByteImages(Dataset):
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         rows = torch.as_tensor(indices)
-        x = to_unit(self.images[rows])
-        if self.flip:
-            mirrored = torch.rand(len(x)) < 0.5
-            x[mirrored] = x[mirrored].flip(-1)
-        return x, self.labels[rows]
+        return self.x[rows], self.labels[rows]
 
 
-class ImageDataModule(L.LightningDataModule):
-    """Base of the image data modules.
+class DataModule(L.LightningDataModule):
+    """Base of the data modules.
 
     Sub-classes set the facts below, download in `prepare_data` (which Lightning calls once per node), and return the
     splits from `load_split`.
 
     Attributes:
-        shape: (channels, height, width).
+        shape: shape of one sample.
         name: what caches and protocols call the data.
         class_names: names of the classes, in label order; empty if there are none.
-        sigma_data: standard deviation of the training images in [−1, 1].
-        reference_split: split that FID compares with: "stage" is the held-out split of the running stage.
+        sigma_data: standard deviation of the training samples in the model's units.
+        reference_split: split that samples are compared with: "stage" is the held-out split of the running stage.
 
     Args:
         root: folder of data sets; also holds what is derived from them.
@@ -79,10 +60,9 @@ class ImageDataModule(L.LightningDataModule):
         eval_batch_size: batch size of validation and test.
         num_workers: worker processes of each loader; each is seeded from the run's seed.
         pin_memory: copy batches to page-locked memory, for GPUs.
-        flip: mirror training images left to right at random.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, ...]
     class_names: tuple[str, ...] = ()
     sigma_data: float
     reference_split: str = "stage"
@@ -94,7 +74,6 @@ class ImageDataModule(L.LightningDataModule):
         eval_batch_size: int = 500,
         num_workers: int = 0,
         pin_memory: bool = False,
-        flip: bool = False,
     ) -> None:
         super().__init__()
         self.name = type(self).__name__
@@ -104,12 +83,12 @@ class ImageDataModule(L.LightningDataModule):
         in_range(0, 256, num_workers=num_workers)
         self.root = root
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
-        self.num_workers, self.pin_memory, self.flip = num_workers, pin_memory, flip
+        self.num_workers, self.pin_memory = num_workers, pin_memory
         self.splits: dict[str, Any] = {}
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What models are built from: shape, num_classes and sigma_data."""
+        """What models are built from, as plain values: shape, num_classes and sigma_data."""
         return {"shape": self.shape, "num_classes": len(self.class_names), "sigma_data": self.sigma_data}
 
     @property
@@ -119,9 +98,7 @@ class ImageDataModule(L.LightningDataModule):
 
     @abstractmethod
     def load_split(self, split: str) -> Any:
-        """The "train", "val" or "test" split as a data set of (image in [−1, 1], label), without augmentation.
-
-        The data set has an attribute `flip`, which turns mirroring on.
+        """The "train", "val" or "test" split as a data set of (x, label), without augmentation.
 
         Raises:
             DataError: if files are missing or broken.
@@ -131,11 +108,10 @@ class ImageDataModule(L.LightningDataModule):
         """A split, loaded at its first use."""
         if split not in self.splits:
             self.splits[split] = self.load_split(split)
-            self.splits[split].flip = self.flip and split == "train"
             size = len(self.splits[split])
             if split == "train" and size < self.batch_size:
                 raise DataError(
-                    f"{self.name}: the training split has {size} images, fewer than one batch; "
+                    f"{self.name}: the training split has {size} samples, fewer than one batch; "
                     f"set data.batch_size to {size} or less"
                 )
         return self.splits[split]
@@ -161,7 +137,7 @@ class ImageDataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches (x in [−1, 1], (B, *shape); label, (B,)); a last short batch is dropped."""
+        """Shuffled batches (x, (B, *shape); label, (B,)); a last short batch is dropped."""
         return self._loader(self.split("train"), batch_size=self.batch_size, shuffle=True, drop_last=True)
 
     def eval_dataloader(self, split: str) -> DataLoader:

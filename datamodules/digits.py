@@ -2,7 +2,7 @@
 
 import torch
 
-from datamodules.base import ByteImages, ImageDataModule
+from datamodules.images import ByteImages, ImageDataModule
 
 
 class Digits(ImageDataModule):

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from bd_lightning.checks import in_range, positive
-from datamodules.base import DataError, ImageDataModule, to_unit
+from datamodules.base import DataError
+from datamodules.images import ImageDataModule, to_unit
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}

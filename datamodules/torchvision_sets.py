@@ -9,7 +9,8 @@ from torchvision import datasets
 from torchvision.datasets import VisionDataset
 
 from bd_lightning.checks import positive
-from datamodules.base import ByteImages, DataError, ImageDataModule
+from datamodules.base import DataError
+from datamodules.images import ByteImages, ImageDataModule
 
 
 class _Torchvision(ImageDataModule):

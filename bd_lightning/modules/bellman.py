@@ -12,15 +12,21 @@ from bd_lightning import divergences, kernels
 from bd_lightning.checks import in_range, one_of, positive
 from bd_lightning.dynamics import SampleNoise, Sampler
 from bd_lightning.fields import Fields
+from bd_lightning.targets import AnalyticFields, Density
+
+ESTIMATORS = ("denoising", "divergence", "regression")
 
 
 class BellmanDiffusion(L.LightningModule):
     """Learns the gradient and the scalar field of a data density and samples from them.
 
     The default is multi-scale: fields of p_σ at every noise level, log σ ~ N(noise_mean, noise_std²). With
-    `multi_scale` False it is the paper's model, fields of p alone, which needs the divergence estimator and direct
-    parametrisation. Losses are weighted so that the gradient field's is EDM's, (2σ/m̂)²(1 + σ²/σ_d²)/d, and the scalar
-    field's is relative to m_ref².
+    `multi_scale` False it is the paper's model, fields of p alone, which needs the direct parametrisation. Losses
+    are weighted so that the gradient field's is EDM's, (2σ/m̂)²(1 + σ²/σ_d²)/d, and the scalar field's is relative to
+    m_ref².
+
+    Estimators (see `divergences`): "denoising", for noise levels above zero; "divergence", the paper's; "regression" of
+    both fields on the exact kernel at query points off the data, for low dimension.
 
     Args:
         network: trunk with two heads (see `networks`).
@@ -32,9 +38,12 @@ class BellmanDiffusion(L.LightningModule):
         sampler: name of the one that prediction and metrics use.
         scalar_network: a separate network for the scalar field; None shares the trunk.
         parametrisation: "factored" or "direct" (see `fields`).
-        estimator: "denoising" or "divergence" (see `divergences`).
+        estimator: "denoising", "divergence" or "regression".
         trace: how the divergence estimator takes the trace: "hutchinson", "gaussian", "sliced" or "exact".
         pairs: "all" pairs of a batch except a point with itself, or a "single" partner for each point.
+        queries: how many points of a batch the fields are trained at; the others are partners only, which cost little
+            and make the mobility's estimate less noisy. None takes all.
+        proposal: query points of the regression; None takes `divergences.Proposal()`.
         multi_scale: fields at every noise level, or at σ = 0 alone.
         noise_mean: mean of log σ, σ in data units.
         noise_std: standard deviation of log σ.
@@ -63,6 +72,8 @@ class BellmanDiffusion(L.LightningModule):
         estimator: str = "denoising",
         trace: str = "hutchinson",
         pairs: str = "all",
+        queries: int | None = None,
+        proposal: divergences.Proposal | None = None,
         multi_scale: bool = True,
         noise_mean: float = -0.8,
         noise_std: float = 1.2,
@@ -74,7 +85,7 @@ class BellmanDiffusion(L.LightningModule):
         lr_decay: str = "cosine",
     ) -> None:
         super().__init__()
-        one_of(("denoising", "divergence"), estimator=estimator)
+        one_of(ESTIMATORS, estimator=estimator)
         one_of(divergences.TRACES, trace=trace)
         one_of(("all", "single"), pairs=pairs)
         one_of(("cosine", "none"), lr_decay=lr_decay)
@@ -84,11 +95,20 @@ class BellmanDiffusion(L.LightningModule):
         in_range(0, math.inf, weight_decay=weight_decay, warmup_steps=warmup_steps, scalar_weight=scalar_weight)
         for i, beta in enumerate(betas):
             in_range(0, 1, **{f"betas[{i}]": beta})
-        if not multi_scale and (estimator != "divergence" or parametrisation != "direct"):
+        if queries is not None and queries < 1:
+            raise ValueError(f"queries must be at least 1, got {queries}")
+        if not multi_scale and (estimator == "denoising" or parametrisation != "direct"):
             raise ValueError(
-                "multi_scale=false needs estimator=divergence and parametrisation=direct: "
+                "multi_scale=false needs estimator=divergence or regression, and parametrisation=direct: "
                 "without noise there is nothing to denoise"
             )
+        if estimator == "regression" and not (isinstance(kernel, kernels.Exact) and parametrisation == "direct"):
+            raise ValueError(
+                "estimator=regression needs kernel=Exact and parametrisation=direct: only there are both fields means "
+                "over partners"
+            )
+        if proposal is not None and estimator != "regression":
+            raise ValueError(f"proposal belongs to estimator=regression; with {estimator} leave it out")
         if trace == "sliced" and parametrisation == "factored":
             raise ValueError("trace=sliced is the paper's loss for parametrisation=direct; use hutchinson here")
         self.shape, self.num_classes = tuple(shape), num_classes
@@ -97,7 +117,8 @@ class BellmanDiffusion(L.LightningModule):
         self.kernel = kernel
         self.fields = Fields(network, kernel, sigma_data, self.dim, parametrisation, scalar_network)
         self.sampler = sampler
-        self.estimator, self.trace, self.pairs = estimator, trace, pairs
+        self.estimator, self.trace, self.pairs, self.queries = estimator, trace, pairs, queries
+        self.proposal = proposal or divergences.Proposal()
         self.multi_scale, self.noise_mean, self.noise_std = multi_scale, noise_mean, noise_std
         self.scalar_weight = scalar_weight
         self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
@@ -107,9 +128,9 @@ class BellmanDiffusion(L.LightningModule):
     # ---- losses
 
     def mobility(self, x: Tensor, y: Tensor, sigma: Tensor, generator: torch.Generator | None = None):
-        """m̂ (B,) and ∇m̂ (B, *shape) at x (B, *shape) from the clean batch y that x was made from, in float32."""
+        """m̂ (B,) and ∇m̂ (B, *shape) at x (B, *shape) from clean y (N, *shape), whose first B points x was made from."""
         pair = kernels.leave_one_out if self.pairs == "all" else kernels.single_partner
-        weights = pair(len(x), device=x.device)
+        weights = pair(len(x), len(y), device=x.device)
         with torch.autocast(x.device.type, enabled=False):
             m, grad_m = self.kernel(x.flatten(1).float(), y.flatten(1).float(), sigma.float(), weights, generator)
         return m, grad_m.reshape(x.shape)
@@ -130,28 +151,29 @@ class BellmanDiffusion(L.LightningModule):
         def randn(*size: int) -> Tensor:
             return torch.randn(size, device=x.device, generator=generator)
 
-        label = label if self.conditional else None
+        pool, x = x, x[: self.queries]
+        label = label[: self.queries] if self.conditional and label is not None else None
         d, fields = self.dim, self.fields
         if self.multi_scale:
             sigma = (self.noise_mean + self.noise_std * randn(len(x))).exp()
-            noise = randn(*x.shape)
-            point = x + divergences.bcast(sigma, x) * noise
         else:
-            sigma, noise, point = x.new_zeros(len(x)), torch.zeros_like(x), x
-        m, grad_m = self.mobility(point, x, sigma, generator)
+            sigma = x.new_zeros(len(x))
+        width = (fields.kernel.epsilon + sigma.square()).sqrt()
+        noise = randn(*x.shape) if self.multi_scale else torch.zeros_like(x)
+        if self.estimator == "regression":
+            point = self.proposal(x, pool, width, generator)
+        else:
+            point = x + divergences.bcast(sigma, x) * noise
+        m, grad_m = self.mobility(point, pool, sigma, generator)
         reference = fields.reference(sigma)
-        if self.multi_scale:
+        if self.estimator == "regression":
+            weight = 4 * width.square() / d
+        elif self.multi_scale:
             weight = 4 * sigma.square() * (1 + sigma.square() / fields.sigma_data**2) / d
         else:
             weight = torch.full_like(sigma, 4 * fields.sigma_data**2 / d)
 
-        if self.estimator == "denoising":
-            h, s = fields.heads(point, sigma, label)
-            if fields.factored:
-                loss = divergences.factored_denoising_loss(h, noise, sigma, m, grad_m) / m.square()
-            else:
-                loss = divergences.denoising_loss(h, noise, sigma, m, grad_m) / reference.square()
-        else:
+        if self.estimator == "divergence":
             v = divergences.probes(point, self.trace, generator)
             h, s, form = divergences.probe_jacobian(lambda p: fields.heads(p, sigma, label), point, v)
             if fields.factored:
@@ -161,6 +183,14 @@ class BellmanDiffusion(L.LightningModule):
             else:
                 loss = divergences.divergence_loss(h, form, m)
             loss = loss / reference.square()
+        else:
+            h, s = fields.heads(point, sigma, label)
+            if self.estimator == "regression":
+                loss = divergences.regression_loss(h, grad_m) / reference.square()
+            elif fields.factored:
+                loss = divergences.factored_denoising_loss(h, noise, sigma, m, grad_m) / m.square()
+            else:
+                loss = divergences.denoising_loss(h, noise, sigma, m, grad_m) / reference.square()
         scalar = divergences.scalar_loss(s / reference, m / reference)
         return {
             "gradient": weight * loss,
@@ -220,6 +250,10 @@ class BellmanDiffusion(L.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def analytic(self, density: Density) -> AnalyticFields:
+        """The fields that these losses are minimised by, for data of a density in closed form."""
+        return AnalyticFields(density, self.kernel, self.fields.sigma_data, smoothed=self.estimator == "regression")
+
     # ---- sampling
 
     @torch.no_grad()
@@ -230,6 +264,7 @@ class BellmanDiffusion(L.LightningModule):
         seed: int = 0,
         label: Tensor | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
+        finite_part: bool = False,
     ) -> Tensor:
         """Draw samples. Sample i of a seed is the same in any batch and on any rank.
 
@@ -239,6 +274,7 @@ class BellmanDiffusion(L.LightningModule):
             seed: seed of the whole set.
             label: class indices, shape (B,), for a conditional network.
             watch: called with (step, state) along the way.
+            finite_part: leave lost chains out of the result instead of stopping.
 
         Returns:
             Samples in the model's units ([−1, 1] for images), shape (B, *shape).
@@ -247,7 +283,7 @@ class BellmanDiffusion(L.LightningModule):
             SamplingDiverged: when chains are lost.
         """
         return self.samplers[sampler or self.sampler](
-            _Conditioned(self.fields, label), SampleNoise(indices, self.shape, seed, self.device), watch
+            _Conditioned(self.fields, label), SampleNoise(indices, self.shape, seed, self.device), watch, finite_part
         )
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

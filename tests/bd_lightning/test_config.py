@@ -167,8 +167,8 @@ def test_facts_reach_nested_nodes_and_explicit_values_win():
         ("model.kernel.epsilon=0", "'model.kernel' (ClosedFormSlices): epsilon must be positive, got 0"),
         ("model.samplers.ode.steps=0", "'model.samplers.ode' (ProbabilityFlow): steps must be positive, got 0"),
         ("model.sampler=od", "sampler must be one of sde, ode; got 'od'"),
-        ("model.multi_scale=false", "multi_scale=false needs estimator=divergence and parametrisation=direct"),
-        ("model.estimator=score", "estimator must be one of denoising, divergence; got 'score'"),
+        ("model.multi_scale=false", "multi_scale=false needs estimator=divergence or regression"),
+        ("model.estimator=score", "estimator must be one of denoising, divergence, regression; got 'score'"),
     ],
 )
 def test_refusals_of_classes_name_the_key(word, message):

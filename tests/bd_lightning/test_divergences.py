@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bd_lightning import divergences, kernels
-from oracles import Mixture, OracleFields
+from bd_lightning.targets import AnalyticFields, GaussianMixture
 
 N = 400_000
 EPSILON, SIGMA, TAU = 0.2, 0.6, 0.8
@@ -25,15 +25,12 @@ def mobility(x):
     return m, -x * m[:, None] / variance
 
 
-def test_oracle_agrees_with_the_kernel():
-    target = Mixture(torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64), TAU)
-    _, _, point = gaussian()
-    m, grad_m = mobility(point[:200])
-    estimate, grad_estimate = OracleFields(target, kernels.Exact(EPSILON), pool=40000).mobility(
-        point[:200], torch.full((200,), SIGMA, dtype=torch.float64)
-    )
-    torch.testing.assert_close(estimate, m, rtol=0.05, atol=0.002)
-    torch.testing.assert_close(grad_estimate, grad_m, rtol=0.1, atol=0.004)
+def test_formulas_agree_with_the_analytic_fields():
+    fields = AnalyticFields(GaussianMixture([[0, 0]], sd=TAU), kernels.Exact(EPSILON))
+    x = gaussian()[2][:50]
+    s, g = fields(x, torch.full((50,), SIGMA, dtype=torch.float64))
+    torch.testing.assert_close(s, mobility(x)[0])
+    torch.testing.assert_close(g, optimum(x, factored=False)[0])
 
 
 def directions(x):

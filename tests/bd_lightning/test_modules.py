@@ -8,7 +8,7 @@ from bd_lightning.dynamics import ProbabilityFlow
 from bd_lightning.fields import log_gradient
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP
-from oracles import OracleFields, square
+from oracles import square
 
 
 def build(**options):
@@ -18,27 +18,26 @@ def build(**options):
 
 
 def train(module, steps=600, batch=256):
-    target = square(torch.float32)
+    target = square()
     optimizer = torch.optim.Adam(module.parameters(), 3e-3)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / steps)
-        terms = module.losses(target.sample(batch))
+        terms = module.losses(target.sample(batch).float())
         optimizer.zero_grad()
         (terms["gradient"] + terms["scalar"]).mean().backward()
         optimizer.step()
     return module
 
 
-def errors(module, level, kernel):
-    """Relative errors of s and g against the oracle, on noised data."""
-    target = square(torch.float32)
-    oracle = OracleFields(target, kernel, pool=4000)
-    x = target.sample(800) + level * torch.randn(800, 2)
-    sigma = torch.full((800,), level)
+def errors(module, level):
+    """Relative errors of s and g against the analytic fields, on noised data."""
+    target = square()
+    x = (target.sample(2000) + level * torch.randn(2000, 2)).float()
+    sigma = torch.full((2000,), level)
     with torch.no_grad():
         s, g = module.fields(x, sigma)
-    true_s, true_g = oracle(x, sigma)
+    true_s, true_g = module.analytic(target)(x, sigma)
     return float((s - true_s).norm() / true_s.norm()), float((g - true_g).norm() / true_g.norm())
 
 
@@ -66,9 +65,8 @@ NOISY = {
 )
 def test_multi_scale_fields_are_learned(options, limit):
     module = build(**options)
-    kernel = module.kernel
-    before = errors(module, 0.5, kernel)[1]
-    after_s, after_g = errors(train(module), 0.5, kernel)
+    before = errors(module, 0.5)[1]
+    after_s, after_g = errors(train(module), 0.5)
     assert after_g < limit < before and after_s < 0.12
 
 
@@ -78,15 +76,15 @@ def test_single_scale_divergence_learns_the_papers_fields():
         kernel=kernel, multi_scale=False, estimator="divergence", parametrisation="direct", trace="exact",
         scalar_weight=1.0,
     )  # fmt: skip
-    _, before = errors(module, 0.0, kernel)
-    s, g = errors(train(module, steps=800), 0.0, kernel)
+    _, before = errors(module, 0.0)
+    s, g = errors(train(module, steps=800), 0.0)
     assert s < 0.2 and g < 0.45 < before
 
 
 def test_losses_are_the_weighted_denoising_error():
     """For the constant kernel: (2σ)²(1 + σ²/σ_d²)/d · ¼‖S + n/σ‖², EDM's weighting."""
     module = build(kernel=kernels.Constant())
-    x = square(torch.float32).sample(32)
+    x = square().sample(32).float()
     terms = module.losses(x, generator=torch.Generator().manual_seed(1))
     g = torch.Generator().manual_seed(1)
     sigma = (-0.8 + 1.2 * torch.randn(32, generator=g)).exp()
@@ -108,7 +106,7 @@ def test_sampling_depends_on_index_and_seed_only():
 def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
     module = build()
     module.log_dict = lambda *args, **options: None
-    batch = (square(torch.float32).sample(16), torch.zeros(16))
+    batch = (square().sample(16).float(), torch.zeros(16))
     state = torch.get_rng_state()
     first, second = (module.validation_step(batch, 3)["loss"] for _ in range(2))
     assert torch.equal(first, second) and torch.equal(state, torch.get_rng_state())

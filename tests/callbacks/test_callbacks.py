@@ -178,7 +178,7 @@ def test_diagnostics(tmp_path, cache):
     assert len(rows) == 2
     for name in ("below-0.1", "0.1-1", "above-1"):
         assert float(rows[0][f"field/gradient_loss_sigma_{name}"]) > 0
-    assert float(rows[0]["field/s_near_zero"]) == 0 and float(rows[0]["train/images_per_second"]) > 0
+    assert float(rows[0]["field/s_near_zero"]) == 0 and float(rows[0]["train/samples_per_second"]) > 0
     assert float(rows[0]["train/gradient_norm"]) > 0
 
 

@@ -47,7 +47,7 @@ def test_classifier_is_trained_once_and_cached(tmp_path, monkeypatch):
 
 def test_features_tell_digits_from_noise(tmp_path):
     made = features(tmp_path)
-    real, other = (Digits().load_split(split).images for split in ("train", "val"))
+    real, other = (Digits().load_split(split).x for split in ("train", "val"))
     noise = torch.randint(0, 256, real.shape, dtype=torch.uint8)
     near, far = frechet_distance(made(real), made(other)), frechet_distance(made(real), made(noise))
     assert near < far / 10

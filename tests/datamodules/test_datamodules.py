@@ -3,7 +3,8 @@ import torch
 from PIL import Image
 
 from datamodules import CIFAR10, MNIST, Digits, ImageFolder, SampleRequests, to_uint8
-from datamodules.base import DataError, to_unit
+from datamodules.base import DataError
+from datamodules.images import to_unit
 from tiny_data import write_cifar, write_folder, write_mnist
 
 
@@ -41,7 +42,7 @@ def test_digits():
     data = Digits()
     sizes = {split: len(data.load_split(split)) for split in ("train", "val", "test")}
     assert sizes == {"train": 1500, "val": 297, "test": 297} and data.reference_split == "train"
-    assert float(to_unit(data.load_split("train").images).std()) == pytest.approx(data.sigma_data, abs=1e-3)
+    assert float(to_unit(data.load_split("train").x).std()) == pytest.approx(data.sigma_data, abs=1e-3)
 
 
 def test_real_mnist(real_data):
@@ -49,7 +50,7 @@ def test_real_mnist(real_data):
     data.prepare_data()
     sizes = {split: len(data.load_split(split)) for split in ("train", "val", "test")}
     assert sizes == {"train": 55000, "val": 5000, "test": 10000}
-    assert float(to_unit(data.load_split("train").images).std()) == pytest.approx(data.sigma_data, abs=1e-3)
+    assert float(to_unit(data.load_split("train").x).std()) == pytest.approx(data.sigma_data, abs=1e-3)
 
 
 def test_real_cifar_as_a_folder(real_data):

@@ -1,0 +1,36 @@
+r"""Samplers: they know fields as functions, and nothing of networks or training.
+
+Bellman Diffusion dynamics (arXiv 2410.01796, §4), whose stationary density is p for every kernel:
+
+    dx = g(x) dt + √s(x) dW,        Euler–Maruyama: x ← x + η g + √(η s) z.
+
+| sampler | fields | what it does |
+|---|---|---|
+| `BellmanDynamics` | single-scale | the paper's dynamics |
+| `AnnealedDynamics` | multi-scale | the same steps down a ladder of noise levels |
+| `MultistepDynamics` | multi-scale | the same SDE while σ falls, by a second-order rule that needs few network calls |
+| `ProbabilityFlow` | multi-scale | the deterministic flow dx/dσ = −σ ∇log p_σ |
+
+`fields(x, sigma)` returns (s, g) of shapes (B,) and (B, *) for sigma of shape (B,). It has an attribute
+`reference(sigma)`, the typical mobility m_ref, which turns a dimensionless step into a time step.
+"""
+
+from bd_lightning.dynamics.descent import MultistepDynamics, ProbabilityFlow, edm_grid
+from bd_lightning.dynamics.langevin import AnnealedDynamics, BellmanDynamics, bellman_step, geometric_ladder
+from bd_lightning.dynamics.sampler import FieldPair, SampleNoise, Sampler, SamplingDiverged, log_gradients, score
+
+__all__ = [
+    "AnnealedDynamics",
+    "BellmanDynamics",
+    "FieldPair",
+    "MultistepDynamics",
+    "ProbabilityFlow",
+    "SampleNoise",
+    "Sampler",
+    "SamplingDiverged",
+    "bellman_step",
+    "edm_grid",
+    "geometric_ladder",
+    "log_gradients",
+    "score",
+]

@@ -1,0 +1,180 @@
+"""What all samplers share: noise per sample, the guard, and the score of a pair of fields."""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bd_lightning.checks import UserError, one_of, positive
+from bd_lightning.fields import log_gradient
+
+
+class FieldPair(Protocol):
+    """What a sampler asks of fields; `fields.Fields` is one."""
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The fields (s, g)."""
+        ...
+
+    def reference(self, sigma: Tensor) -> Tensor:
+        """Typical mobility m_ref."""
+        ...
+
+
+class SamplingDiverged(UserError):
+    """Chains left the region of the data or became non-finite.
+
+    Attributes:
+        step: the step at which the sampler stopped.
+        x: the state there, shape (B, *), lost chains included.
+        lost: which chains were lost, shape (B,).
+    """
+
+    def __init__(self, step: int, x: Tensor, lost: Tensor) -> None:
+        share = 100 * int(lost.sum()) / len(x)
+        super().__init__(
+            f"{int(lost.sum())} of {len(x)} samples ({share:.3g} %) were lost at step {step} "
+            "of the sampler (non-finite or far out); the likely cause is a step size that is too large, or fields "
+            "queried off the data (a single-scale model does that from a far start, a multi-scale one does not)"
+        )
+        self.step, self.x, self.lost = step, x, lost
+
+
+class SampleNoise:
+    """Gaussian noise with one random stream per sample, so that sample i is the same in any batch, on any rank.
+
+    The streams are counter-based (Philox) with the key (seed, index), so that no two of them overlap.
+
+    Args:
+        indices: index of each sample, length B.
+        shape: shape of one sample.
+        seed: seed of the whole set of samples.
+        device: where the noise is wanted. It is drawn on the CPU, so that devices agree.
+    """
+
+    def __init__(
+        self, indices: Sequence[int], shape: Sequence[int], seed: int = 0, device: torch.device | str = "cpu"
+    ) -> None:
+        self.shape, self.device = tuple(shape), torch.device(device)
+        self.streams = [np.random.Generator(np.random.Philox(key=[seed, int(i)])) for i in indices]
+
+    def __len__(self) -> int:
+        return len(self.streams)
+
+    def __call__(self) -> Tensor:
+        """The next standard normal draw, shape (B, *shape)."""
+        draws = np.stack([stream.standard_normal(self.shape, dtype=np.float32) for stream in self.streams])
+        return torch.from_numpy(draws).to(self.device)
+
+    def uniform(self) -> Tensor:
+        """The next uniform draw, of mean zero and variance one, shape (B, *shape)."""
+        draws = np.stack([stream.random(self.shape, dtype=np.float32) for stream in self.streams])
+        return torch.from_numpy((2 * draws - 1) * np.float32(3**0.5)).to(self.device)
+
+
+def log_gradients(fields: FieldPair, x: Tensor, sigma: Tensor, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """The scalar field, S = 2g/s = ∇log p_σ + ∇log s, and ∇log s, from one call of the fields.
+
+    Args:
+        fields: the pair of fields.
+        x: points, shape (B, *).
+        sigma: noise levels, shape (B,).
+        exact: differentiate through the scalar field. Where the mobility is a mean over many dimensions ∇log s is about
+            1/(2d) of S; False takes it to be zero, at a third of the cost.
+
+    Returns:
+        s (B,), S (B, *) and ∇log s (B, *).
+    """
+    if not exact:
+        s, g = fields(x, sigma)
+        return s, log_gradient(s, g), torch.zeros_like(x)
+    with torch.inference_mode(False), torch.enable_grad():
+        point = x.clone().requires_grad_(True)
+        s, g = fields(point, sigma.clone())
+        slope = torch.zeros_like(x)
+        if s.requires_grad:  # a constant mobility has no gradient
+            (slope,) = torch.autograd.grad(s.clamp_min(torch.finfo(s.dtype).tiny).log().sum(), point)
+        return s.detach(), log_gradient(s, g).detach(), slope
+
+
+def score(fields: FieldPair, x: Tensor, sigma: Tensor, exact: bool = False) -> Tensor:
+    """∇log p_σ = S − ∇log s at x (B, *) for sigma (B,), shape (B, *); see `log_gradients` for `exact`."""
+    _, S, slope = log_gradients(fields, x, sigma, exact)
+    return S - slope
+
+
+@dataclass(frozen=True)
+class Sampler(ABC):
+    """Base of the samplers: guards the chains and keeps what a caller wants to see of the way.
+
+    Args:
+        bound: a chain is lost when a coordinate exceeds bound × (σ_max + 1), in data units.
+        start: "gaussian", or "uniform" on a cube of the same variance.
+    """
+
+    bound: float = 20.0
+    start: str = "gaussian"
+
+    def __post_init__(self) -> None:
+        positive(bound=self.bound)
+        one_of(("gaussian", "uniform"), start=self.start)
+
+    @property
+    @abstractmethod
+    def start_scale(self) -> float:
+        """Standard deviation of the starting points, in data units."""
+
+    @property
+    @abstractmethod
+    def calls(self) -> int:
+        """Number of network calls for one sample (NFE)."""
+
+    @abstractmethod
+    def path(self, fields: FieldPair, noise: SampleNoise) -> Iterator[Tensor]:
+        """Yield the state after every step, the start first; each of shape (B, *)."""
+
+    def first(self, noise: SampleNoise) -> Tensor:
+        """Starting points, shape (B, *)."""
+        return self.start_scale * (noise() if self.start == "gaussian" else noise.uniform())
+
+    def __call__(
+        self,
+        fields: FieldPair,
+        noise: SampleNoise,
+        watch: Callable[[int, Tensor], None] | None = None,
+        finite_part: bool = False,
+    ) -> Tensor:
+        """Draw one sample per stream of `noise`.
+
+        Args:
+            fields: the pair of fields.
+            noise: source of the start and of every step.
+            watch: called with (step, state) at the start and after every step.
+            finite_part: go on without lost chains, warn, and return the others, in order.
+
+        Returns:
+            Samples, shape (B, *), or fewer with `finite_part`.
+
+        Raises:
+            SamplingDiverged: when a chain becomes non-finite or leaves the region of the data; with `finite_part`
+                when none is left.
+        """
+        limit = self.bound * (self.start_scale + 1)
+        x, lost, first = torch.empty(0), torch.zeros(len(noise), dtype=torch.bool, device=noise.device), 0
+        for step, x in enumerate(self.path(fields, noise)):
+            bad = ~(x.abs().flatten(1).amax(1) <= limit)  # true for NaN as well
+            if bad.any():
+                first = first if lost.any() else step
+                lost = lost | bad
+                if not finite_part or lost.all():
+                    raise SamplingDiverged(step, x, lost)
+            if watch is not None:
+                watch(step, x)
+        if lost.any():
+            warnings.warn(f"{SamplingDiverged(first, x, lost)}; the finite part is returned", stacklevel=2)
+        return x[~lost]

@@ -1,0 +1,194 @@
+"""Numbers for data in few dimensions: distances to held-out samples, weights of the modes, errors of the fields."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from bd_lightning.checks import UserError, in_range, positive
+from bd_lightning.distances import mmd, relative_error, wasserstein2
+from bd_lightning.kernels import Exact
+from bd_lightning.targets import Density
+from callbacks.drawing import append_record, check_sampler, draw_together, step_of
+
+
+def need_vectors(pl_module: L.LightningModule, owner: str) -> None:
+    """Refuse data that is not vectors.
+
+    Raises:
+        UserError: naming the callback and what to choose instead.
+    """
+    if len(pl_module.shape) != 1:
+        raise UserError(f"{owner} is for vectors, and a sample has shape {pl_module.shape}: choose callbacks=images")
+
+
+def lattice(dim: int, extent: float) -> Tensor | None:
+    """Points of a regular grid on [−extent, extent]^d: 601 in one dimension, 101² in two, None beyond."""
+    if dim > 2:
+        return None
+    axis = torch.linspace(-extent, extent, {1: 601, 2: 101}[dim])
+    return torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
+
+
+def default_levels(pl_module: L.LightningModule) -> tuple[float, ...]:
+    """Noise levels at which fields are looked at: three for a multi-scale model, σ = 0 otherwise."""
+    return (0.1, 0.3, 1.0) if pl_module.multi_scale else (0.0,)
+
+
+class PointMetrics(L.Callback):
+    """Distances between samples and held-out data, at every validation and test.
+
+    Logged under <stage>/: `w2` and `mmd`, the 2-Wasserstein distance and the maximum mean discrepancy to `n` held-out
+    points, in the model's units; `w2_ratio`, w2 over its floor, the mean distance between two sets of n real points;
+    and, where the data is a density in closed form,
+
+    - `mode_<k>`, the share of samples in each mode, and `mode_error`, the largest difference from the true weights;
+    - `s_error_<where>` and `g_error_<where>`, relative errors ‖f − f*‖/‖f*‖ of the two fields against the minimisers of
+      their losses, on held-out data and, in one and two dimensions, on a surrounding grid; a multi-scale model has them
+      at several noise levels, on data with that noise;
+    - `p_error_<where>` and `grad_p_error_<where>`, for the exact kernel of a single-scale model, against p and ∇p
+      themselves.
+
+    Every row goes to <run folder>/distances.json with its protocol.
+
+    Args:
+        n: samples, and held-out points to compare with.
+        sampler: name of the module's sampler; None takes its default.
+        extent: half the side of the grid, in data units; None takes 1.3 times the largest coordinate of the data.
+        floor_repeats: pairs of real samples that the floor is the mean of.
+        seed: seed of the samples.
+    """
+
+    def __init__(
+        self,
+        n: int = 2000,
+        sampler: str | None = None,
+        extent: float | None = None,
+        floor_repeats: int = 3,
+        seed: int = 1,
+    ) -> None:
+        positive(n=n, floor_repeats=floor_repeats, extent=1.0 if extent is None else extent)
+        self.n, self.sampler, self.extent, self.floor_repeats, self.seed = n, sampler, extent, floor_repeats, seed
+        self.floors: dict[str, tuple[float, float]] = {}
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that samples are vectors, and the name of the sampler."""
+        need_vectors(pl_module, type(self).__name__)
+        check_sampler(pl_module, self.sampler, type(self).__name__)
+
+    def _floor(self, data: Any, split: str, n: int) -> tuple[float, float]:
+        """Mean distances between n held-out and n training points."""
+        if split not in self.floors:
+            held_out, train = data.split(split).x, data.split("train").x
+            generator = torch.Generator().manual_seed(0)
+            pairs = []
+            for _ in range(self.floor_repeats):
+                a, b = (x[torch.randperm(len(x), generator=generator)[:n]] for x in (held_out, train))
+                pairs.append((wasserstein2(a, b), mmd(a, b)))
+            w2, discrepancy = torch.tensor(pairs).mean(0).tolist()
+            self.floors[split] = w2, discrepancy
+        return self.floors[split]
+
+    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        held_out = data.split(stage).x
+        n = min(self.n, len(held_out))
+        sampler = self.sampler or pl_module.sampler
+        values: dict[str, float] = {}
+        with isolate_rng():
+            try:
+                x = draw_together(trainer, pl_module, n, n, self.seed, sampler)
+            except UserError as error:
+                rank_zero_info(f"no distances at step {trainer.global_step}: {error}")
+                values = {"w2": float("inf"), "mmd": float("inf")}
+            if trainer.is_global_zero:
+                density = getattr(data, "density", None)
+                if not values:
+                    values = self._distances(x, data, stage, n)
+                    if density is not None and len(density.mode_weights) > 1:
+                        values |= mode_shares(x, density)
+                if density is not None:
+                    values |= self._field_errors(pl_module, density, held_out)
+        values = trainer.strategy.broadcast(values)
+        pl_module.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
+        if trainer.is_global_zero:
+            calls = pl_module.samplers[sampler].calls
+            w2_floor, mmd_floor = self._floor(data, stage, n)
+            row = {
+                "step": step_of(trainer),
+                **{f"{stage}/{name}": value for name, value in values.items()},
+                "w2_floor": w2_floor,
+                "mmd_floor": mmd_floor,
+                "protocol": (
+                    f"{n} samples ({sampler}, {calls} network calls, seed {self.seed}) against {n} points of the "
+                    f"{stage} split of {data.name}; floor: mean of {self.floor_repeats} pairs of {n} real points"
+                ),
+            }
+            modes = f", largest error of a mode's weight {values['mode_error']:.3f}" if "mode_error" in values else ""
+            row["summary"] = (
+                f"W2 {values['w2']:.4f} (floor {w2_floor:.4f}), "
+                f"MMD {values['mmd']:.4f} (floor {mmd_floor:.4f}){modes}: {row['protocol']}"
+            )
+            append_record(trainer, "distances.json", row)
+
+    def _distances(self, x: Tensor, data: Any, stage: str, n: int) -> dict[str, float]:
+        held_out = data.split(stage).x
+        real = held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(1))[:n]]
+        w2 = wasserstein2(x, real)
+        return {"w2": w2, "w2_ratio": w2 / self._floor(data, stage, n)[0], "mmd": mmd(x, real)}
+
+    def _field_errors(self, pl_module: L.LightningModule, density: Density, held_out: Tensor) -> dict[str, float]:
+        points = held_out[:5000]
+        values = {}
+        for level in default_levels(pl_module):
+            generator = torch.Generator().manual_seed(2)
+            places = {"data": points + level * torch.randn(points.shape, generator=generator)}
+            grid = lattice(density.dim, self.extent or 1.3 * float(points.abs().max()))
+            if grid is not None:
+                places["grid"] = grid
+            for where, x in places.items():
+                name = where if level == 0 else f"{where}_sigma_{level:g}"
+                values |= {f"{k}_{name}": v for k, v in field_errors(pl_module, density, x, level).items()}
+        return values
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Distances to the validation split."""
+        if not trainer.sanity_checking:
+            self._run(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Distances to the test split."""
+        self._run(trainer, pl_module, "test")
+
+
+def mode_shares(x: Tensor, density: Density) -> dict[str, float]:
+    """Share of points x (B, d) in each mode, as mode_<k>, and mode_error, the largest difference from the weights."""
+    truth = density.mode_weights
+    shares = torch.bincount(density.mode_of(x.double()), minlength=len(truth)) / len(x)
+    values = {f"mode_{k}": share for k, share in enumerate(shares.tolist())}
+    return values | {"mode_error": float((shares - truth).abs().max())}
+
+
+@torch.no_grad()
+def field_errors(pl_module: L.LightningModule, density: Density, x: Tensor, level: float) -> dict[str, float]:
+    """Relative errors of a module's fields at points x (B, d) and noise level σ: s_error and g_error.
+
+    A single-scale model of the exact kernel also has p_error and grad_p_error, against the paper's p and ∇p, where the
+    density has them.
+    """
+    in_range(0, float("inf"), level=level)
+    parts = [pl_module.fields(rows, rows.new_full((len(rows),), level)) for rows in x.to(pl_module.device).split(5000)]
+    s, g = (torch.cat(part).cpu().double() for part in zip(*parts))
+    x = x.double()
+    true_s, true_g = pl_module.analytic(density)(x, x.new_full((len(x),), level))
+    known = true_g.isfinite().all(1)  # a box has no score outside
+    errors = {"s_error": relative_error(s, true_s), "g_error": relative_error(g[known], true_g[known])}
+    if level == 0 and isinstance(pl_module.kernel, Exact):
+        p, grad_p = density.smoothed(x)
+        errors["p_error"] = relative_error(s, p)
+        if grad_p.isfinite().all() and grad_p.any():
+            errors["grad_p_error"] = relative_error(g, grad_p)
+    return errors
