@@ -19,7 +19,7 @@ commands
   fit        train (the default); with ckpt_path=… resume that run in its folder
   validate   losses, samples and FID of a checkpoint on the validation split
   test       losses and FID of a checkpoint on the test split
-  predict    write n samples of a checkpoint as PNG files, and a grid
+  predict    write n samples of a checkpoint: PNG files and a grid, or the rows of a CSV file
 
 groups (choose a file from configs/GROUP)
 {groups}
@@ -238,7 +238,7 @@ def predict(config: dict[str, Any], facts: dict[str, Any], model: Any, run_dir: 
     """Write samples to <run folder>/predict-<sampler>-seed<seed>/."""
     from torch.utils.data import DataLoader
 
-    from callbacks import ImageWriter
+    from callbacks import ImageWriter, TableWriter
     from datamodules import SampleRequests
 
     labels = class_indices(config["labels"] or [], facts["class_names"])
@@ -248,7 +248,11 @@ def predict(config: dict[str, Any], facts: dict[str, Any], model: Any, run_dir: 
         labels = list(range(facts["num_classes"]))
     folder = run_dir / f"predict-{model.sampler}-seed{config['seed']}"
     progress = [c for n, c in (config["callbacks"] or {}).items() if n == "progress" and c]
-    callbacks = [ImageWriter(folder), *(build.instantiate(c, "callbacks.progress") for c in progress)]
+    if len(facts["shape"]) == 3:
+        writer: Any = ImageWriter(folder)
+    else:
+        writer = TableWriter(folder, facts.get("columns"), facts.get("center"), facts.get("scale"))
+    callbacks = [writer, *(build.instantiate(c, "callbacks.progress") for c in progress)]
     trainer = build.instantiate(
         config["trainer"], "trainer", logger=False, callbacks=callbacks, default_root_dir=str(run_dir)
     )
@@ -256,7 +260,8 @@ def predict(config: dict[str, Any], facts: dict[str, Any], model: Any, run_dir: 
     loader = DataLoader(requests, batch_size=min(500, config["n"]))
     trainer.predict(model, loader, ckpt_path=config["ckpt_path"], weights_only=True, return_predictions=False)
     if trainer.is_global_zero:
-        print(f"{config['n']} images and grid.png in {short(folder)}")
+        what = "images and grid.png" if isinstance(writer, ImageWriter) else "rows of samples.csv"
+        print(f"{config['n']} {what} in {short(folder)}")
 
 
 def short(path: Path) -> str:

@@ -107,12 +107,14 @@ class GaussianMixture(Density):
             spread = torch.as_tensor(sd, dtype=torch.float64)
             if spread.shape not in ((), (count,)) or not (spread > 0).all():
                 raise ValueError(f"sd must be one positive number, or {count} of them")
+            self.isotropic = True
             self.variances = spread.square().expand(count)[:, None].expand(count, self.dim)
             self.axes = torch.eye(self.dim, dtype=torch.float64).expand(count, self.dim, self.dim)
         else:
             matrices = torch.as_tensor(covariances, dtype=torch.float64)
             if matrices.shape != (count, self.dim, self.dim) or not torch.allclose(matrices, matrices.mT):
                 raise ValueError(f"covariances must be {count} symmetric matrices of size {self.dim}×{self.dim}")
+            self.isotropic = False
             self.variances, self.axes = torch.linalg.eigh(matrices)
             if not (self.variances > 0).all():
                 raise ValueError("covariances must be positive definite")
@@ -122,17 +124,29 @@ class GaussianMixture(Density):
         z = torch.randn(n, self.dim, generator=generator, dtype=torch.float64)
         return self.means[which] + torch.einsum("bij,bj->bi", self.axes[which], self.variances[which].sqrt() * z)
 
-    def _components(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
-        """log of weight × component density, (B, K), and each component's score, (B, K, d)."""
-        means, axes = self.means.to(x), self.axes.to(x)
-        variances = self.variances.to(x) + _column(sigma, x)[..., None].square()  # (B, K, d)
-        u = torch.einsum("bki,kij->bkj", x[:, None] - means, axes)
-        log = -(u.square() / variances + (2 * math.pi * variances).log()).sum(-1) / 2
-        return self.weights.to(x).log() + log, -torch.einsum("kij,bkj->bki", axes, u / variances)
+    def _components(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor, Tensor]:
+        """log of weight × component density, (B, K), displacements along the axes, (B, K, d), and their variances.
+
+        Isotropic components need no displacements, only one variance each, (B, K, 1).
+        """
+        means, noise = self.means.to(x), _column(sigma, x)[..., None].square()
+        if self.isotropic:
+            variances, u = self.variances.to(x)[:, :1] + noise, x.new_zeros(0)
+            r2 = sum((x[:, i, None] - means[:, i]).square() for i in range(self.dim))
+            log = -(r2 / variances[..., 0] + self.dim * (2 * math.pi * variances[..., 0]).log()) / 2
+        else:
+            variances = self.variances.to(x) + noise  # (B, K, d)
+            u = torch.einsum("bki,kij->bkj", x[:, None] - means, self.axes.to(x))
+            log = -(u.square() / variances + (2 * math.pi * variances).log()).sum(-1) / 2
+        return self.weights.to(x).log() + log, u, variances
 
     def log_and_score(self, x, sigma=0.0):
-        log, scores = self._components(x, sigma)
-        return log.logsumexp(1), torch.einsum("bk,bki->bi", log.softmax(1), scores)
+        log, u, variances = self._components(x, sigma)
+        share = log.softmax(1)
+        if self.isotropic:
+            pull = share / variances[..., 0]
+            return log.logsumexp(1), pull @ self.means.to(x) - pull.sum(1, keepdim=True) * x
+        return log.logsumexp(1), -torch.einsum("bk,kij,bkj->bi", share, self.axes.to(x), u / variances)
 
     def marginal(self, direction, t, sigma=0.0):
         w = direction.to(t)
@@ -190,6 +204,9 @@ class Moons(_Curves):
 
     Args:
         noise: standard deviation of the noise, in data units; at least 0.03.
+
+    Raises:
+        ValueError: for less noise.
     """
 
     def __init__(self, noise: float = 0.1) -> None:
@@ -197,9 +214,10 @@ class Moons(_Curves):
             raise ValueError(f"noise must be at least 0.03 for moons, got {noise}")
         from numpy.polynomial.legendre import leggauss
 
-        nodes, node_weights = (torch.from_numpy(a) for a in leggauss(256))
+        count = math.ceil(7 / noise)  # nodes lie 0.71 of the noise apart at most, for errors below 1e-15
+        nodes, node_weights = (torch.from_numpy(a) for a in leggauss(count))
         u = (nodes + 1) / 2
-        points = torch.stack([self.curve(torch.full((256,), i), u) for i in range(2)])
+        points = torch.stack([self.curve(torch.full((count,), i), u) for i in range(2)])
         super().__init__(points, node_weights / 2, (0.5, 0.5), noise)
 
     def curve(self, which, u):
@@ -216,6 +234,9 @@ class Rings(_Curves):
         radii: radius of each circle, in data units.
         weights: weight of each circle, divided by their sum; None gives equal ones.
         noise: standard deviation of the noise, in data units; at least a fiftieth of the largest radius.
+
+    Raises:
+        ValueError: for values out of range.
     """
 
     def __init__(
@@ -231,9 +252,10 @@ class Rings(_Curves):
         if len(weights) != len(radii):
             raise ValueError(f"weights must be {len(radii)} numbers, one per radius")
         self.radii = torch.as_tensor(radii, dtype=torch.float64)
-        u = torch.arange(256, dtype=torch.float64) / 256
-        points = torch.stack([self.curve(torch.full((256,), i), u) for i in range(len(radii))])
-        super().__init__(points, torch.full((256,), 1 / 256, dtype=torch.float64), weights, noise)
+        count = math.ceil(9 * max(radii) / noise)  # nodes lie 0.7 of the noise apart at most, for errors below 1e-15
+        u = torch.arange(count, dtype=torch.float64) / count
+        points = torch.stack([self.curve(torch.full((count,), i), u) for i in range(len(radii))])
+        super().__init__(points, torch.full((count,), 1 / count, dtype=torch.float64), weights, noise)
 
     def curve(self, which, u):
         angle = 2 * math.pi * u

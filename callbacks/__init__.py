@@ -10,6 +10,7 @@ from callbacks.metrics import ImageMetrics
 from callbacks.points import PointMetrics
 from callbacks.progress import StepProgress
 from callbacks.samples import ImageWriter, SampleGrid, Trajectory
+from callbacks.tables import TableWriter
 
 __all__ = [
     "AveragedWeights",
@@ -25,5 +26,6 @@ __all__ = [
     "PointTrajectory",
     "SampleGrid",
     "StepProgress",
+    "TableWriter",
     "Trajectory",
 ]

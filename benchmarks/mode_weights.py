@@ -1,0 +1,123 @@
+"""Weights of four separated modes against network calls, for every kernel and step rule.
+
+    uv run benchmarks/mode_weights.py [--chains 10000] [--figure docs/mode_weights.png] [--checkpoint FILE]
+
+The target is the mixture of `configs/data/gaussians_2d.yaml`, true weights .4/.3/.2/.1. The fields are the analytic
+ones, so that only the sampler errs. Rules, all from σ = 10 to 0.01, starts Gaussian:
+
+- plain: `AnnealedDynamics`, c = 0.6, 30 levels of 1 to 20 steps;
+- multistep: `MultistepDynamics`, churn 0.25, 10 to 80 levels;
+- ODE: `ProbabilityFlow`, 5 to 40 steps.
+
+Prints a Markdown table of the largest error of a weight and of the mean squared distance to the nearest mode relative
+to its true value. With --checkpoint of a `gaussians_2d` run it samples the trained model instead, from a Gaussian and
+from a uniform start, and counts the chains that are lost.
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from bd_lightning import build as builder
+from bd_lightning import config as configs
+from bd_lightning import kernels
+from bd_lightning.distances import wasserstein2
+from bd_lightning.dynamics import AnnealedDynamics, MultistepDynamics, ProbabilityFlow, SampleNoise, Sampler
+from bd_lightning.targets import AnalyticFields, GaussianMixture
+
+RANGE = {"sigma_max": 10.0, "sigma_min": 0.01, "exact_score": True}
+KERNELS = {
+    "exact": kernels.Exact(0.001),
+    "closed-form slices": kernels.ClosedFormSlices(0.001),
+    "constant": kernels.Constant(),
+}
+
+
+def rules() -> Iterator[tuple[str, Sampler]]:
+    """Name and sampler."""
+    for steps in (1, 5, 10, 20):
+        yield "plain", AnnealedDynamics(levels=30, steps_per_level=steps, step_size=0.6, **RANGE)
+    for levels in (10, 15, 20, 30, 40, 80):
+        yield "multistep", MultistepDynamics(levels=levels, churn=0.25, **RANGE)
+    for steps in (5, 8, 10, 15, 20, 40):
+        yield "ODE", ProbabilityFlow(steps=steps, **RANGE)
+
+
+def judge(x: Tensor, target: GaussianMixture) -> tuple[list[float], float, float]:
+    """Weights, their largest error, and the spread about the modes relative to the true one."""
+    mode = target.mode_of(x.double())
+    weights = torch.bincount(mode, minlength=len(target.weights)) / len(x)
+    spread = (x - target.means[mode]).square().sum(1).mean() / (target.weights @ target.variances.sum(1))
+    return weights.tolist(), float((weights - target.mode_weights).abs().max()), float(spread)
+
+
+def figure(rows: list[dict], path: Path) -> None:
+    """Largest error against calls."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(9, 3), dpi=110, layout="constrained")
+    for axes, kernel in zip(picture.subplots(1, 3, sharey=True), KERNELS):
+        for rule in ("plain", "multistep", "ODE"):
+            mine = [r for r in rows if r["kernel"] == kernel and r["rule"] == rule]
+            axes.plot([r["calls"] for r in mine], [r["error"] for r in mine], "o-", ms=3, label=rule)
+        axes.axhline(0.02, color="k", lw=0.6, ls="--")
+        axes.set(title=kernel, xlabel="network calls", xscale="log", yscale="log")
+    picture.axes[0].set_ylabel("largest error of a weight")
+    picture.axes[0].legend()
+    picture.savefig(path)
+
+
+def trained(path: str, chains: int, target: GaussianMixture) -> None:
+    """Sample a checkpoint from both starts."""
+    stored = torch.load(path, map_location="cpu", weights_only=True)
+    model = builder.instantiate(stored["hyper_parameters"]["model"], "model", stored["hyper_parameters"]["facts"])
+    model.load_state_dict(stored["state_dict"])
+    real, other = (target.sample(2000, torch.Generator().manual_seed(seed)) for seed in (0, 1))
+    floor = wasserstein2(real, other)
+    print("| sampler | calls | start | lost | weights | largest error | spread | W2 of 2,000 / floor |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, sampler in model.eval().samplers.items():
+        for start in ("gaussian", "uniform"):
+            model.samplers[name] = dataclasses.replace(sampler, start=start)
+            x = model.sample(range(chains), name, seed=1, finite_part=True).double()
+            weights, error, spread = judge(x, target)
+            shown = " ".join(f"{w:.3f}" for w in weights)
+            w2 = wasserstein2(x[:2000], real) / floor
+            lost = chains - len(x)
+            print(f"| {name} | {sampler.calls} | {start} | {lost} | {shown} | {error:.3f} | {spread:.3f} | {w2:.2f} |")
+
+
+def main() -> None:
+    """Run and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chains", type=int, default=10_000)
+    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--checkpoint")
+    options = parser.parse_args()
+    data = configs.compose(configs.parse(["data=gaussians_2d"]))["data"]
+    target = builder.instantiate(data["density"], "data.density")
+    if options.checkpoint:
+        trained(options.checkpoint, options.chains, target)
+        return
+    rows = []
+    print("| kernel | rule | calls | weights | largest error | spread |\n|---|---|---|---|---|---|")
+    for kernel, k in KERNELS.items():
+        for rule, sampler in rules():
+            x = sampler(AnalyticFields(target, k, 1.04), SampleNoise(range(options.chains), (2,), seed=1)).double()
+            weights, error, spread = judge(x, target)
+            rows.append({"kernel": kernel, "rule": rule, "calls": sampler.calls, "error": error})
+            shown = " ".join(f"{w:.3f}" for w in weights)
+            print(f"| {kernel} | {rule} | {sampler.calls} | {shown} | {error:.3f} | {spread:.2f} |", flush=True)
+    if options.figure:
+        figure(rows, options.figure)
+
+
+if __name__ == "__main__":
+    main()
