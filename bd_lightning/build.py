@@ -15,10 +15,10 @@ FACTS = ("shape", "num_classes", "sigma_data", "run_dir")
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Check every key and type against the signatures of the classes, before anything is built.
+    """Check every key and type against the signatures of the classes, before data or networks are built.
 
     Raises:
-        ConfigError: naming the first key that is unknown, missing, or of the wrong type.
+        ConfigError: naming the first key that is unknown, missing, of the wrong type, or out of range.
     """
     for key, value in config.items():
         if key not in (*TOP_LEVEL, *GROUPS):
@@ -42,6 +42,19 @@ def check(config: Mapping[str, Any]) -> None:
                     _check_node(sub, f"{group}.{name}")
         elif node or group != "logger":
             _check_node(node, group)
+    for group in ("data", "model"):
+        for name, sub in config[group].items():
+            _try(sub, f"{group}.{name}")
+
+
+def _try(node: Any, key: str) -> None:
+    """Build what needs no facts (kernels, samplers, densities), so that values out of range are refused at once."""
+    if isinstance(node, Mapping):
+        if "_target_" not in node:
+            for name, sub in node.items():
+                _try(sub, f"{key}.{name}")
+        elif not set(FACTS) & _signature(locate(node["_target_"], key)).keys():
+            instantiate(node, key)
 
 
 def locate(path: str, key: str) -> Any:

@@ -239,7 +239,7 @@ MISTAKES = [
     ("ckpt_path={text}", "is not a checkpoint of this project, or it is damaged"),
     ("predict", "predict needs ckpt_path=<run folder>/checkpoints/best.ckpt"),
     ("data=folder data.folder=nowhere", "image folder not found: nowhere; set data.folder"),
-    ("model=unet_large data.batch_size=2000", "the training split has 1500 images, fewer than one batch"),
+    ("model=unet_large data.batch_size=2000", "the training split has 1500 samples, fewer than one batch"),
     ("model.network.channels=[0]", "channels[0] must be positive, got 0"),
     ("trainer.devices=0", "'trainer' (Trainer): `Trainer(devices=0)` value is not a valid input"),
     ("trainer.max_steps=5", "'trainer.max_steps' is set by train.py; leave it out (steps and eval_every"),

@@ -109,6 +109,49 @@ def test_scalar_loss_is_minimised_by_the_mobility():
         assert abs(deviations(wrong)) > 15
 
 
+@pytest.mark.parametrize("where", ["data", "proposal"])
+def test_regression_is_stationary_at_the_gradient_of_the_mobility(where):
+    """At any density of query points, off the data too, with one noisy partner per query."""
+    _, _, point = gaussian()
+    if where == "proposal":
+        pool = point[:2000]
+        point = divergences.Proposal(uniform=1.0)(point, pool, torch.full((N,), 0.4, dtype=torch.float64))
+    partner = TAU * torch.randn(N, 2, dtype=torch.float64)
+    v = EPSILON + SIGMA**2
+    pairs = torch.eye(1, dtype=torch.float64)
+    k = (-(point - partner).square().sum(1) / (2 * v)).exp() / (2 * torch.pi * v)
+    grad_k = -(point - partner) / v * k[:, None]
+    m_hat, grad_hat = kernels.Exact(EPSILON)(point[:1], partner[:1], torch.tensor([SIGMA]).double(), pairs)
+    torch.testing.assert_close(m_hat, k[:1])
+    torch.testing.assert_close(grad_hat, grad_k[:1])
+    _, best = mobility(point)
+    h = point.sin()
+
+    def deviations(scale):
+        up, down = (divergences.regression_loss(scale * best + sign * h, grad_k) for sign in (1, -1))
+        slope = (up - down) / 2
+        return float(slope.mean() / (slope.std() / N**0.5))
+
+    assert abs(deviations(1.0)) < 4
+    for wrong in (-1.0, 0.5, 2.0):
+        assert abs(deviations(wrong)) > 15
+
+
+def test_proposal():
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(20_000, 2, generator=g)
+    width = torch.full((20_000,), 0.1)
+    far = divergences.Proposal(uniform=1.0, margin=0.5)(x, x, width, g)
+    assert far.min() == pytest.approx(-0.5, abs=0.01) and far.max() == pytest.approx(1.5, abs=0.01)
+    near = divergences.Proposal(uniform=0.0, spread=2.0)(x, x, width, g) - x
+    assert float(near.std()) == pytest.approx(0.2, rel=0.03)
+    moved = divergences.Proposal(uniform=0.25, margin=9.0)(x, x, width, g) - x
+    assert float((moved.abs().amax(1) > 1).float().mean()) == pytest.approx(0.25, abs=0.03)
+    for refuse in ({"uniform": 1.5}, {"spread": 0.0}, {"margin": -1.0}):
+        with pytest.raises(ValueError, match=next(iter(refuse))):
+            divergences.Proposal(**refuse)
+
+
 @pytest.mark.parametrize("method", ["exact", "hutchinson", "gaussian"])
 def test_trace_estimators(method):
     matrix = torch.tensor([[1.0, 2.0, 0.0], [-1.0, 3.0, 1.0], [0.5, 0.0, -1.5]])

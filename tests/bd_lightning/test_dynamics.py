@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from bd_lightning import dynamics, kernels
+from bd_lightning.distances import mmd
 from bd_lightning.dynamics import (
     AnnealedDynamics,
     BellmanDynamics,
@@ -47,6 +48,68 @@ def test_plain_dynamics_started_at_p_stay_at_p(kernel, unit):
     assert run(1.0) == pytest.approx(1.0, abs=0.08)
     assert run(2.0) < 0.85  # and the test sees a factor of two
     assert run(0.5) > 1.15
+
+
+@pytest.mark.parametrize("kernel", [*KERNELS, kernels.Sliced(0.01, slices=4)], ids=lambda k: type(k).__name__)
+def test_generator_vanishes_in_expectation_under_p(kernel):
+    """E_p[g·∇f + ½ m ∆f] = 0 for every f: no net flux, with m̂ and ∇m̂ of the kernel's own estimates."""
+    target, g = square(), torch.Generator().manual_seed(0)
+    sigma = torch.full((4000,), 0.2, dtype=torch.float64)
+    x = target.sample(4000, g) + 0.2 * torch.randn(4000, 2, generator=g, dtype=torch.float64)
+    y = target.sample(3000, g)
+    weights = torch.full((4000, 3000), 1 / 3000, dtype=torch.float64)
+    m, grad_m = kernel(x, y, sigma, weights, g)
+    slope = -torch.pi * (torch.pi * x + 0.3).sin()  # f = cos(πx₁ + 0.3) + cos(πx₂ + 0.3), low at the modes
+    laplacian = -(torch.pi**2) * (torch.pi * x + 0.3).cos().sum(1)
+
+    def deviations(drift, ito=1.0):
+        field = 0.5 * (m[:, None] * target.score(x, 0.2) + ito * grad_m)
+        values = drift * (field * slope).sum(1) + 0.5 * m * laplacian
+        return abs(float(values.mean() / (values.std() / len(x) ** 0.5)))
+
+    assert deviations(1.0) < 3.5
+    for wrong in (-1.0, 0.5, 2.0):
+        assert deviations(wrong) > 8
+    if grad_m.any():
+        assert deviations(1.0, ito=-1.0) > 8
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: type(k).__name__)
+def test_flux_vanishes_at_the_analytic_fields(kernel):
+    """g p − ½∇(m p) = 0 at every point and noise level."""
+    target = square()
+    x = (1.5 * torch.randn(40, 2, dtype=torch.float64)).requires_grad_(True)
+    sigma = torch.full((40,), 0.3, dtype=torch.float64)
+    m, g = AnalyticFields(target, kernel)(x, sigma)
+    p, _ = target.smoothed(x, sigma)
+    (slope,) = torch.autograd.grad((m * p).sum(), x)
+    torch.testing.assert_close(g * p[:, None], slope / 2, rtol=1e-4, atol=1e-7)
+    regressed = AnalyticFields(target, kernels.Exact(0.01), smoothed=True)
+    s, g = regressed(x, sigma)
+    torch.testing.assert_close(s[:, None] * g, torch.autograd.grad(s.square().sum(), x)[0] / 2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda k: type(k).__name__)
+def test_two_sample_test_does_not_tell_the_chain_from_p(kernel):
+    """MMD of chains that started at p, against its distribution between independent samples of p."""
+    target, n = square(), 400
+    fields = AnalyticFields(target, kernel)
+    unit = 0.002 if isinstance(kernel, kernels.Exact) else 0.006
+
+    def chain(drift):
+        g = torch.Generator().manual_seed(4)
+        x, sigma = target.sample(n, g), torch.zeros(n, dtype=torch.float64)
+        for _ in range(150):
+            s, field = fields(x, sigma)
+            noise = torch.randn(x.shape, generator=g, dtype=torch.float64)
+            x = bellman_step(x, s, drift * field, unit / fields.reference(sigma), noise)
+        return x
+
+    g = torch.Generator().manual_seed(7)
+    between = sorted(mmd(target.sample(n, g), target.sample(n, g), 0.3) for _ in range(60))
+    other = target.sample(n, g)
+    assert mmd(chain(1.0), other, 0.3) < between[-2]  # the level of the test is 1 in 30
+    assert mmd(chain(3.0), other, 0.3) > 1.2 * between[-1]
 
 
 def reached(sampler, kernel, n=1500):

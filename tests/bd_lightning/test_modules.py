@@ -4,21 +4,25 @@ import pytest
 import torch
 
 from bd_lightning import kernels
-from bd_lightning.dynamics import ProbabilityFlow
+from bd_lightning.distances import relative_error
+from bd_lightning.divergences import Proposal
+from bd_lightning.dynamics import MultistepDynamics, ProbabilityFlow
 from bd_lightning.fields import log_gradient
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP
+from bd_lightning.targets import GaussianMixture
 from oracles import square
 
 
 def build(**options):
     torch.manual_seed(0)
     options = {"kernel": kernels.ClosedFormSlices(0.01), "samplers": {"ode": ProbabilityFlow()}, **options}
-    return BellmanDiffusion(MLP((2,), width=96, depth=2), shape=(2,), num_classes=0, sigma_data=1.04, **options)
+    options = {"network": MLP((2,), width=96, depth=2), "shape": (2,), **options}
+    return BellmanDiffusion(num_classes=0, sigma_data=1.04, **options)
 
 
-def train(module, steps=600, batch=256):
-    target = square()
+def train(module, steps=600, batch=256, target=None):
+    target = target or square()
     optimizer = torch.optim.Adam(module.parameters(), 3e-3)
     for step in range(steps):
         for group in optimizer.param_groups:
@@ -81,6 +85,74 @@ def test_single_scale_divergence_learns_the_papers_fields():
     assert s < 0.2 and g < 0.45 < before
 
 
+def test_regression_learns_the_fields_on_and_off_the_data():
+    module = build(
+        kernel=kernels.Exact(0.03), multi_scale=False, estimator="regression", parametrisation="direct",
+        scalar_weight=1.0, queries=128, betas=(0.9, 0.99),
+    )  # fmt: skip
+    train(module, steps=500, batch=512)
+    axis = torch.linspace(-3, 3, 41)
+    for x, limit in ((square().sample(1000).float(), 0.15), (torch.cartesian_prod(axis, axis), 0.25)):
+        with torch.no_grad():
+            found = module.fields(x, torch.zeros(len(x)))
+        truth = module.analytic(square())(x.double(), torch.zeros(len(x)).double())
+        for field, true in zip(found, truth):
+            assert relative_error(field, true) < limit
+
+
+def test_multi_scale_regression_is_learned():
+    module = build(
+        kernel=kernels.Exact(0.03), estimator="regression", parametrisation="direct", scalar_weight=1.0,
+        noise_mean=-0.7, noise_std=0.2,
+    )  # fmt: skip
+    after_s, after_g = errors(train(module, steps=400), 0.5)
+    assert after_s < 0.1 and after_g < 0.15
+
+
+def test_fields_of_a_mixture_are_mixtures_of_fields():
+    """Fields fitted to reweighted data against the same weights of fields fitted to the parts."""
+
+    def fit(target):
+        module = build(
+            kernel=kernels.Exact(0.05), multi_scale=False, estimator="regression", parametrisation="direct",
+            scalar_weight=1.0, proposal=Proposal(margin=1.0), network=MLP((1,), width=64, depth=2), shape=(1,),
+        )  # fmt: skip
+        module = train(module, steps=500, batch=512, target=target)
+        x = torch.linspace(-2, 2, 201)[:, None]
+        with torch.no_grad():
+            return module.fields(x, torch.zeros(201))
+
+    parts = [fit(GaussianMixture([[mean]], sd=0.4)) for mean in (-1.0, 1.0)]
+    whole = fit(GaussianMixture([[-1.0], [1.0]], [0.8, 0.2], 0.4))
+    for field, left, right in zip(whole, *parts):
+        assert relative_error(0.8 * left + 0.2 * right, field) < 0.06
+        assert relative_error(0.6 * left + 0.4 * right, field) > 0.2
+
+
+def test_queries_train_at_the_first_points_with_all_as_partners():
+    module = build(queries=8)
+    x = square().sample(64).float()
+    terms = module.losses(x, generator=torch.Generator().manual_seed(1))
+    assert all(value.shape == (8,) for value in terms.values())
+    m, _ = module.mobility(x[:8], x, torch.full((8,), 0.5))
+    expected, _ = module.kernel(x[:1], x[1:], torch.full((1,), 0.5), torch.full((1, 63), 1 / 63))
+    torch.testing.assert_close(m[:1], expected)
+
+
+@pytest.mark.parametrize("start", ["gaussian", "uniform"])
+def test_default_samplers_lose_no_chain(start):
+    module = train(
+        build(network=MLP((2,), width=48, depth=1), samplers={
+            "sde": MultistepDynamics(levels=30, sigma_max=10.0, sigma_min=0.01, exact_score=True, start=start),
+            "ode": ProbabilityFlow(sigma_max=10.0, sigma_min=0.01, exact_score=True, start=start),
+        }),
+        steps=400,
+    )  # fmt: skip
+    for sampler in ("sde", "ode"):
+        x = module.sample(range(10_000), sampler, seed=3)
+        assert x.shape == (10_000, 2) and float(x.abs().max()) < 4
+
+
 def test_losses_are_the_weighted_denoising_error():
     """For the constant kernel: (2σ)²(1 + σ²/σ_d²)/d · ¼‖S + n/σ‖², EDM's weighting."""
     module = build(kernel=kernels.Constant())
@@ -119,6 +191,9 @@ def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
         ({"lr": 0.0}, "lr must be positive"),
         ({"betas": (0.9, 1.5)}, r"betas\[1\] must lie between 0 and 1"),
         ({"multi_scale": False}, "nothing to denoise"),
+        ({"queries": 0}, "queries must be at least 1"),
+        ({"estimator": "regression"}, "needs kernel=Exact and parametrisation=direct"),
+        ({"proposal": Proposal()}, "proposal belongs to estimator=regression"),
         ({"trace": "sliced", "estimator": "divergence"}, "parametrisation=direct"),
     ],
 )
