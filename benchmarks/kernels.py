@@ -75,7 +75,7 @@ def main() -> None:
     data = Digits()
     features = ClassifierFeatures()
     features.prepare(data)
-    real = features(data.load_split("train").images)
+    real = features(data.load_split("train").x)
     fids: list[list[float]] = [[] for _ in KERNELS]
     ratios = []
     for seed in range(options.seeds):
