@@ -144,9 +144,9 @@ def field_figure(pl_module, density, level: float, extent: float) -> Figure:
         picture = left.imshow(field.reshape(side, side).T, origin="lower", extent=box, vmin=0, vmax=top)
         figure.colorbar(picture, ax=left, shrink=0.8)
         left.set_title(f"scalar field s, {name}, σ = {level:g}")
-        few = np.arange(len(x)).reshape(side, side)[::5, ::5].ravel()
+        few = np.arange(len(x)).reshape(side, side)[::3, ::3].ravel()
         reach = float(np.abs(rows[-1][2]).max())
-        right.quiver(x[few, 0], x[few, 1], arrows[few, 0], arrows[few, 1], scale=12 * reach)
+        right.quiver(x[few, 0], x[few, 1], arrows[few, 0], arrows[few, 1], scale=14 * reach)
         right.set(title=f"gradient field g, {name}", aspect="equal", xlim=box[:2], ylim=box[:2])
     return figure
 
