@@ -1,4 +1,4 @@
-r"""The pair of gradient and scalar field networks.
+r"""The pair of gradient and scalar field networks, and the pair that they should become.
 
 `Fields` turns the two outputs (F, a) of a network into fields at noise level σ, with m_ref(σ) the kernel's typical
 mobility and σ_d the standard deviation of the data:
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from bd_lightning.checks import one_of, positive
 from bd_lightning.divergences import bcast
 from bd_lightning.kernels import Kernel
+from bd_lightning.targets import Density
 
 PARAMETRISATIONS = ("factored", "direct")
 _SOFTPLUS_SHIFT = math.log(math.e - 1)  # softplus of it is one
@@ -93,6 +94,29 @@ class Fields(nn.Module):
         """The fields (s, g) at x (B, *) and noise levels sigma (B,); shapes (B,) and (B, *)."""
         h, s = self.heads(x, sigma, label)
         return s, 0.5 * bcast(s, x) * h if self.factored else h
+
+
+class AnalyticFields:
+    """The fields that the losses are minimised by, as a sampler or a metric takes them.
+
+    Args:
+        density: the density p.
+        kernel: the pair kernel.
+        sigma_data: standard deviation of the data, for the kernel's reference.
+        smoothed: the fields of kernel field regression, g* = ∇m, which leave m instead of p_σ unchanged.
+    """
+
+    def __init__(self, density: Density, kernel: Kernel, sigma_data: float = 1.0, smoothed: bool = False) -> None:
+        self.density, self.kernel, self.sigma_data, self.smoothed = density, kernel, sigma_data, smoothed
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """s* (B,) and g* (B, d) at x (B, d) and noise levels sigma (B,)."""
+        m, grad_m = self.kernel.mobility(self.density, x, sigma)
+        return m, grad_m if self.smoothed else 0.5 * (m[:, None] * self.density.score(x, sigma) + grad_m)
+
+    def reference(self, sigma: Tensor) -> Tensor:
+        """Typical mobility m_ref; shape of sigma."""
+        return self.kernel.reference(sigma, self.sigma_data, self.density.dim)
 
 
 def log_gradient(s: Tensor, g: Tensor) -> Tensor:

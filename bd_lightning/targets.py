@@ -2,7 +2,7 @@ r"""Densities whose fields are known in closed form, at every noise level.
 
 A `Density` p gives p_σ = p * N(0, σ²I) and its gradient for σ ≥ 0, exact samples, and the density of wᵀx along a
 direction w. They are data sets of experiments (see `datamodules.Synthetic`) and the truth that learned fields are
-compared with: `AnalyticFields` makes of a density and a kernel the minimisers of the losses,
+compared with: `fields.AnalyticFields` makes of a density and a kernel the minimisers of the losses,
 
     s* = m,        g* = ½ (m ∇log p_σ + ∇m),
 
@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from bd_lightning.checks import positive
-from bd_lightning.kernels import Kernel
 
 
 class Density(ABC):
@@ -333,26 +332,3 @@ def _ramp(u: Tensor, sigma: float, order: int) -> Tensor:
     for k in range(1, order + 1):
         previous, current = current, (u * current + sigma**2 * previous) / k
     return current
-
-
-class AnalyticFields:
-    """The fields that the losses are minimised by, as a sampler or a metric takes them.
-
-    Args:
-        density: the density p.
-        kernel: the pair kernel.
-        sigma_data: standard deviation of the data, for the kernel's reference.
-        smoothed: the fields of kernel field regression, g* = ∇m, which leave m instead of p_σ unchanged.
-    """
-
-    def __init__(self, density: Density, kernel: Kernel, sigma_data: float = 1.0, smoothed: bool = False) -> None:
-        self.density, self.kernel, self.sigma_data, self.smoothed = density, kernel, sigma_data, smoothed
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """s* (B,) and g* (B, d) at x (B, d) and noise levels sigma (B,)."""
-        m, grad_m = self.kernel.mobility(self.density, x, sigma)
-        return m, grad_m if self.smoothed else 0.5 * (m[:, None] * self.density.score(x, sigma) + grad_m)
-
-    def reference(self, sigma: Tensor) -> Tensor:
-        """Typical mobility m_ref; shape of sigma."""
-        return self.kernel.reference(sigma, self.sigma_data, self.density.dim)

@@ -30,7 +30,8 @@ from bd_lightning import config as configs
 from bd_lightning import kernels
 from bd_lightning.distances import wasserstein2
 from bd_lightning.dynamics import AnnealedDynamics, MultistepDynamics, ProbabilityFlow, SampleNoise, Sampler
-from bd_lightning.targets import AnalyticFields, GaussianMixture
+from bd_lightning.fields import AnalyticFields
+from bd_lightning.targets import GaussianMixture
 
 RANGE = {"sigma_max": 10.0, "sigma_min": 0.01, "exact_score": True}
 KERNELS = {

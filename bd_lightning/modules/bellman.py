@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from bd_lightning import divergences, kernels
 from bd_lightning.checks import in_range, one_of, positive
 from bd_lightning.dynamics import SampleNoise, Sampler
-from bd_lightning.fields import Fields
-from bd_lightning.targets import AnalyticFields, Density
+from bd_lightning.fields import AnalyticFields, Fields
+from bd_lightning.targets import Density
 
 ESTIMATORS = ("denoising", "divergence", "regression")
 

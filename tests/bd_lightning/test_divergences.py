@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from bd_lightning import divergences, kernels
-from bd_lightning.targets import AnalyticFields, GaussianMixture
+from bd_lightning.fields import AnalyticFields
+from bd_lightning.targets import GaussianMixture
 
 N = 400_000
 EPSILON, SIGMA, TAU = 0.2, 0.6, 0.8

@@ -12,7 +12,8 @@ from bd_lightning.dynamics import (
     SamplingDiverged,
     bellman_step,
 )
-from bd_lightning.targets import AnalyticFields, GaussianMixture
+from bd_lightning.fields import AnalyticFields
+from bd_lightning.targets import GaussianMixture
 from oracles import square
 
 TAU = 0.7
