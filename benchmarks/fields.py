@@ -18,6 +18,7 @@ sampler (18 steps).
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
@@ -232,9 +233,11 @@ def speeds(steps: int = 60) -> dict[str, float]:
 
 
 def cell(values: list[float], digits: int = 2) -> str:
-    """Mean ± sd."""
+    """Mean ± sd, over as many seeds as there are."""
     if not values:
         return "–"
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{sd}"
 

@@ -188,7 +188,9 @@ class BellmanDiffusion(L.LightningModule):
             if self.estimator == "regression":
                 loss = divergences.regression_loss(h, grad_m) / reference.square()
             elif fields.factored:
-                loss = divergences.factored_denoising_loss(h, noise, sigma, m, grad_m) / m.square()
+                seen = m > 1e-6 * reference  # elsewhere m̂ underflows, and its logarithm says nothing
+                loss = divergences.factored_denoising_loss(h, noise, sigma, m, grad_m)
+                loss = torch.where(seen, loss / torch.where(seen, m, 1.0).square(), 0.0)
             else:
                 loss = divergences.denoising_loss(h, noise, sigma, m, grad_m) / reference.square()
         scalar = divergences.scalar_loss(s / reference, m / reference)

@@ -129,6 +129,18 @@ def test_fields_of_a_mixture_are_mixtures_of_fields():
         assert relative_error(0.6 * left + 0.4 * right, field) > 0.2
 
 
+def test_losses_are_finite_where_the_mobility_vanishes():
+    """A drawn slice, or the exact kernel, far from all partners: m̂ underflows."""
+    for kernel in (kernels.Sliced(1e-4), kernels.Exact(1e-4)):
+        module = build(kernel=kernel, noise_mean=-6.0, noise_std=0.1)
+        x = torch.linspace(-100, 100, 16)[:, None].expand(16, 2).contiguous()
+        terms = module.losses(x)
+        assert not module.mobility(x, x, torch.zeros(16))[0].any()
+        loss = (terms["gradient"] + terms["scalar"]).mean()
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
+
+
 def test_queries_train_at_the_first_points_with_all_as_partners():
     module = build(queries=8)
     x = square().sample(64).float()
