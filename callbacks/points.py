@@ -127,7 +127,9 @@ class PointMetrics(L.Callback):
                 if density is not None:
                     values |= self._field_errors(pl_module, density, held_out, stage)
         values = trainer.strategy.broadcast(values)
-        pl_module.log_dict({f"{stage}/{name}": value for name, value in values.items()}, rank_zero_only=False)
+        pl_module.log_dict(
+            {f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True
+        )  # the same everywhere
         if trainer.is_global_zero:
             calls = pl_module.samplers[sampler].calls
             w2_floor, mmd_floor = self._floor(data, stage)
