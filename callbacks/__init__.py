@@ -9,8 +9,8 @@ from callbacks.figures import FieldFigures, PointTrajectory
 from callbacks.metrics import ImageMetrics
 from callbacks.points import PointMetrics
 from callbacks.progress import StepProgress
-from callbacks.samples import ImageWriter, SampleGrid, Trajectory
-from callbacks.tables import TableWriter
+from callbacks.samples import SampleGrid, Trajectory
+from callbacks.writers import ImageWriter, TableWriter
 
 __all__ = [
     "AveragedWeights",

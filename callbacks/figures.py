@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bd_lightning.checks import UserError, positive
 from callbacks.drawing import check_sampler, draw_together, publish_image, run_folder, step_of
-from callbacks.points import default_levels, lattice, need_vectors
+from callbacks.points import default_levels, fields_at, lattice, need_vectors, true_fields
 from callbacks.samples import Trajectory
 
 
@@ -107,22 +107,14 @@ class PointTrajectory(Trajectory):
         return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 
 
-def _fields_at(pl_module: L.LightningModule, x: Tensor, level: float) -> tuple[np.ndarray, np.ndarray]:
-    with torch.no_grad():
-        points = x.to(pl_module.device)
-        s, g = pl_module.fields(points, points.new_full((len(points),), level))
-    return s.cpu().numpy(), g.cpu().numpy()
-
-
 def field_figure(pl_module, density, level: float, extent: float) -> Figure:
     """Learned fields and, for a density in closed form, the minimisers of the losses beside them; d = 1 or 2."""
     x = lattice(pl_module.dim, extent)
     assert x is not None
-    s, g = _fields_at(pl_module, x, level)
+    s, g = (field.numpy() for field in fields_at(pl_module, x, level))
     true: tuple[np.ndarray, np.ndarray] | None = None
     if density is not None:
-        point = x.double()
-        true_s, true_g = pl_module.analytic(density)(point, point.new_full((len(point),), level))
+        true_s, true_g = true_fields(pl_module, density, x, level)
         true = true_s.numpy(), true_g.numpy()
     if pl_module.dim == 1:
         figure = Figure(figsize=(8, 3), dpi=120, layout="constrained")

@@ -195,6 +195,13 @@ def true_fields(pl_module: L.LightningModule, density: Density, x: Tensor, level
 
 
 @torch.no_grad()
+def fields_at(pl_module: L.LightningModule, x: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """A module's fields s (B,) and g (B, d) at points x (B, d) and noise level σ, on the CPU."""
+    x = x.to(pl_module.device)
+    s, g = pl_module.fields(x, x.new_full((len(x),), level))
+    return s.cpu(), g.cpu()
+
+
 def field_errors(
     pl_module: L.LightningModule, density: Density, x: Tensor, level: float, truth: tuple[Tensor, Tensor]
 ) -> dict[str, float]:
@@ -203,13 +210,12 @@ def field_errors(
     A single-scale model of the exact kernel also has p_error and grad_p_error, against the paper's p and ∇p, where the
     density has them.
     """
-    x = x.to(pl_module.device)
-    s, g = (field.cpu() for field in pl_module.fields(x, x.new_full((len(x),), level)))
+    s, g = fields_at(pl_module, x, level)
     true_s, true_g = truth
     known = true_g.isfinite().all(1)  # a box has no score outside
     errors = {"s_error": relative_error(s, true_s), "g_error": relative_error(g[known], true_g[known])}
     if level == 0 and isinstance(pl_module.kernel, Exact):
-        p, grad_p = density.smoothed(x.double().cpu())
+        p, grad_p = density.smoothed(x.double())
         errors["p_error"] = relative_error(s, p)
         if grad_p.isfinite().all() and grad_p.any():
             errors["grad_p_error"] = relative_error(g, grad_p)

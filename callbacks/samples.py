@@ -1,16 +1,12 @@
-"""Pictures of images: sample grids, the way of the sampler, and the images that `predict` writes."""
+"""Pictures of images: sample grids and the way of the sampler."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from PIL import Image
-from torchvision.io import read_image
 
 from bd_lightning.checks import UserError, positive
 from bd_lightning.dynamics import SamplingDiverged
@@ -117,43 +113,3 @@ class Trajectory(L.Callback):
             pl_module.train(training)
         chosen = torch.linspace(0, len(states) - 1, min(self.frames, len(states))).round().int().tolist()
         publish_animation(trainer, self.sampler, [self.picture(trainer, states[i]) for i in chosen], self.seconds)
-
-
-class ImageWriter(BasePredictionWriter):
-    """Writes predicted images as <folder>/<index>.png, and a grid of the first ones.
-
-    Args:
-        folder: where to write.
-        grid: at most so many images in grid.png.
-    """
-
-    def __init__(self, folder: str | Path, grid: int = 64) -> None:
-        super().__init__(write_interval="batch")
-        self.folder, self.grid = Path(folder), grid
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Make the folder."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def write_on_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        prediction: Any,
-        batch_indices: Sequence[int] | None,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int,
-    ) -> None:
-        """Write one batch; each rank its own."""
-        for index, image in zip(batch["index"].tolist(), to_uint8(prediction).cpu()):
-            array = image.permute(1, 2, 0).squeeze(-1).numpy()
-            Image.fromarray(array).save(self.folder / f"{index:06d}.png")
-
-    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Put the first images side by side."""
-        trainer.strategy.barrier("images written")
-        if trainer.is_global_zero:
-            n = len(trainer.predict_dataloaders.dataset)
-            images = [read_image(str(self.folder / f"{i:06d}.png")) for i in range(min(self.grid, n))]
-            grid_image(torch.stack(images)).save(self.folder / "grid.png")

@@ -17,12 +17,21 @@ Bellman Diffusion dynamics (arXiv 2410.01796, §4), whose stationary density is 
 
 from bd_lightning.dynamics.descent import MultistepDynamics, ProbabilityFlow, edm_grid
 from bd_lightning.dynamics.langevin import AnnealedDynamics, BellmanDynamics, bellman_step, geometric_ladder
-from bd_lightning.dynamics.sampler import FieldPair, SampleNoise, Sampler, SamplingDiverged, log_gradients, score
+from bd_lightning.dynamics.sampler import (
+    FieldPair,
+    MultiScaleSampler,
+    SampleNoise,
+    Sampler,
+    SamplingDiverged,
+    log_gradients,
+    score,
+)
 
 __all__ = [
     "AnnealedDynamics",
     "BellmanDynamics",
     "FieldPair",
+    "MultiScaleSampler",
     "MultistepDynamics",
     "ProbabilityFlow",
     "SampleNoise",

@@ -25,7 +25,7 @@ from torch import Tensor
 from bd_lightning.checks import in_range, positive
 from bd_lightning.divergences import bcast
 from bd_lightning.dynamics.langevin import geometric_ladder
-from bd_lightning.dynamics.sampler import Sampler, log_gradients, score
+from bd_lightning.dynamics.sampler import MultiScaleSampler, log_gradients, score
 
 
 def edm_grid(sigma_max: float, sigma_min: float, steps: int, rho: float = 7.0) -> Tensor:
@@ -36,7 +36,7 @@ def edm_grid(sigma_max: float, sigma_min: float, steps: int, rho: float = 7.0) -
 
 
 @dataclass(frozen=True)
-class MultistepDynamics(Sampler):
+class MultistepDynamics(MultiScaleSampler):
     r"""The SDE above by a second-order rule, one network call for each noise level.
 
     With the drift −(1 + l)(x − T), T = D + l/(1 + l) σ² ∇log s, and T and l held fixed over a step of length
@@ -51,26 +51,15 @@ class MultistepDynamics(Sampler):
         levels: number of noise levels, at equal ratios.
         churn: λ² above, how much the dynamics act beside the flow. More of it corrects errors of the fields and of
             earlier steps, and needs more levels.
-        sigma_max: first noise level, in data units.
-        sigma_min: last noise level above zero, in data units.
-        exact_score: take ∇log s into account (see `log_gradients`); for low dimension.
     """
 
     levels: int = 40
     churn: float = 0.5
-    sigma_max: float = 20.0
-    sigma_min: float = 0.02
-    exact_score: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        positive(levels=self.levels, sigma_max=self.sigma_max, sigma_min=self.sigma_min)
+        positive(levels=self.levels)
         in_range(0, math.inf, churn=self.churn)
-        in_range(0, self.sigma_max, sigma_min=self.sigma_min)
-
-    @property
-    def start_scale(self):
-        return self.sigma_max
 
     @property
     def calls(self):
@@ -97,31 +86,20 @@ class MultistepDynamics(Sampler):
 
 
 @dataclass(frozen=True)
-class ProbabilityFlow(Sampler):
+class ProbabilityFlow(MultiScaleSampler):
     """The deterministic flow dx/dσ = −σ ∇log p_σ, by Heun's method on EDM's grid (EDM, Algorithm 1).
 
     Args:
         steps: number of grid points; 2·steps − 1 network calls.
-        sigma_max: first noise level, in data units.
-        sigma_min: last noise level above zero, in data units.
         rho: how strongly the grid favours small noise levels.
-        exact_score: subtract ∇log s from S (see `score`); for low dimension.
     """
 
     steps: int = 18
-    sigma_max: float = 20.0
-    sigma_min: float = 0.02
     rho: float = 7.0
-    exact_score: bool = False
 
     def __post_init__(self):
         super().__post_init__()
-        positive(steps=self.steps, sigma_max=self.sigma_max, sigma_min=self.sigma_min, rho=self.rho)
-        in_range(0, self.sigma_max, sigma_min=self.sigma_min)
-
-    @property
-    def start_scale(self):
-        return self.sigma_max
+        positive(steps=self.steps, rho=self.rho)
 
     @property
     def calls(self):

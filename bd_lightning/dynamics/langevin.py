@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import in_range, positive
+from bd_lightning.checks import positive
 from bd_lightning.divergences import bcast
-from bd_lightning.dynamics.sampler import Sampler, score
+from bd_lightning.dynamics.sampler import MultiScaleSampler, Sampler, score
 
 
 def bellman_step(x: Tensor, s: Tensor, g: Tensor, step: Tensor | float, z: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class BellmanDynamics(Sampler):
 
 
 @dataclass(frozen=True)
-class AnnealedDynamics(Sampler):
+class AnnealedDynamics(MultiScaleSampler):
     r"""The dynamics with η = c σ²/m_ref(σ) down a geometric ladder of noise levels, then a last denoising step.
 
     At every level they are let relax towards p_σ. `MultistepDynamics` reaches the same with far fewer network calls.
@@ -87,27 +87,15 @@ class AnnealedDynamics(Sampler):
         levels: number of noise levels.
         steps_per_level: steps at each level.
         step_size: c above, dimensionless.
-        sigma_max: first noise level, in data units.
-        sigma_min: last noise level, in data units.
-        exact_score: subtract ∇log s from S in the last step (see `log_gradients`); for low dimension.
     """
 
     levels: int = 30
     steps_per_level: int = 20
     step_size: float = 0.6
-    sigma_max: float = 20.0
-    sigma_min: float = 0.02
-    exact_score: bool = False
 
     def __post_init__(self):
         super().__post_init__()
         positive(levels=self.levels, steps_per_level=self.steps_per_level, step_size=self.step_size)
-        positive(sigma_max=self.sigma_max, sigma_min=self.sigma_min)
-        in_range(0, self.sigma_max, sigma_min=self.sigma_min)
-
-    @property
-    def start_scale(self):
-        return self.sigma_max
 
     @property
     def calls(self):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import UserError, one_of, positive
+from bd_lightning.checks import UserError, in_range, one_of, positive
 from bd_lightning.fields import log_gradient
 
 
@@ -178,3 +178,27 @@ class Sampler(ABC):
         if lost.any():
             warnings.warn(f"{SamplingDiverged(first, x, lost)}; the finite part is returned", stacklevel=2)
         return x[~lost]
+
+
+@dataclass(frozen=True)
+class MultiScaleSampler(Sampler):
+    """Base of the samplers that go down the noise levels of a multi-scale model.
+
+    Args:
+        sigma_max: first noise level, in data units; the start has this standard deviation.
+        sigma_min: last noise level above zero, in data units.
+        exact_score: take ∇log s into account wherever a score is needed (see `log_gradients`); for low dimension.
+    """
+
+    sigma_max: float = 20.0
+    sigma_min: float = 0.02
+    exact_score: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(sigma_max=self.sigma_max, sigma_min=self.sigma_min)
+        in_range(0, self.sigma_max, sigma_min=self.sigma_min)
+
+    @property
+    def start_scale(self) -> float:
+        return self.sigma_max
