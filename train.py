@@ -71,27 +71,6 @@ def quiet() -> None:
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """Load a checkpoint of this project, tensors and plain data only.
-
-    Raises:
-        UserError: if it is missing, broken, or not one of ours.
-    """
-    import torch
-
-    if not Path(path).is_file():
-        raise UserError(f"checkpoint not found: {path}")
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        stored = checkpoint["hyper_parameters"]
-        if not {"data", "model", "facts"} <= stored.keys():
-            raise KeyError("facts")
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({reason})") from error
-    return stored
-
-
 def choose_run_id(given: str | None) -> str:
     """The run's id: given, or by W&B, the cluster or the parent process, or the time and a random suffix."""
     launched = os.environ.get("LOCAL_RANK", "0") != "0" and os.environ.get("BD_RUN_ID")
@@ -164,7 +143,9 @@ def run(request: configs.Request) -> None:
     config = configs.compose(request)
     stored: dict[str, Any] | None = None
     if config["ckpt_path"]:
-        stored = read_checkpoint(config["ckpt_path"])
+        from bd_lightning import checkpoints
+
+        stored = checkpoints.read(config["ckpt_path"])["hyper_parameters"]
         config = configs.compose(request, {k: v for k, v in stored.items() if k != "facts"})
     elif request.command != "fit":
         raise UserError(f"{request.command} needs ckpt_path=<run folder>/checkpoints/best.ckpt")
@@ -182,7 +163,7 @@ def run(request: configs.Request) -> None:
         data, facts = None, stored["facts"]
     else:
         data = build.instantiate(config["data"], "data")
-        facts = {**data.facts, "class_names": list(data.class_names), "shape": list(data.shape)}
+        facts = data.facts
         for name, value in (stored or {}).get("facts", {}).items():
             if facts[name] != value:
                 raise UserError(
@@ -248,8 +229,9 @@ def predict(config: dict[str, Any], facts: dict[str, Any], model: Any, run_dir: 
         labels = list(range(facts["num_classes"]))
     folder = run_dir / f"predict-{model.sampler}-seed{config['seed']}"
     progress = [c for n, c in (config["callbacks"] or {}).items() if n == "progress" and c]
-    if len(facts["shape"]) == 3:
-        writer: Any = ImageWriter(folder)
+    latents = build.instantiate(config["data"].get("autoencoder"), "data.autoencoder")
+    if latents or len(facts["shape"]) == 3:
+        writer: Any = ImageWriter(folder, latents.decode if latents else None)
     else:
         writer = TableWriter(folder, facts.get("columns"), facts.get("center"), facts.get("scale"))
     callbacks = [writer, *(build.instantiate(c, "callbacks.progress") for c in progress)]

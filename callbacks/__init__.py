@@ -3,7 +3,7 @@ part of the checkpointed module. Those that evaluate run between the two swaps o
  they see averaged weights; `train.py` puts the averaging callback behind them to make it so."""
 
 from callbacks.checkpoints import AveragedWeights, LastCheckpoint
-from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss
+from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss, TrainingDiagnostics
 from callbacks.features import ClassifierFeatures, InceptionFeatures
 from callbacks.figures import FieldFigures, PointTrajectory
 from callbacks.metrics import ImageMetrics
@@ -27,5 +27,6 @@ __all__ = [
     "SampleGrid",
     "StepProgress",
     "TableWriter",
+    "TrainingDiagnostics",
     "Trajectory",
 ]

@@ -15,30 +15,18 @@ class NonFiniteLoss(UserError):
     """Training met a loss that is not a number."""
 
 
-class FieldDiagnostics(L.Callback):
-    """Logs, every `trainer.log_every_n_steps` steps: the two losses by noise level, the share of the scalar field near
-    zero, the norm of the gradient before clipping, and samples per second over all devices (validation not counted).
+class TrainingDiagnostics(L.Callback):
+    """Logs, every `trainer.log_every_n_steps` steps: the norm of the gradient before clipping, and samples per second
+    over all devices (validation not counted).
 
     Stops the run at the first non-finite loss, before the weights are changed, and keeps the batch.
-
-    Args:
-        edges: borders of the noise levels' bins, in data units.
-        near_zero: s counts as near zero below this share of its typical size m_ref.
     """
 
-    def __init__(
-        self, edges: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0), near_zero: float = 1e-3
-    ) -> None:
-        if list(edges) != sorted(edges) or not edges:
-            raise ValueError(f"edges must ascend, got {list(edges)}")
-        self.edges, self.near_zero = tuple(edges), near_zero
-        borders = [f"{e:g}" for e in self.edges]
+    def __init__(self) -> None:
         self.logged_step = 0
-        self.bins = [f"below-{borders[0]}", *map("-".join, zip(borders, borders[1:])), f"above-{borders[-1]}"]
         self._clear()
 
     def _clear(self) -> None:
-        self.sums: dict[str, Tensor] = {}
         self.samples, self.seconds, self.last = 0, 0.0, time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -69,15 +57,65 @@ class FieldDiagnostics(L.Callback):
             gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
             pl_module.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
 
+    def values(self) -> dict[str, float]:
+        """What is logged at a logging step."""
+        return {"train/samples_per_second": self.samples / self.seconds}
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add the batch to the bins and, at a logging step, log them."""
+        """Count the batch and, at a logging step, log."""
+        now = time.perf_counter()
+        self.samples += len(outputs.get("sigma", batch[0])) * trainer.world_size
+        self.seconds += now - self.last
+        self.last = now
+        due = trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step != self.logged_step
+        if due and trainer.global_step > 0:
+            self.logged_step = trainer.global_step
+            pl_module.log_dict(self.values(), on_step=True)
+            self._clear()
+
+
+class FieldDiagnostics(TrainingDiagnostics):
+    """`TrainingDiagnostics`, and the two losses by noise level and the share of the scalar field near zero.
+
+    Args:
+        edges: borders of the noise levels' bins, in data units.
+        near_zero: s counts as near zero below this share of its typical size m_ref.
+    """
+
+    def __init__(
+        self, edges: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0), near_zero: float = 1e-3
+    ) -> None:
+        if list(edges) != sorted(edges) or not edges:
+            raise ValueError(f"edges must ascend, got {list(edges)}")
+        self.edges, self.near_zero = tuple(edges), near_zero
+        borders = [f"{e:g}" for e in self.edges]
+        self.bins = [f"below-{borders[0]}", *map("-".join, zip(borders, borders[1:])), f"above-{borders[-1]}"]
+        super().__init__()
+
+    def _clear(self) -> None:
+        super()._clear()
+        self.sums: dict[str, Tensor] = {}
+
+    def values(self) -> dict[str, float]:
+        """Means over the batches since they were last logged."""
+        counts = self.sums["count"].tolist()
+        values = super().values() | {"field/s_near_zero": float(self.sums["near_zero"].sum()) / sum(counts)}
+        for term in ("gradient", "scalar"):
+            for name, total, count in zip(self.bins, self.sums[term].tolist(), counts):
+                if count:
+                    values[f"field/{term}_loss_sigma_{name}"] = total / count
+        return values
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add the batch to the bins and, at a logging step, log."""
         sigma = outputs["sigma"]
         place = torch.bucketize(sigma, torch.tensor(self.edges, device=sigma.device))
-        ones = torch.ones_like(sigma)
         vectors = {
-            "count": ones,
+            "count": torch.ones_like(sigma),
             "gradient": outputs["gradient"],
             "scalar": outputs["scalar"],
             "near_zero": (outputs["relative_s"] < self.near_zero).float(),
@@ -85,21 +123,4 @@ class FieldDiagnostics(L.Callback):
         for name, vector in vectors.items():
             binned = torch.zeros(len(self.bins), device=sigma.device).index_add_(0, place, vector.float())
             self.sums[name] = self.sums[name] + binned if name in self.sums else binned
-        now = time.perf_counter()
-        self.samples += len(sigma) * trainer.world_size
-        self.seconds += now - self.last
-        self.last = now
-        due = trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step != self.logged_step
-        if due and trainer.global_step > 0:
-            self.logged_step = trainer.global_step
-            counts = self.sums["count"].tolist()
-            values = {
-                "field/s_near_zero": float(self.sums["near_zero"].sum()) / sum(counts),
-                "train/samples_per_second": self.samples / self.seconds,
-            }
-            for term in ("gradient", "scalar"):
-                for name, total, count in zip(self.bins, self.sums[term].tolist(), counts):
-                    if count:
-                        values[f"field/{term}_loss_sigma_{name}"] = total / count
-            pl_module.log_dict(values, on_step=True)
-            self._clear()
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)

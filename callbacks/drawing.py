@@ -26,14 +26,15 @@ def check_sampler(pl_module: L.LightningModule, name: str | None, owner: str) ->
         raise UserError(f"{owner}: no sampler named '{name}'; the model has {', '.join(pl_module.samplers)}")
 
 
-def need_images(pl_module: L.LightningModule, owner: str) -> None:
+def need_images(trainer: L.Trainer, owner: str) -> None:
     """Refuse data that is not images.
 
     Raises:
         UserError: naming the callback and what to choose instead.
     """
-    if len(pl_module.shape) != 3:
-        raise UserError(f"{owner} is for images, and a sample has shape {pl_module.shape}: choose callbacks=points")
+    shape = trainer.datamodule.observed.shape  # type: ignore[attr-defined]
+    if len(shape) != 3:
+        raise UserError(f"{owner} is for images, and a sample has shape {shape}: choose callbacks=points")
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def all_or_none(trainer: L.Trainer) -> Iterator[None]:
 def draw(
     trainer: L.Trainer, pl_module: L.LightningModule, n: int, batch_size: int, seed: int, sampler: str | None
 ) -> Iterator[Tensor]:
-    """This rank's share of n samples, in the model's units, a batch at a time.
+    """This rank's share of n samples, decoded by the data module, a batch at a time.
 
     Sample i depends on the seed and on i alone, and goes to rank i modulo the number of ranks. A class-conditional
     module is asked for class i modulo the number of classes.
@@ -62,13 +63,14 @@ def draw(
         label = None
         if pl_module.conditional:
             label = torch.tensor([i % pl_module.num_classes for i in indices], device=pl_module.device)
-        yield pl_module.sample(indices, sampler=sampler, seed=seed, label=label)
+        x = pl_module.sample(indices, sampler=sampler, seed=seed, label=label)
+        yield trainer.datamodule.decode(x)  # type: ignore[attr-defined]
 
 
 def draw_together(
     trainer: L.Trainer, pl_module: L.LightningModule, n: int, batch_size: int, seed: int, sampler: str | None
 ) -> Tensor:
-    """All n samples on every rank, in order and in the model's units, shape (n, *shape), on the CPU.
+    """All n samples on every rank, in order and decoded, shape (n, *shape), on the CPU.
 
     Raises:
         UserError: on every rank, if chains were lost on any.

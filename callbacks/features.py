@@ -1,12 +1,8 @@
 """Features that FID and KID are computed in."""
 
-import hashlib
-import json
-import os
 import time
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,29 +11,8 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from bd_lightning.checks import UserError, positive
+from datamodules.cache import cache_path, load_cached, save_cached
 from datamodules.images import ImageDataModule, to_unit
-
-
-def cache_path(data: ImageDataModule, what: str, *keys: Any) -> Path:
-    """A file under <data.root>/.cache for something derived from a data set, named by all it depends on."""
-    digest = hashlib.sha256(json.dumps([data.fingerprint, *keys], default=str).encode()).hexdigest()[:12]
-    return Path(data.root) / ".cache" / f"{data.name}-{what}-{digest}.pt"
-
-
-def save_cached(value: Any, path: Path) -> None:
-    """Write a cache file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(f".{os.getpid()}.part")
-    torch.save(value, part)
-    part.replace(path)
-
-
-def load_cached(path: Path) -> Any:
-    """Read a cache file; None if there is none or it is broken."""
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception:  # a cache that cannot be read is a cache miss
-        return None
 
 
 class ImageFeatures(nn.Module):

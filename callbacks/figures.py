@@ -50,7 +50,7 @@ class FieldFigures(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that samples are vectors, and the name of the sampler."""
-        need_vectors(pl_module, type(self).__name__)
+        need_vectors(trainer, type(self).__name__)
         check_sampler(pl_module, self.sampler, type(self).__name__)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -94,7 +94,7 @@ class PointTrajectory(Trajectory):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that samples are vectors, and the name of the sampler."""
-        need_vectors(pl_module, type(self).__name__)
+        need_vectors(trainer, type(self).__name__)
         check_sampler(pl_module, self.sampler, type(self).__name__)
 
     def picture(self, trainer: L.Trainer, x: Tensor) -> Image.Image:

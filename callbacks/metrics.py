@@ -13,7 +13,8 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import UserError, positive
 from callbacks.drawing import all_or_none, append_record, check_sampler, draw, need_images, step_of
-from callbacks.features import ImageFeatures, cache_path, load_cached, save_cached
+from callbacks.features import ImageFeatures
+from datamodules.cache import cache_path, load_cached, save_cached
 from datamodules.images import ImageDataModule, to_uint8
 
 
@@ -75,10 +76,10 @@ class ImageMetrics(L.Callback):
         """Train or load the features and the reference statistics, on rank 0 first."""
         if stage not in ("fit", "validate", "test"):
             return
-        need_images(pl_module, type(self).__name__)
+        need_images(trainer, type(self).__name__)
         check_sampler(pl_module, self.sampler, type(self).__name__)
         held_out = "test" if stage == "test" else "val"
-        data: ImageDataModule = trainer.datamodule  # type: ignore[attr-defined]
+        data: ImageDataModule = trainer.datamodule.observed  # type: ignore[attr-defined]
         if not trainer.is_global_zero:
             trainer.strategy.barrier("features")
         self.features.prepare(data)
@@ -169,7 +170,7 @@ class ImageMetrics(L.Callback):
             "noise": round(reference["noise"], 2),
             "protocol": (
                 f"{n} samples ({sampler}, {pl_module.samplers[sampler].calls} network calls, seed {self.seed}) against "
-                f"{len(reference['features'])} {reference['split']} images of {trainer.datamodule.name}; "  # type: ignore[attr-defined]
+                f"{len(reference['features'])} {reference['split']} images of {trainer.datamodule.observed.name}; "  # type: ignore[attr-defined]
                 f"{self.features.description}; "
                 f"floor: {reference['floor_split']}; noise: uniform bytes"
             ),

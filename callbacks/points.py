@@ -15,14 +15,15 @@ from bd_lightning.targets import Density
 from callbacks.drawing import append_record, check_sampler, draw_together, step_of
 
 
-def need_vectors(pl_module: L.LightningModule, owner: str) -> None:
+def need_vectors(trainer: L.Trainer, owner: str) -> None:
     """Refuse data that is not vectors.
 
     Raises:
         UserError: naming the callback and what to choose instead.
     """
-    if len(pl_module.shape) != 1:
-        raise UserError(f"{owner} is for vectors, and a sample has shape {pl_module.shape}: choose callbacks=images")
+    shape = trainer.datamodule.observed.shape  # type: ignore[attr-defined]
+    if len(shape) != 1:
+        raise UserError(f"{owner} is for vectors, and a sample has shape {shape}: choose callbacks=images")
 
 
 def lattice(dim: int, extent: float) -> Tensor | None:
@@ -78,7 +79,7 @@ class PointMetrics(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that samples are vectors, and the name of the sampler."""
-        need_vectors(pl_module, type(self).__name__)
+        need_vectors(trainer, type(self).__name__)
         check_sampler(pl_module, self.sampler, type(self).__name__)
 
     def _floor(self, data: Any, split: str) -> tuple[float, float]:

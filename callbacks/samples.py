@@ -40,7 +40,7 @@ class SampleGrid(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the names of the samplers."""
-        need_images(pl_module, type(self).__name__)
+        need_images(trainer, type(self).__name__)
         for name in self.samplers:
             check_sampler(pl_module, name, type(self).__name__)
 
@@ -83,13 +83,14 @@ class Trajectory(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check the name of the sampler."""
-        need_images(pl_module, type(self).__name__)
+        need_images(trainer, type(self).__name__)
         check_sampler(pl_module, self.sampler, type(self).__name__)
 
     def picture(self, trainer: L.Trainer, x: torch.Tensor) -> Image.Image:
         """One frame for a state x, shape (n, *shape)."""
-        scale = x.std().clamp_min(1.0)  # early states are far larger than images
-        return grid_image(to_uint8(x / scale), columns=round(self.n**0.5))
+        scale = x.std().clamp_min(1.0)  # early states are far larger than data
+        images = trainer.datamodule.decode(x / scale)  # type: ignore[attr-defined]
+        return grid_image(to_uint8(images), columns=round(self.n**0.5))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Draw and write the animation; the module holds averaged weights by now."""

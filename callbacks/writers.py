@@ -2,7 +2,7 @@
 
 import csv
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,15 +65,16 @@ class ImageWriter(SampleWriter):
 
     Args:
         folder: where to write.
+        decode: makes images of what is predicted; None if it is images.
         grid: at most so many images in grid.png.
     """
 
-    def __init__(self, folder: str | Path, grid: int = 64) -> None:
+    def __init__(self, folder: str | Path, decode: Callable[[Tensor], Tensor] | None = None, grid: int = 64) -> None:
         super().__init__(folder)
-        self.grid = grid
+        self.decode, self.grid = decode, grid
 
     def write(self, indices, x):
-        for index, image in zip(indices, to_uint8(x)):
+        for index, image in zip(indices, to_uint8(self.decode(x) if self.decode else x)):
             array = image.permute(1, 2, 0).squeeze(-1).numpy()
             Image.fromarray(array).save(self.folder / f"{index:06d}.png")
 

@@ -4,6 +4,7 @@ from datamodules.base import DataModule
 from datamodules.digits import Digits
 from datamodules.folder import ImageFolder
 from datamodules.images import ImageDataModule, to_uint8
+from datamodules.latents import Latents
 from datamodules.requests import SampleRequests
 from datamodules.synthetic import Synthetic
 from datamodules.table import Table
@@ -16,6 +17,7 @@ __all__ = [
     "Digits",
     "ImageDataModule",
     "ImageFolder",
+    "Latents",
     "SampleRequests",
     "Synthetic",
     "Table",

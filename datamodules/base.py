@@ -88,8 +88,23 @@ class DataModule(L.LightningDataModule):
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What models are built from, as plain values: shape, num_classes and sigma_data."""
-        return {"shape": self.shape, "num_classes": len(self.class_names), "sigma_data": self.sigma_data}
+        """What models are built from (shape, num_classes, sigma_data) and told apart by, as plain values."""
+        return {
+            "name": self.name,
+            "shape": list(self.shape),
+            "num_classes": len(self.class_names),
+            "class_names": list(self.class_names),
+            "sigma_data": self.sigma_data,
+        }
+
+    @property
+    def observed(self) -> "DataModule":
+        """The data module of what `decode` returns: this one, unless it holds codes of something else."""
+        return self
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Samples of the model, (B, *shape), as they are shown and judged: images in [−1, 1], or vectors unchanged."""
+        return x
 
     @property
     def fingerprint(self) -> list[Any]:

@@ -67,6 +67,7 @@ def test_offline_wandb_run_holds_images_fid_and_config(finished):
     history, config, summary = records.history, records.config, records.summary
     assert config["steps"] == 40 and config["model"]["kernel"]["_target_"] == "bd_lightning.kernels.ClosedFormSlices"
     assert config["facts"] == {
+        "name": "Digits",
         "shape": [1, 8, 8], "num_classes": 10, "sigma_data": 0.7514, "class_names": list("0123456789")
     }  # fmt: skip
     logged = [row for row in history if "val/fid" in row]

@@ -1,5 +1,6 @@
 """LightningModules: they wire fields, losses and samplers to optimisers and logging."""
 
+from bd_lightning.modules.autoencoder import Autoencoder
 from bd_lightning.modules.bellman import BellmanDiffusion
 
-__all__ = ["BellmanDiffusion"]
+__all__ = ["Autoencoder", "BellmanDiffusion"]

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from torch import Tensor, nn
 
@@ -12,12 +11,13 @@ from bd_lightning import divergences, kernels
 from bd_lightning.checks import in_range, one_of, positive
 from bd_lightning.dynamics import SampleNoise, Sampler
 from bd_lightning.fields import AnalyticFields, Fields
+from bd_lightning.modules.base import Module
 from bd_lightning.targets import Density
 
 ESTIMATORS = ("denoising", "divergence", "regression")
 
 
-class BellmanDiffusion(L.LightningModule):
+class BellmanDiffusion(Module):
     """Learns the gradient and the scalar field of a data density and samples from them.
 
     The default is multi-scale: fields of p_σ at every noise level, log σ ~ N(noise_mean, noise_std²). With
@@ -48,11 +48,7 @@ class BellmanDiffusion(L.LightningModule):
         noise_mean: mean of log σ, σ in data units.
         noise_std: standard deviation of log σ.
         scalar_weight: weight of the scalar field's loss.
-        lr: learning rate of Adam.
-        betas: Adam's decay rates.
-        weight_decay: decoupled weight decay.
-        warmup_steps: steps over which the learning rate rises linearly.
-        lr_decay: "cosine" to zero over the run, or "none".
+        options: arguments of `Module`.
 
     Raises:
         ValueError: for values out of range and for combinations that have no meaning.
@@ -78,23 +74,16 @@ class BellmanDiffusion(L.LightningModule):
         noise_mean: float = -0.8,
         noise_std: float = 1.2,
         scalar_weight: float = 0.1,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
-        warmup_steps: int = 100,
-        lr_decay: str = "cosine",
+        **options: Any,
     ) -> None:
-        super().__init__()
+        super().__init__(**options)
         one_of(ESTIMATORS, estimator=estimator)
         one_of(divergences.TRACES, trace=trace)
         one_of(("all", "single"), pairs=pairs)
-        one_of(("cosine", "none"), lr_decay=lr_decay)
         self.samplers = {name: one for name, one in samplers.items() if one is not None}
         one_of(tuple(self.samplers), sampler=sampler)
-        positive(lr=lr, noise_std=noise_std)
-        in_range(0, math.inf, weight_decay=weight_decay, warmup_steps=warmup_steps, scalar_weight=scalar_weight)
-        for i, beta in enumerate(betas):
-            in_range(0, 1, **{f"betas[{i}]": beta})
+        positive(noise_std=noise_std)
+        in_range(0, math.inf, scalar_weight=scalar_weight)
         if queries is not None and queries < 1:
             raise ValueError(f"queries must be at least 1, got {queries}")
         if not multi_scale and (estimator == "denoising" or parametrisation != "direct"):
@@ -121,9 +110,6 @@ class BellmanDiffusion(L.LightningModule):
         self.proposal = proposal or divergences.Proposal()
         self.multi_scale, self.noise_mean, self.noise_std = multi_scale, noise_mean, noise_std
         self.scalar_weight = scalar_weight
-        self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
-        self.warmup_steps, self.lr_decay = warmup_steps, lr_decay
-        self.loaded_step = 0
 
     # ---- losses
 
@@ -201,56 +187,12 @@ class BellmanDiffusion(L.LightningModule):
             "relative_s": (s / reference).detach(),
         }
 
-    def _step(self, stage: str, batch: Any, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+    def compute(self, batch: Any, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The loss and its two parts, means over the batch, and the vectors of `losses`."""
         x, label = batch
         terms = self.losses(x, label, generator)
-        loss = (terms["gradient"] + terms["scalar"]).mean()
-        values = {"loss": loss, "loss_gradient": terms["gradient"].mean(), "loss_scalar": terms["scalar"].mean()}
-        self.log_dict(
-            {f"{stage}/{name}": value.detach() for name, value in values.items()},
-            on_step=stage == "train",
-            on_epoch=stage != "train",
-            sync_dist=stage != "train",
-            batch_size=len(x),
-        )
-        return {"loss": loss} | {name: value.detach() for name, value in terms.items()}
-
-    def on_train_start(self) -> None:
-        """Give every rank, and every part of a resumed run, noise of its own."""
-        torch.manual_seed(torch.initial_seed() + self.global_rank + 1000 * self.global_step)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Remember how long the loaded weights were trained."""
-        self.loaded_step = checkpoint["global_step"]
-
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """Losses of one batch (x, label); the vectors beside "loss" are for callbacks."""
-        return self._step("train", batch)
-
-    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        generator = torch.Generator(self.device).manual_seed(batch_idx)
-        with torch.inference_mode(False), torch.no_grad():
-            return self._step(stage, batch, generator)
-
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """The training losses with the same noise at every validation."""
-        return self._evaluate("val", batch, batch_idx)
-
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
-        """The training losses on the test split, with fixed noise."""
-        return self._evaluate("test", batch, batch_idx)
-
-    def configure_optimizers(self) -> Any:
-        """Adam with linear warm-up and, if asked for, cosine decay over the run, stepped every batch."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches) if self.lr_decay == "cosine" else 0
-
-        def rate(step: int) -> float:
-            warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
-            return warm * (0.5 * (1 + math.cos(math.pi * min(1.0, step / total))) if total else 1.0)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        gradient, scalar = terms["gradient"].mean(), terms["scalar"].mean()
+        return {"loss": gradient + scalar, "loss_gradient": gradient, "loss_scalar": scalar}, terms
 
     def analytic(self, density: Density) -> AnalyticFields:
         """The fields that these losses are minimised by, for data of a density in closed form."""

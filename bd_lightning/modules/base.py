@@ -1,0 +1,104 @@
+"""What the LightningModules share: the optimiser, its schedule, and reproducible evaluation."""
+
+import math
+from abc import abstractmethod
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from bd_lightning.checks import in_range, one_of, positive
+
+
+class Module(L.LightningModule):
+    """Base: losses of a batch become training, validation and test steps.
+
+    Args:
+        lr: learning rate of Adam.
+        betas: Adam's decay rates.
+        weight_decay: decoupled weight decay.
+        warmup_steps: steps over which the learning rate rises linearly.
+        lr_decay: "cosine" to zero over the run, or "none".
+
+    Attributes:
+        loaded_step: the step at which the checkpoint that was loaded was saved.
+    """
+
+    def __init__(
+        self,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+        warmup_steps: int = 100,
+        lr_decay: str = "cosine",
+    ) -> None:
+        super().__init__()
+        positive(lr=lr)
+        in_range(0, math.inf, weight_decay=weight_decay, warmup_steps=warmup_steps)
+        for i, beta in enumerate(betas):
+            in_range(0, 1, **{f"betas[{i}]": beta})
+        one_of(("cosine", "none"), lr_decay=lr_decay)
+        self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
+        self.warmup_steps, self.lr_decay = warmup_steps, lr_decay
+        self.loaded_step = 0
+
+    @abstractmethod
+    def compute(self, batch: Any, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Losses of a batch.
+
+        Args:
+            batch: as the data module gives it, (x, label).
+            generator: source of all randomness; the global one if None.
+
+        Returns:
+            Scalars to log, "loss" among them, and vectors (B,) for callbacks.
+        """
+
+    def _step(self, stage: str, batch: Any, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        values, vectors = self.compute(batch, generator)
+        self.log_dict(
+            {f"{stage}/{name}": value.detach() for name, value in values.items()},
+            on_step=stage == "train",
+            on_epoch=stage != "train",
+            sync_dist=stage != "train",
+            batch_size=len(batch[0]),
+        )
+        return {"loss": values["loss"]} | {name: value.detach() for name, value in vectors.items()}
+
+    def on_train_start(self) -> None:
+        """Give every rank, and every part of a resumed run, noise of its own."""
+        torch.manual_seed(torch.initial_seed() + self.global_rank + 1000 * self.global_step)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Remember how long the loaded weights were trained."""
+        self.loaded_step = checkpoint["global_step"]
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """Losses of one batch (x, label); the vectors beside "loss" are for callbacks."""
+        return self._step("train", batch)
+
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        generator = torch.Generator(self.device).manual_seed(batch_idx)
+        with torch.inference_mode(False), torch.no_grad():
+            return self._step(stage, batch, generator)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """The training losses with the same noise at every validation."""
+        return self._evaluate("val", batch, batch_idx)
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+        """The training losses on the test split, with fixed noise."""
+        return self._evaluate("test", batch, batch_idx)
+
+    def configure_optimizers(self) -> Any:
+        """Adam with linear warm-up and, if asked for, cosine decay over the run, stepped every batch."""
+        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        total = int(self.trainer.estimated_stepping_batches) if self.lr_decay == "cosine" else 0
+
+        def rate(step: int) -> float:
+            warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
+            return warm * (0.5 * (1 + math.cos(math.pi * min(1.0, step / total))) if total else 1.0)
+
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
