@@ -5,7 +5,10 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+
+from bd_lightning.modules import Autoencoder
 
 
 def write_folder(root: Path, classes=("cat", "dog"), n=12, size=(20, 16), splits=()):
@@ -42,3 +45,14 @@ def write_cifar(root: Path, n=8):
         (base / name).write_bytes(pickle.dumps({"data": data, "labels": [i % 10 for i in range(n)]}))
     (base / "batches.meta").write_bytes(pickle.dumps({"label_names": [str(i) for i in range(10)]}))
     return root
+
+
+def write_autoencoder(path: Path, shape, name) -> Path:
+    """The checkpoint of an untrained autoencoder of a data set."""
+    node = {"_target_": "bd_lightning.modules.Autoencoder", "latent": [4], "channels": [8]}
+    module = Autoencoder(shape, (4,), (8,))
+    facts = {"shape": list(shape), "num_classes": 10, "sigma_data": 1.0, "name": name}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    hyper_parameters = {"data": {}, "model": node, "facts": facts}
+    torch.save({"hyper_parameters": hyper_parameters, "state_dict": module.state_dict(), "global_step": 1}, path)
+    return path

@@ -141,7 +141,7 @@ def test_ranks_share_the_samples_of_one_process():
         world_size = 3
 
         def __init__(self, rank):
-            self.global_rank = rank
+            self.global_rank, self.datamodule = rank, Digits()
 
     module = build().eval()
     shares = [torch.cat(list(draw(Rank(rank), module, 8, 2, 0, "ode"))) for rank in range(3)]
