@@ -93,21 +93,58 @@ def choose_run_dir(config: dict[str, Any]) -> Path:
     return Path(config["root"]).resolve() / project / choose_run_id(config["run_id"])
 
 
-def class_indices(labels: list[int | str], names: list[str]) -> list[int]:
-    """Class indices of labels given by name or by index.
+def class_name(label: int | str, names: list[str]) -> str:
+    """The class that a label means, given by name or by index.
 
     Raises:
         UserError: for a label that does not exist.
     """
-    indices = []
-    for label in labels:
-        if str(label) in names:
-            indices.append(names.index(str(label)))
-        elif isinstance(label, int) and 0 <= label < len(names):
-            indices.append(label)
-        else:
-            raise UserError(f"no class '{label}' in this data set.{configs.suggest(str(label), names)}")
-    return indices
+    if str(label) in names:
+        return str(label)
+    if isinstance(label, int) and 0 <= label < len(names):
+        return names[label]
+    raise UserError(f"no class '{label}' in this data set.{configs.suggest(str(label), names)}")
+
+
+def combination(config: dict[str, Any], facts: dict[str, Any], model: Any) -> Any:
+    """The mixture that mix, remove and merge ask for, or None.
+
+    Raises:
+        UserError: for models without classes, checkpoints that do not fit each other, and weights without a meaning.
+    """
+    from bd_lightning import checkpoints, relative
+
+    mix, remove, merge = (config[key] or {} for key in ("mix", "remove", "merge"))
+    if not (mix or remove or merge):
+        return None
+    if not getattr(model, "relative", False):
+        raise UserError("mix, remove and merge need fields relative to a reference: train with model=relative")
+    if config["labels"]:
+        raise UserError("labels asks for classes one by one, mix and remove for a mixture of them: give one of the two")
+    first = checkpoints.read(config["ckpt_path"])
+    model.load_state_dict(first["state_dict"])
+    sources = [(model.fields, facts["class_names"], 1.0)]
+    for path, weight in merge.items():
+        other, stored = checkpoints.load(path, type(model))
+        for what, mine, theirs in (
+            ("shape of a sample", list(model.shape), list(other.shape)),
+            ("reference, sigma_data =", model.fields.sigma_data, other.fields.sigma_data),
+            ("kernel", type(model.kernel).__name__, type(other.kernel).__name__),
+            ("noise_mean and noise_std", [model.noise_mean, model.noise_std], [other.noise_mean, other.noise_std]),
+            ("space, that of", latent_key(config), latent_key(stored)),
+        ):
+            if mine != theirs:
+                raise UserError(f"{path} cannot be merged with {config['ckpt_path']}: {what} {theirs} against {mine}")
+        sources.append((other.fields, stored["facts"]["class_names"], weight))
+    names = list(dict.fromkeys(name for _, known, _ in sources for name in known))
+    wanted = {class_name(label, names): weight for label, weight in mix.items()} if mix else None
+    return relative.combine(sources, wanted, [class_name(label, names) for label in remove])
+
+
+def latent_key(config: dict[str, Any]) -> Any:
+    """What tells the space of a run apart from others of the same shape: its autoencoder, or its pixels."""
+    node = config["data"].get("autoencoder")
+    return "pixels" if node is None else node.get("ckpt_path", node.get("source"))
 
 
 def build_callbacks(config: dict[str, Any], command: str, run_dir: Path) -> list[Any]:
@@ -222,9 +259,11 @@ def predict(config: dict[str, Any], facts: dict[str, Any], model: Any, run_dir: 
     from callbacks import ImageWriter, TableWriter
     from datamodules import SampleRequests
 
-    labels = class_indices(config["labels"] or [], facts["class_names"])
-    if labels and not model.conditional:
+    names = facts["class_names"]
+    labels = [names.index(class_name(label, names)) for label in config["labels"] or []]
+    if labels and not (model.conditional or getattr(model, "relative", False)):
         raise UserError("labels need a class-conditional model: train one with model.network.conditional=true")
+    model.combination = combination(config, facts, model)
     if model.conditional and not labels:
         labels = list(range(facts["num_classes"]))
     folder = run_dir / f"predict-{model.sampler}-seed{config['seed']}"

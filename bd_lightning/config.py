@@ -37,6 +37,9 @@ TOP_LEVEL: dict[str, Any] = {
     "run_id": str | None,
     "n": int,
     "labels": list[int | str] | None,
+    "mix": dict[int | str, float] | None,
+    "remove": list[int | str] | None,
+    "merge": dict[str, float] | None,
 }
 
 

@@ -33,6 +33,7 @@ References:
     | Li et al., Bellman Diffusion, arXiv 2410.01796, §3
     | Vincent, A Connection Between Score Matching and Denoising Autoencoders, 2011 (the denoising form)
     | Hutchinson, A Stochastic Estimator of the Trace, 1989
+    | Gutmann and Hyvärinen, Noise-Contrastive Estimation, 2010 (the logistic loss)
 """
 
 from collections.abc import Callable
@@ -92,6 +93,23 @@ def factored_denoising_loss(S: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, 
 def regression_loss(g: Tensor, grad_m: Tensor) -> Tensor:
     """‖g − ∇m̂‖² per sample, at any points x."""
     return inner(g - grad_m, g - grad_m)
+
+
+def ratio_loss(data: Tensor, reference: Tensor, label: Tensor) -> Tensor:
+    """The logistic loss of several densities and a reference r, each point told apart from all the others, per sample.
+
+    With as many points from r as from the data it is minimised by log(π_c p_c/r), π_c the share of class c in the data.
+
+    Args:
+        data: logits at points of the data, shape (B, C).
+        reference: logits at points drawn from r, shape (B, C).
+        label: class of each point of the data, shape (B,).
+    """
+    zero = data.new_zeros(len(data), 1)  # the logit of r
+    other = torch.full_like(label, data.shape[1])
+    return torch.nn.functional.cross_entropy(
+        torch.cat([data, zero], 1), label, reduction="none"
+    ) + torch.nn.functional.cross_entropy(torch.cat([reference, zero], 1), other, reduction="none")
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,10 @@ class Smoothable(Protocol):
         """p_σ and ∇p_σ at x."""
         ...
 
+    def log_and_score(self, x: Tensor, sigma: Tensor | float) -> tuple[Tensor, Tensor]:
+        """log p_σ and ∇log p_σ at x."""
+        ...
+
 
 def leave_one_out(batch: int, pool: int | None = None, offset: int = 0, device: torch.device | None = None) -> Tensor:
     """Weights that average over every pair except a point with itself.
@@ -279,6 +283,38 @@ class Constant(Kernel):
 
     def mobility(self, density, x, sigma):
         return torch.ones_like(x[:, 0]), torch.zeros_like(x)
+
+    def __call__(self, x, y, sigma, weights, generator=None):
+        return torch.ones_like(x[:, 0]), torch.zeros_like(x)
+
+
+@dataclass(frozen=True)
+class Relative(Kernel):
+    """m = p_σ/r_σ, the density relative to a fixed Gaussian, r_σ = N(0, (σ_data² + σ²)I).
+
+    Like the exact kernel's it is linear in p, and it stays in range in a latent space. It is not a mean over pairs but
+    learned by a logistic loss (see `divergences.ratio_loss`), beside a gradient field that is learned as with
+    `Constant`.
+
+    Args:
+        epsilon: not used.
+        sigma_data: standard deviation σ_data of the data, from the data module.
+    """
+
+    sigma_data: float = 1.0
+
+    def order(self, dim):
+        return 0
+
+    def log_ratio(self, density: Smoothable, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """log p_σ/r_σ (B,) and its gradient (B, d) at x (B, d) and noise levels sigma (B,)."""
+        log, score = density.log_and_score(x, sigma)
+        variance = (sigma.square() + self.sigma_data**2)[:, None]
+        return log + (x.square() / variance + (2 * math.pi * variance).log()).sum(1) / 2, score + x / variance
+
+    def mobility(self, density, x, sigma):
+        log, slope = self.log_ratio(density, x, sigma)
+        return log.exp(), log.exp()[:, None] * slope
 
     def __call__(self, x, y, sigma, weights, generator=None):
         return torch.ones_like(x[:, 0]), torch.zeros_like(x)

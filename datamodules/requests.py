@@ -13,16 +13,17 @@ class SampleRequests(Dataset):
     Args:
         n: number of samples.
         seed: seed of the whole set.
-        labels: class indices, repeated in turn over the samples; empty for class 0 throughout (unconditional models
-            do not look at them).
+        labels: class indices, repeated in turn over the samples; empty to ask for no class.
     """
 
     def __init__(self, n: int, seed: int = 0, labels: Sequence[int] = ()) -> None:
-        self.n, self.seed, self.labels = n, seed, tuple(labels) or (0,)
+        self.n, self.seed, self.labels = n, seed, tuple(labels)
 
     def __len__(self) -> int:
         return self.n
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        label = self.labels[index % len(self.labels)]
-        return {"index": torch.tensor(index), "seed": torch.tensor(self.seed), "label": torch.tensor(label)}
+        request = {"index": torch.tensor(index), "seed": torch.tensor(self.seed)}
+        if self.labels:
+            request["label"] = torch.tensor(self.labels[index % len(self.labels)])
+        return request

@@ -81,7 +81,7 @@ def log_gradients(fields: FieldPair, x: Tensor, sigma: Tensor, exact: bool = Tru
     """The scalar field, S = 2g/s = ∇log p_σ + ∇log s, and ∇log s, from one call of the fields.
 
     Args:
-        fields: the pair of fields.
+        fields: the pair of fields. Those that have a method `log_gradients(x, sigma)` are asked for all three.
         x: points, shape (B, *).
         sigma: noise levels, shape (B,).
         exact: differentiate through the scalar field. Where the mobility is a mean over many dimensions ∇log s is about
@@ -90,6 +90,8 @@ def log_gradients(fields: FieldPair, x: Tensor, sigma: Tensor, exact: bool = Tru
     Returns:
         s (B,), S (B, *) and ∇log s (B, *).
     """
+    if hasattr(fields, "log_gradients"):
+        return fields.log_gradients(x, sigma)
     if not exact:
         s, g = fields(x, sigma)
         return s, log_gradient(s, g), torch.zeros_like(x)

@@ -12,6 +12,7 @@ from bd_lightning.checks import in_range, one_of, positive
 from bd_lightning.dynamics import SampleNoise, Sampler
 from bd_lightning.fields import AnalyticFields, Fields
 from bd_lightning.modules.base import Module
+from bd_lightning.relative import Mixture, RelativeFields
 from bd_lightning.targets import Density
 
 ESTIMATORS = ("denoising", "divergence", "regression")
@@ -27,6 +28,9 @@ class BellmanDiffusion(Module):
 
     Estimators (see `divergences`): "denoising", for noise levels above zero; "divergence", the paper's; "regression" of
     both fields on the exact kernel at query points off the data, for low dimension.
+
+    With the kernel `Relative` the fields are those of every class relative to a Gaussian (see `relative`): the gradient
+    field by denoising, the scalar field by the logistic loss. `combination` then says what is sampled.
 
     Args:
         network: trunk with two heads (see `networks`).
@@ -49,6 +53,9 @@ class BellmanDiffusion(Module):
         noise_std: standard deviation of log σ.
         scalar_weight: weight of the scalar field's loss.
         options: arguments of `Module`.
+
+    Attributes:
+        combination: the mixture that a model with the kernel `Relative` samples; None is the density of its data.
 
     Raises:
         ValueError: for values out of range and for combinations that have no meaning.
@@ -98,13 +105,31 @@ class BellmanDiffusion(Module):
             )
         if proposal is not None and estimator != "regression":
             raise ValueError(f"proposal belongs to estimator=regression; with {estimator} leave it out")
+        self.relative = isinstance(kernel, kernels.Relative)
+        if self.relative and not (
+            estimator == "denoising" and parametrisation == "factored" and scalar_network is None
+        ):
+            raise ValueError(
+                "kernel=Relative needs estimator=denoising and parametrisation=factored, and no scalar_network: "
+                "its scalar field is a logit of the same network"
+            )
         if trace == "sliced" and parametrisation == "factored":
             raise ValueError("trace=sliced is the paper's loss for parametrisation=direct; use hutchinson here")
         self.shape, self.num_classes = tuple(shape), num_classes
         self.dim = math.prod(self.shape)
         self.conditional = bool(getattr(network, "conditional", False))
         self.kernel = kernel
-        self.fields = Fields(network, kernel, sigma_data, self.dim, parametrisation, scalar_network)
+        per_class = bool(getattr(network, "heads", ()))
+        if self.relative and self.conditional:
+            raise ValueError("kernel=Relative needs network.per_class=true instead of network.conditional=true")
+        if per_class and not self.relative:
+            raise ValueError("network.per_class=true needs kernel=Relative, whose fields it has heads for")
+        self.fields: Any  # RelativeFields or Fields
+        if self.relative:
+            self.fields = RelativeFields(network, sigma_data, num_classes if per_class else 1)
+        else:
+            self.fields = Fields(network, kernel, sigma_data, self.dim, parametrisation, scalar_network)
+        self.combination: Mixture | None = None
         self.sampler = sampler
         self.estimator, self.trace, self.pairs, self.queries = estimator, trace, pairs, queries
         self.proposal = proposal or divergences.Proposal()
@@ -137,6 +162,8 @@ class BellmanDiffusion(Module):
         def randn(*size: int) -> Tensor:
             return torch.randn(size, device=x.device, generator=generator)
 
+        if self.relative:
+            return self._relative_losses(x, label, randn)
         pool, x = x, x[: self.queries]
         label = label[: self.queries] if self.conditional and label is not None else None
         d, fields = self.dim, self.fields
@@ -187,6 +214,27 @@ class BellmanDiffusion(Module):
             "relative_s": (s / reference).detach(),
         }
 
+    def _relative_losses(self, x: Tensor, label: Tensor | None, randn: Callable[..., Tensor]) -> dict[str, Tensor]:
+        fields, rows = self.fields, torch.arange(len(x), device=x.device)
+        if label is None or len(fields.counts) == 1:
+            label = torch.zeros_like(rows)
+        if self.training:
+            fields.counts += torch.bincount(label, minlength=len(fields.counts))
+        sigma = (self.noise_mean + self.noise_std * randn(len(x))).exp()
+        total, noise = sigma.square() + fields.sigma_data**2, randn(*x.shape)
+        point = x + divergences.bcast(sigma, x) * noise
+        elsewhere = divergences.bcast(total.sqrt(), x) * randn(*x.shape)  # from the reference
+        logits, slopes = fields.components(torch.cat([point, elsewhere]), sigma.repeat(2))
+        data, reference = logits.chunk(2)
+        score = slopes[rows, label] - point / divergences.bcast(total, x)
+        loss = divergences.factored_denoising_loss(score, noise, sigma, torch.ones_like(sigma), torch.zeros_like(x))
+        return {
+            "gradient": 4 * sigma.square() * (total / fields.sigma_data**2) / self.dim * loss,
+            "scalar": self.scalar_weight * divergences.ratio_loss(data, reference, label),
+            "sigma": sigma,
+            "relative_s": data.logsumexp(1).detach().exp(),
+        }
+
     def compute(self, batch: Any, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss and its two parts, means over the batch, and the vectors of `losses`."""
         x, label = batch
@@ -226,13 +274,22 @@ class BellmanDiffusion(Module):
         Raises:
             SamplingDiverged: when chains are lost.
         """
-        return self.samplers[sampler or self.sampler](
-            _Conditioned(self.fields, label), SampleNoise(indices, self.shape, seed, self.device), watch, finite_part
-        )
+        noise = SampleNoise(indices, self.shape, seed, self.device)
+        fields: Any = _Conditioned(self.fields, label)
+        if self.relative:
+            fields = self.combination or Mixture([(self.fields, self._weights(label))])
+        return self.samplers[sampler or self.sampler](fields, noise, watch, finite_part)
+
+    def _weights(self, label: Tensor | None) -> Tensor:
+        """Weights of the classes for a mixture: one class for each sample, or all as they were trained."""
+        counts = self.fields.counts
+        if label is None:
+            return torch.ones_like(counts)
+        return torch.nn.functional.one_hot(label, len(counts)).to(counts)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Samples for a batch of requests: "index", "seed" and, for a conditional network, "label"; each (B,)."""
-        label = batch["label"] if self.conditional else None
+        """Samples for a batch of requests: "index", "seed" and, if classes are asked for, "label"; each (B,)."""
+        label = batch.get("label")
         return self.sample(batch["index"].tolist(), seed=int(batch["seed"][0]), label=label)
 
 

@@ -3,6 +3,10 @@
 x has shape (B, *shape), c_noise (B,) encodes the noise level, label (B,) is a class index or None. F has the shape of
 x and feeds the gradient field, a has shape (B,) and feeds the scalar field. Both heads start at zero. Arguments named
 `shape` and `num_classes` are filled in from the data module.
+
+With `per_class` a network has heads for every class on one trunk that does not see the class: F has shape
+(B, C, *shape) and a (B, C). Fields relative to a reference (see `relative`) are learned that way, so that one call
+gives those of every mixture of classes.
 """
 
 from bd_lightning.networks.mlp import MLP

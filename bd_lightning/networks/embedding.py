@@ -53,3 +53,14 @@ def zero_init(layer: nn.Module) -> nn.Module:
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
     return layer
+
+
+def heads(num_classes: int, per_class: bool) -> tuple[int, ...]:
+    """Leading shape of a network's outputs: () for one pair of heads, (num_classes,) for a pair for every class.
+
+    Raises:
+        ValueError: if there are to be heads for classes and the data has none.
+    """
+    if per_class and num_classes < 1:
+        raise ValueError("per_class needs a data set with classes, and this one has none")
+    return (num_classes,) if per_class else ()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, positive
-from bd_lightning.networks.embedding import ConditionEmbedding, zero_init
+from bd_lightning.networks.embedding import ConditionEmbedding, heads, zero_init
 from bd_lightning.networks.norms import LayerNorm
 
 
@@ -31,6 +31,7 @@ class MLP(nn.Module):
         shape: shape of one sample, from the data module.
         num_classes: number of classes of the data.
         conditional: condition on the class.
+        per_class: heads for every class (see `networks`).
         width: width of the hidden layers.
         depth: number of residual blocks.
         dropout: dropout probability inside the blocks.
@@ -47,6 +48,7 @@ class MLP(nn.Module):
         shape: tuple[int, ...],
         num_classes: int = 0,
         conditional: bool = False,
+        per_class: bool = False,
         width: int = 256,
         depth: int = 4,
         dropout: float = 0.0,
@@ -62,11 +64,15 @@ class MLP(nn.Module):
         self.enter = nn.Linear(dim * (1 + 2 * len(self.fourier)), width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
         self.norm = LayerNorm(width)
-        self.gradient_head = zero_init(nn.Linear(width, dim))
-        self.scalar_head = zero_init(nn.Linear(width, 1))
+        self.heads = heads(num_classes, per_class)
+        self.gradient_head = zero_init(nn.Linear(width, dim * math.prod(self.heads)))
+        self.scalar_head = zero_init(nn.Linear(width, math.prod(self.heads)))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map x (B, *shape), c_noise (B,) and label (B,) or None to F (B, *shape) and a (B,)."""
+        """Map x (B, *shape), c_noise (B,) and label (B,) or None to F (B, *shape) and a (B,).
+
+        With `per_class` there is a dimension for the classes after the first.
+        """
         emb = self.act(self.embed(c_noise, label))
         flat = x.flatten(1)
         waves = [wave(omega * flat) for omega in self.fourier for wave in (torch.sin, torch.cos)]
@@ -74,4 +80,5 @@ class MLP(nn.Module):
         for block in self.blocks:
             h = block(h, emb)
         h = self.act(self.norm(h))
-        return self.gradient_head(h).reshape(x.shape), self.scalar_head(h).squeeze(1)
+        shape = (len(x), *self.heads)
+        return self.gradient_head(h).reshape(*shape, *x.shape[1:]), self.scalar_head(h).reshape(shape)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, positive
-from bd_lightning.networks.embedding import ConditionEmbedding, zero_init
+from bd_lightning.networks.embedding import ConditionEmbedding, heads, zero_init
 from bd_lightning.networks.norms import GroupNorm
 
 
@@ -64,6 +64,7 @@ class UNet(nn.Module):
         shape: (channels, height, width) of one image, from the data module.
         num_classes: number of classes of the data.
         conditional: condition on the class.
+        per_class: heads for every class (see `networks`).
         channels: channels at each resolution; every further entry halves height and width (odd sizes round up).
         blocks: residual blocks at each resolution, going down; one more going up.
         attention: indices into `channels` where blocks attend to the whole image, e.g. [1, 2].
@@ -77,6 +78,7 @@ class UNet(nn.Module):
         shape: tuple[int, int, int],
         num_classes: int = 0,
         conditional: bool = False,
+        per_class: bool = False,
         channels: Sequence[int] = (32, 64),
         blocks: int = 1,
         attention: Sequence[int] = (),
@@ -96,7 +98,7 @@ class UNet(nn.Module):
         if shape[1] % patch or shape[2] % patch:
             raise ValueError(f"patch {patch} does not divide images of {shape[1]}×{shape[2]} pixels")
         width, folded = 4 * channels[0], shape[0] * patch**2
-        self.conditional = conditional
+        self.conditional, self.heads = conditional, heads(num_classes, per_class)
         self.embed = ConditionEmbedding(width, num_classes, conditional)
 
         def block(c_in: int, c_out: int, level: int) -> _Block:
@@ -116,7 +118,7 @@ class UNet(nn.Module):
                 self.pool.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
         self.middle = block(c, c, len(channels) - 1)
-        self.scalar_head = nn.Sequential(_norm(c), nn.SiLU(), zero_init(nn.Linear(c, 1)))
+        self.scalar_head = nn.Sequential(_norm(c), nn.SiLU(), zero_init(nn.Linear(c, math.prod(self.heads))))
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for level, c_out in reversed(list(enumerate(channels))):
             stage = nn.ModuleList()
@@ -127,12 +129,17 @@ class UNet(nn.Module):
             if level > 0:
                 self.grow.append(nn.Conv2d(c, c, 3, padding=1))
         self.gradient_head = nn.Sequential(
-            _norm(c), nn.SiLU(), zero_init(nn.Conv2d(c, folded, 3, padding=1)), nn.PixelShuffle(patch)
+            _norm(c),
+            nn.SiLU(),
+            zero_init(nn.Conv2d(c, folded * math.prod(self.heads), 3, padding=1)),
+            nn.PixelShuffle(patch),
         )
         self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map x (B, C, H, W), c_noise (B,) and label (B,) or None to F (B, C, H, W) and a (B,)."""
+        """Map x (B, C, H, W), c_noise (B,) and label (B,) or None to F (B, C, H, W) and a (B,);
+        with `per_class` there is a dimension for the classes after the first.
+        """
         emb = F.silu(self.embed(c_noise, label))
         h = self.enter(x.contiguous(memory_format=torch.channels_last))
         skips = [h]
@@ -144,10 +151,11 @@ class UNet(nn.Module):
                 h = self.pool[level](h)
                 skips.append(h)
         h = self.middle(h, emb)
-        a = self.scalar_head(h.mean((2, 3))).squeeze(1)
+        shape = (len(x), *self.heads)
+        a = self.scalar_head(h.mean((2, 3))).reshape(shape)
         for level, stage in enumerate(self.up):
             for block in stage:  # type: ignore[attr-defined]
                 h = block(torch.cat([h, skips.pop()], 1), emb)
             if level < len(self.grow):
                 h = self.grow[level](F.interpolate(h, size=skips[-1].shape[2:], mode="nearest"))
-        return self.gradient_head(h), a
+        return self.gradient_head(h).reshape(*shape, *x.shape[1:]), a

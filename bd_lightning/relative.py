@@ -1,0 +1,277 @@
+r"""Fields relative to a reference, and linear algebra on them.
+
+p ↦ (p, ∇p) is linear, so the fields of Σ_c w_c p_c are Σ_c w_c times the fields of p_c. Divided by the fixed Gaussian
+r_σ = N(0, (σ_d² + σ²)I), which keeps linearity, they stay in range in a latent space:
+
+    ρ_c = p_c,σ / r_σ,        ∇ρ_c = ρ_c U_c,        U_c = ∇log ρ_c = ∇log p_c,σ + x/(σ_d² + σ²).
+
+In EDM's parametrisation the denoising network *is* U: ∇log p_σ = σ_d F/(σ√(σ_d² + σ²)) − x/(σ_d² + σ²), whose first
+term is U. A mixture has
+
+    ρ = Σ_c w_c ρ_c,        U = Σ_c w_c ρ_c U_c / ρ,        ∇log p_σ = U − x/(σ_d² + σ²),
+
+and any positive mobility makes dynamics of it that leave it unchanged (see `kernels`): m = ρ, the field itself
+(s = ρ, g = ½ρ(∇log p_σ + U)), or m = 1, which needs the fewest steps (s = 1, g = ½∇log p_σ).
+
+Reference:
+    | Li et al., Bellman Diffusion, arXiv 2410.01796, §2 (linearity of the modelling operator)
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from bd_lightning.checks import UserError, one_of, positive
+from bd_lightning.divergences import bcast
+from bd_lightning.kernels import Relative
+from bd_lightning.targets import Density
+
+
+class Source(Protocol):
+    """Several densities π_c p_c on one space, relative to one reference.
+
+    Attributes:
+        sigma_data: σ_d of the reference.
+    """
+
+    sigma_data: float
+
+    @property
+    def shares(self) -> Tensor:
+        """π_c, shape (C,)."""
+        ...
+
+    def components(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """log(π_c ρ_c) (B, C) and U_c (B, C, *) at x (B, *) and noise levels sigma (B,)."""
+        ...
+
+
+class RelativeFields(nn.Module):
+    """Fields of every class relative to the reference, from one network.
+
+    Args:
+        network: maps (x, c_noise, None) to (F, a), with a dimension for the classes or without (see `networks`).
+        sigma_data: standard deviation σ_d of the data.
+        classes: number of classes that the network has heads for; 1 if it has no such dimension.
+
+    Attributes:
+        shares: share of each class in the training data seen so far.
+    """
+
+    def __init__(self, network: nn.Module, sigma_data: float, classes: int = 1) -> None:
+        super().__init__()
+        positive(sigma_data=sigma_data, classes=classes)
+        self.network, self.sigma_data = network, sigma_data
+        self.counts: Tensor
+        self.register_buffer("counts", torch.zeros(classes))
+
+    @property
+    def shares(self) -> Tensor:
+        """π_c, shape (C,)."""
+        return self.counts / self.counts.sum() if self.counts.any() else torch.full_like(self.counts, math.nan)
+
+    def components(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """log(π_c ρ_c) (B, C) and U_c (B, C, *) at x (B, *) and noise levels sigma (B,)."""
+        total = sigma.square() + self.sigma_data**2
+        out, a = self.network(x * bcast(total.rsqrt(), x), sigma.clamp_min(1e-4).log() / 4, None)
+        out, a = out.to(x.dtype), a.to(x.dtype)  # from the lower precision of autocast, if it is on
+        if a.ndim == 1:
+            out, a = out[:, None], a[:, None]
+        return a, bcast(self.sigma_data / (sigma * total.sqrt()), out) * out
+
+    def reference(self, sigma: Tensor) -> Tensor:
+        """Typical mobility, one; shape of sigma."""
+        return torch.ones_like(sigma)
+
+    def forward(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """ρ (B,) and g = ½ρ(∇log p_σ + U) (B, *) of the density of the training data."""
+        return Mixture([(self, torch.ones_like(self.counts))], mobility="density")(x, sigma)
+
+
+class AnalyticSource:
+    """Densities in closed form as a source.
+
+    Args:
+        densities: the densities p_c.
+        shares: π_c.
+        sigma_data: σ_d of the reference.
+    """
+
+    def __init__(self, densities: Sequence[Density], shares: Sequence[float], sigma_data: float = 1.0) -> None:
+        self.densities, self.sigma_data = densities, sigma_data
+        self._shares = torch.tensor(shares, dtype=torch.float64)
+
+    @property
+    def shares(self) -> Tensor:
+        """π_c, shape (C,)."""
+        return self._shares
+
+    def components(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """log(π_c ρ_c) (B, C) and U_c (B, C, d) at x (B, d) and noise levels sigma (B,)."""
+        parts = [Relative(sigma_data=self.sigma_data).log_ratio(density, x, sigma) for density in self.densities]
+        logs, slopes = zip(*parts)
+        return torch.stack(logs, 1) + self._shares.to(x).log(), torch.stack(slopes, 1)
+
+
+class Mixture:
+    """Σ over sources and classes of w π_c p_c, as fields that every sampler accepts. Weights may be negative.
+
+    `a + b`, `a - b` and `2 * a` are the same operations on the densities; the sum is not normalised, and need not be.
+
+    Where the negative part N of the sum comes within `floor` of the positive part P, the sum is not a density there, or
+    the estimates are not good enough to tell; it is held at floor × P, and such points are counted.
+
+    Args:
+        terms: sources and their weights: (C,), or (B, C) for one mixture per sample.
+        mobility: "constant" or "density", m = 1 or m = ρ.
+        floor: smallest share of the positive part.
+
+    Attributes:
+        queried: number of points asked for so far.
+        held: how many of them were held at the floor.
+
+    Raises:
+        ValueError: if references differ, and when a mixture without a positive weight is used.
+    """
+
+    def __init__(self, terms: Sequence[tuple[Source, Tensor]], mobility: str = "constant", floor: float = 0.01) -> None:
+        one_of(("constant", "density"), mobility=mobility)
+        merged: dict[int, tuple[Source, Tensor]] = {}
+        for source, weights in terms:
+            before = merged.get(id(source))
+            merged[id(source)] = source, weights if before is None else before[1] + weights
+        self.terms = [(source, weights) for source, weights in merged.values() if weights.any()]
+        references = {source.sigma_data for source, _ in self.terms}
+        if len(references) > 1:
+            raise ValueError(f"the references differ: sigma_data is {' and '.join(map(str, sorted(references)))}")
+        self.sigma_data, self.mobility, self.floor = references.pop() if references else 1.0, mobility, floor
+        self.queried = self.held = 0
+
+    def __mul__(self, factor: float) -> "Mixture":
+        return Mixture([(source, factor * weights) for source, weights in self.terms], self.mobility, self.floor)
+
+    __rmul__ = __mul__
+
+    def __add__(self, other: "Mixture") -> "Mixture":
+        return Mixture([*self.terms, *other.terms], self.mobility, self.floor)
+
+    def __sub__(self, other: "Mixture") -> "Mixture":
+        negative = [(source, -weights) for source, weights in other.terms]
+        return Mixture([*self.terms, *negative], self.mobility, self.floor)
+
+    def mass(self) -> float:
+        """Sum of w π_c: the integral of the mixture."""
+        return sum(float((weights * source.shares.to(weights)).sum()) for source, weights in self.terms)
+
+    def log_ratio(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """log ρ (B,) and U (B, *) of the sum, at x (B, *) and noise levels sigma (B,)."""
+        if not any((weights > 0).any() for _, weights in self.terms):
+            raise ValueError("a mixture needs a positive weight")
+        logs, slopes, signs = [], [], []
+        for source, weights in self.terms:
+            weights = weights.to(x).expand(len(x), -1)
+            used = (weights != 0).any(0)
+            if isinstance(source, nn.Module):
+                source.to(x.device)
+            log, slope = source.components(x, sigma)
+            logs.append(log[:, used] + weights[:, used].abs().log())
+            slopes.append(slope[:, used])
+            signs.append(weights[:, used] < 0)
+        log, slope, negative = torch.cat(logs, 1), torch.cat(slopes, 1), torch.cat(signs, 1)
+
+        def total(mask: Tensor) -> tuple[Tensor, Tensor]:
+            chosen = log.masked_fill(~mask, -math.inf)
+            top = chosen.logsumexp(1)
+            share = (chosen - top.clamp_min(torch.finfo(x.dtype).min)[:, None]).exp()
+            return top, (share.reshape(*share.shape, *(1,) * (x.ndim - 1)) * slope).sum(1)
+
+        positive_log, positive_slope = total(~negative)
+        if not negative.any():
+            return positive_log, positive_slope
+        negative_log, negative_slope = total(negative)
+        share = (negative_log - positive_log).exp()  # N/P
+        self.queried += len(x)
+        self.held += int((share > 1 - self.floor).sum())
+        share = share.clamp_max(1 - self.floor)
+        odds = bcast(share / (1 - share), x)
+        return positive_log + (1 - share).log(), positive_slope + odds * (positive_slope - negative_slope)
+
+    def score(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """∇log p_σ of the sum at x (B, *); shape of x."""
+        return self.log_ratio(x, sigma)[1] - x / bcast(sigma.square() + self.sigma_data**2, x)
+
+    def reference(self, sigma: Tensor) -> Tensor:
+        """Typical mobility, one; shape of sigma."""
+        return torch.ones_like(sigma)
+
+    def log_gradients(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """s (B,), S = ∇log p_σ + ∇log s (B, *) and ∇log s (B, *); see `dynamics.log_gradients`."""
+        log, slope = self.log_ratio(x, sigma)
+        score = slope - x / bcast(sigma.square() + self.sigma_data**2, x)
+        if self.mobility == "constant":
+            return torch.ones_like(log), score, torch.zeros_like(x)
+        return log.clamp(-60, 60).exp(), score + slope, slope
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The fields (s, g) of the sum at x (B, *) and noise levels sigma (B,); shapes (B,) and (B, *)."""
+        s, S, _ = self.log_gradients(x, sigma)
+        return s, bcast(s / 2, x) * S
+
+
+def combine(
+    sources: Sequence[tuple[Source, Sequence[str], float]],
+    mix: dict[str, float] | None = None,
+    remove: Sequence[str] = (),
+) -> Mixture:
+    """The mixture that is asked for by the names of classes.
+
+    Args:
+        sources: each with the names of its classes and a weight for its whole density.
+        mix: weight of each class, all others zero; a class that several sources have is their average. None takes each
+            source's density as it was trained.
+        remove: classes whose weight becomes zero.
+
+    Returns:
+        The mixture. With a warning where a class would have a negative share, so that the sum is not a density: what is
+        sampled then is its positive part.
+
+    Raises:
+        UserError: for unknown classes, and for weights whose sum is not positive.
+    """
+    known = list(dict.fromkeys(name for _, names, _ in sources for name in names))
+    for name in [*(mix or ()), *remove]:
+        if name not in known:
+            raise UserError(f"no class '{name}': the classes are {', '.join(known) or 'not known'}")
+    terms = []
+    for source, names, weight in sources:
+        weights = torch.full_like(source.shares, weight)
+        for c, name in enumerate(names):
+            if mix is not None:
+                owners = sum(name in others for _, others, _ in sources)
+                share = float(source.shares[c])
+                wanted = mix.get(name, 0.0)
+                if wanted and not share > 0:
+                    raise UserError(f"class '{name}' was not seen in training")
+                weights[c] = wanted / owners / share if wanted else 0.0
+            if name in remove:
+                weights[c] = 0.0
+        terms.append((source, weights))
+    asked = dict.fromkeys(known or [""], 0.0)
+    for (source, names, _), (_, weights) in zip(sources, terms):
+        for name, part in zip(names or [""], (weights * source.shares).nan_to_num(0).tolist()):
+            asked[name] += part
+    total = sum(asked.values())
+    if not total > 0:
+        raise UserError(f"the weights of the mixture sum to {total:.3g}; they must sum to a positive number")
+    for name, part in asked.items():
+        if part < -0.01 * total:
+            warnings.warn(
+                f"class '{name}' has the negative share {part / total:.3g}: that is not a density; its positive "
+                "part is sampled",
+                stacklevel=2,
+            )
+    return Mixture(terms)

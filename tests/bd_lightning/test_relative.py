@@ -1,0 +1,236 @@
+"""Linear algebra on fields, exact on Gaussian mixtures."""
+
+import math
+
+import pytest
+import torch
+
+from bd_lightning import divergences
+from bd_lightning.checks import UserError
+from bd_lightning.dynamics import AnnealedDynamics, MultistepDynamics, ProbabilityFlow, SampleNoise
+from bd_lightning.fields import AnalyticFields
+from bd_lightning.kernels import Constant, Relative
+from bd_lightning.modules import BellmanDiffusion
+from bd_lightning.networks import MLP, UNet
+from bd_lightning.relative import AnalyticSource, Mixture, RelativeFields, combine
+from bd_lightning.targets import GaussianMixture
+
+MEANS, WEIGHTS = [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]], [0.4, 0.3, 0.2, 0.1]
+PARTS = [GaussianMixture([mean], sd=0.3) for mean in MEANS]
+SOURCE = AnalyticSource(PARTS, WEIGHTS, sigma_data=1.1)
+
+
+def mixture(*weights, **options):
+    return Mixture([(SOURCE, torch.tensor(weights, dtype=torch.float64))], **options)
+
+
+def truth(*weights):
+    return GaussianMixture(MEANS, [w * share for w, share in zip(weights, WEIGHTS)], sd=0.3)
+
+
+@pytest.fixture
+def points():
+    sigma = torch.tensor([0.01, 0.1, 0.3, 1.0, 5.0, 20.0], dtype=torch.float64).repeat_interleave(50)
+    return truth(1, 1, 1, 1).sample(300, torch.Generator().manual_seed(0)) * (1 + sigma[:, None]), sigma
+
+
+def same(a: Mixture, b: Mixture, points) -> bool:
+    return all(torch.allclose(p, q, atol=1e-9) for p, q in zip(a.log_ratio(*points), b.log_ratio(*points)))
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 0, 0, 2.5), (0, 0, 3, 0)])
+def test_fields_of_a_sum_are_the_sum_of_fields(weights, points):
+    target = truth(*weights)
+    assert torch.allclose(mixture(*weights).score(*points), target.score(*points), atol=1e-9)
+    log, slope = mixture(*weights).log_ratio(*points)
+    total = sum(w * share for w, share in zip(weights, WEIGHTS))
+    expected, expected_slope = Relative(sigma_data=1.1).log_ratio(target, *points)
+    assert torch.allclose(log, expected + math.log(total), atol=1e-9)
+    assert torch.allclose(slope, expected_slope, atol=1e-9)
+
+
+def test_what_is_removed_is_gone(points):
+    whole = AnalyticSource([truth(1, 1, 1, 1)], [1.0], 1.1)  # another source that knows no classes
+    rest = Mixture([(whole, torch.ones(1, dtype=torch.float64))]) - mixture(0, 0, 1, 0)
+    left = mixture(0, 0, 1, 0).log_ratio(*points)[0] < mixture(1, 1, 1, 1).log_ratio(*points)[0] - 0.1
+    found, expected = rest.score(*points), truth(1, 1, 0, 1).score(*points)
+    assert 200 < left.sum() < 300 and torch.allclose(found[left], expected[left], atol=1e-6)
+    assert rest.queried == 300 and rest.mass() == pytest.approx(0.8)
+    x = MultistepDynamics(levels=40, sigma_max=10.0, sigma_min=0.01)(rest, SampleNoise(range(4000), (2,)))
+    shares = torch.bincount(truth(1, 1, 1, 1).mode_of(x.double()), minlength=4) / 4000
+    assert shares[2] <= 0.005 and (shares - truth(1, 1, 0, 1).mode_weights).abs().max() < 0.03
+
+
+def test_laws_of_the_algebra(points):
+    a, b, c = mixture(1, 2, 0, 0), mixture(0, 1, 0, 1), mixture(0, 0, 0.5, 0)
+    assert same(a + b, b + a, points) and same((a + b) + c, a + (b + c), points)
+    assert same(2 * (a + b), 2 * a + 2 * b, points) and same(a + a, 2 * a, points)
+    assert same((a + b) - b, a, points) and same(a + 0 * b, a, points)
+    assert (a - a).terms == [] and (a + b).mass() == pytest.approx(a.mass() + b.mass())
+    assert torch.allclose((3 * a).score(*points), a.score(*points))  # a scale is no matter to the density
+
+
+@pytest.mark.parametrize("mobility", ["constant", "density"])
+def test_fields_leave_the_mixture_unchanged(mobility):
+    """Zero flux: g p − ½ ∇(s p) = 0, in the fields that a sampler is given."""
+    weights = (1, 0, 2, 1)
+    fields, target = mixture(*weights, mobility=mobility), truth(*weights)
+    x = target.sample(50, torch.Generator().manual_seed(0)).requires_grad_(True)
+    sigma = x.new_full((50,), 0.4).detach()
+    s, g = fields(x, sigma)
+    p = target.log_density(x, sigma).exp()
+    (slope,) = torch.autograd.grad((s * p).sum(), x)
+    flux = g * p[:, None] - slope / 2
+    assert flux.abs().max() < 1e-9 * slope.abs().max()
+    ratio, S, log_slope = fields.log_gradients(x, sigma)
+    assert torch.allclose(S - log_slope, target.score(x, sigma)) and torch.allclose(ratio, s)
+
+
+def test_the_density_as_its_own_mobility_is_the_minimiser_of_the_kernel():
+    fields = mixture(1, 1, 1, 1, mobility="density")
+    analytic = AnalyticFields(truth(1, 1, 1, 1), Relative(sigma_data=1.1))
+    x, sigma = torch.randn(20, 2, dtype=torch.float64), torch.full((20,), 0.5, dtype=torch.float64)
+    assert all(torch.allclose(a, b) for a, b in zip(fields(x, sigma), analytic(x, sigma)))
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        MultistepDynamics(levels=40, sigma_max=10.0, sigma_min=0.01),
+        ProbabilityFlow(sigma_max=10.0, sigma_min=0.01),
+        AnnealedDynamics(levels=20, steps_per_level=10, sigma_max=10.0, sigma_min=0.01),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+def test_every_sampler_accepts_a_mixture(sampler):
+    x = sampler(mixture(1, 0, 3, 1), SampleNoise(range(2000), (2,))).double()
+    shares = torch.bincount(truth(1, 1, 1, 1).mode_of(x), minlength=4) / 2000
+    assert (shares - truth(1, 0, 3, 1).mode_weights).abs().max() < 0.04
+
+
+def test_weights_per_sample(points):
+    x, sigma = points[0][:4], points[1][:4]
+    each = Mixture([(SOURCE, torch.eye(4, dtype=torch.float64))]).score(x, sigma)
+    for i in range(4):
+        assert torch.allclose(each[i], PARTS[i].score(x[i : i + 1], sigma[i : i + 1])[0])
+
+
+def test_more_taken_than_there_is():
+    fields = mixture(1, 1, -1.5, 1)
+    x = MultistepDynamics(levels=20, sigma_max=10.0, sigma_min=0.01)(fields, SampleNoise(range(500), (2,)))
+    assert x.isfinite().all() and 0 < fields.held <= fields.queried
+    names = ["a", "b", "c", "d"]
+    with pytest.warns(UserWarning, match="class 'c' has the negative share -0.2: that is not a density"):
+        combine([(SOURCE, names, 1.0)], {"a": 0.6, "b": 0.6, "c": -0.2})
+    with pytest.raises(ValueError, match="needs a positive weight"):
+        mixture(-1, 0, 0, 0)(torch.zeros(2, 2), torch.ones(2))
+    other = AnalyticSource(PARTS, WEIGHTS, sigma_data=2.0)
+    with pytest.raises(ValueError, match=r"the references differ: sigma_data is 1\.1 and 2\.0"):
+        mixture(1, 1, 1, 1) + Mixture([(other, torch.ones(4))])
+
+
+def test_classes_by_name(points):
+    names = ["a", "b", "c", "d"]
+    asked = combine([(SOURCE, names, 1.0)], {"a": 0.5, "d": 0.5})
+    assert torch.allclose(asked.score(*points), GaussianMixture([MEANS[0], MEANS[3]], sd=0.3).score(*points), atol=1e-9)
+    less = combine([(SOURCE, names, 1.0)], remove=["c"])
+    assert torch.allclose(less.score(*points), truth(1, 1, 0, 1).score(*points), atol=1e-9)
+    low, high = AnalyticSource(PARTS[:2], [0.6, 0.4], 1.1), AnalyticSource(PARTS[1:], [0.5, 0.3, 0.2], 1.1)
+    both = combine([(low, names[:2], 1.0), (high, names[1:], 3.0)])
+    sum_ = GaussianMixture([*MEANS[:2], *MEANS[1:]], [0.6, 0.4, 1.5, 0.9, 0.6], sd=0.3)
+    assert torch.allclose(both.score(*points), sum_.score(*points), atol=1e-9)
+    shared = combine([(low, names[:2], 1.0), (high, names[1:], 1.0)], {"b": 1.0})  # the average of the two
+    assert torch.allclose(shared.score(*points), PARTS[1].score(*points), atol=1e-9)
+    for bad, sentence in (
+        ({"mix": {"e": 1.0}}, "no class 'e': the classes are a, b, c, d"),
+        ({"mix": {"a": -1.0}}, "the weights of the mixture sum to -1; they must sum to a positive number"),
+        ({"remove": names}, "sum to 0"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            combine([(SOURCE, names, 1.0)], **bad)
+
+
+def test_ratio_loss_is_minimised_by_the_log_ratios():
+    """Its gradient vanishes at log(π_c p_c/r), within four standard errors, and not at another scale or sign."""
+    generator = torch.Generator().manual_seed(0)
+    n = 200_000
+    label = torch.multinomial(torch.tensor(WEIGHTS), n, replacement=True, generator=generator)
+    sigma = torch.full((n,), 0.7, dtype=torch.float64)
+    clean = torch.stack([part.sample(n, generator) for part in PARTS])[label, torch.arange(n)]
+    x = clean + 0.7 * torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    elsewhere = (0.7**2 + 1.1**2) ** 0.5 * torch.randn(n, 2, generator=generator, dtype=torch.float64)
+    data, reference = (SOURCE.components(point, sigma)[0] for point in (x, elsewhere))
+
+    def slopes(scale, shift):
+        change = torch.zeros(4, dtype=torch.float64, requires_grad=True), torch.ones((), requires_grad=True)
+        logits = [change[1] * scale * log + shift + change[0] for log in (data, reference)]
+        losses = divergences.ratio_loss(*logits, label)
+        return [float(grad.abs().max()) for grad in torch.autograd.grad(losses.mean(), change)]
+
+    assert max(slopes(1.0, 0.0)) < 4 * n**-0.5
+    assert min(max(slopes(scale, shift)) for scale, shift in ((0.9, 0.0), (-1.0, 0.0), (1.0, 0.2))) > 0.01
+
+
+def small(per_class=True, classes=4, **options):
+    network = MLP((2,), classes, per_class=per_class, width=64, depth=2)
+    samplers = {"sde": MultistepDynamics(levels=30, sigma_max=10.0, sigma_min=0.02)}
+    arguments = {"kernel": Relative(sigma_data=1.1), "scalar_weight": 1.0, "noise_mean": -0.5, "noise_std": 1.3}
+    return BellmanDiffusion(network, shape=(2,), num_classes=classes, sigma_data=1.1, samplers=samplers, sampler="sde",
+                            **(arguments | options))  # fmt: skip
+
+
+def test_a_trained_model_is_mixed_without_training():
+    torch.manual_seed(0)
+    module = small()
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 500)
+    for _ in range(500):
+        label = torch.multinomial(torch.tensor(WEIGHTS), 256, replacement=True)
+        x = torch.tensor(MEANS)[label] + 0.3 * torch.randn(256, 2)
+        terms = module.losses(x, label)
+        optimizer.zero_grad()
+        (terms["gradient"] + terms["scalar"]).mean().backward()
+        optimizer.step()
+        schedule.step()
+    module.eval()
+    assert (module.fields.shares - torch.tensor(WEIGHTS)).abs().max() < 0.01
+
+    def shares(combination):
+        module.combination = combination
+        x = module.sample(range(4000)).double()
+        return torch.bincount(truth(1, 1, 1, 1).mode_of(x), minlength=4) / 4000
+
+    names = [str(c) for c in range(4)]
+    assert (shares(None) - torch.tensor(WEIGHTS)).abs().max() < 0.05
+    even = shares(combine([(module.fields, names, 1.0)], dict.fromkeys(names, 1.0)))
+    assert (even - 0.25).abs().max() < 0.05
+    without = shares(combine([(module.fields, names, 1.0)], remove=["1"]))
+    assert without[1] < 0.01 and (without - truth(1, 0, 1, 1).mode_weights).abs().max() < 0.05
+    module.combination = None
+    x = module.sample(range(200), label=torch.tensor([3]).expand(200)).double()
+    assert (truth(1, 1, 1, 1).mode_of(x) == 3).float().mean() > 0.98
+
+
+def test_networks_have_heads_for_every_class():
+    mlp = MLP((5,), 3, per_class=True, width=16, depth=1)
+    assert [tuple(out.shape) for out in mlp(torch.randn(2, 5), torch.zeros(2))] == [(2, 3, 5), (2, 3)]
+    unet = UNet((2, 8, 8), 3, per_class=True, channels=[8, 8], patch=2)
+    torch.nn.init.normal_(unet.gradient_head[2].weight)
+    out, a = unet(torch.randn(4, 2, 8, 8), torch.zeros(4))
+    assert out.shape == (4, 3, 2, 8, 8) and a.shape == (4, 3) and not torch.equal(out[:, 0], out[:, 1])
+    fields = RelativeFields(MLP((5,), width=16, depth=1), 1.0)
+    assert [tuple(o.shape) for o in fields.components(torch.randn(2, 5), torch.ones(2))] == [(2, 1), (2, 1, 5)]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"estimator": "divergence"}, "kernel=Relative needs estimator=denoising"),
+        ({"parametrisation": "direct"}, "kernel=Relative needs estimator=denoising and parametrisation=factored"),
+        ({"kernel": Constant()}, "per_class=true needs kernel=Relative"),
+        ({"classes": 0}, "per_class needs a data set with classes"),
+    ],
+)
+def test_mistakes_in_a_model(options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        small(**options)
