@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import BasePredictionWriter
 from PIL import Image
 from torch import Tensor
-from torchvision.io import read_image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from callbacks.drawing import grid_image
 from datamodules.images import to_uint8
@@ -79,7 +79,7 @@ class ImageWriter(SampleWriter):
             Image.fromarray(array).save(self.folder / f"{index:06d}.png")
 
     def finish(self, n, pl_module):
-        images = [read_image(str(self.folder / f"{i:06d}.png")) for i in range(min(self.grid, n))]
+        images = [pil_to_tensor(Image.open(self.folder / f"{i:06d}.png")) for i in range(min(self.grid, n))]
         grid_image(torch.stack(images)).save(self.folder / "grid.png")
 
 

@@ -20,7 +20,7 @@ class Digits(ImageDataModule):
     sigma_data = 0.7514
     reference_split = "train"
 
-    def load_split(self, split):
+    def read_split(self, split):
         from sklearn.datasets import load_digits
 
         digits = load_digits()

@@ -31,15 +31,21 @@ class FolderImages(Dataset):
     """
 
     def __init__(self, files: list[tuple[Path, int]], channels: int, size: int) -> None:
-        self.files, self.mode = files, {1: "L", 3: "RGB"}[channels]
+        self.files, self.channels, self.size = files, channels, size
+        self.labels = torch.tensor([label for _, label in files])
+        self.mode = {1: "L", 3: "RGB"}[channels]
         self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
         self.flip = False
+
+    def take(self, rows: torch.Tensor) -> "FolderImages":
+        """Some of the images."""
+        return FolderImages([self.files[i] for i in rows.tolist()], self.channels, self.size)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        path, label = self.files[index]
+        path = self.files[index][0]
         try:
             with Image.open(path) as image:
                 pixels = v2.functional.pil_to_tensor(image.convert(self.mode))
@@ -48,7 +54,7 @@ class FolderImages(Dataset):
         pixels = self.resize(pixels)
         if self.flip and torch.rand(()) < 0.5:
             pixels = pixels.flip(-1)
-        return to_unit(pixels), label
+        return to_unit(pixels), int(self.labels[index])
 
 
 class ImageFolder(ImageDataModule):
@@ -115,6 +121,8 @@ class ImageFolder(ImageDataModule):
                 )
         self.sigma_data = self._measure() if sigma_data is None else sigma_data
         positive(sigma_data=self.sigma_data)
+        if classes:
+            self._choose_classes()
 
     @property
     def fingerprint(self) -> list[Any]:
@@ -135,5 +143,5 @@ class ImageFolder(ImageDataModule):
         some = FolderImages(files[:: max(1, len(files) // 500)][:500], self.shape[0], self.shape[1])
         return round(float(torch.stack([some[i][0] for i in range(len(some))]).std()), 4)
 
-    def load_split(self, split: str) -> Any:
+    def read_split(self, split: str) -> Any:
         return FolderImages(self.files[split], self.shape[0], self.shape[1])

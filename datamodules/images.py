@@ -3,11 +3,14 @@
 Images travel as bytes and are scaled to [−1, 1] a batch at a time. Augmentation touches the training split only.
 """
 
+import math
+from abc import abstractmethod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bd_lightning.checks import in_range
 from datamodules.base import DataModule, Rows
 
 
@@ -30,6 +33,10 @@ class ByteImages(Rows):
 
     flip = False
 
+    def take(self, rows: Tensor) -> "ByteImages":
+        """Some of the rows."""
+        return ByteImages(self.x[rows], self.labels[rows])
+
     def __getitems__(self, indices):
         x, labels = super().__getitems__(indices)
         x = to_unit(x)
@@ -42,18 +49,68 @@ class ByteImages(Rows):
 class ImageDataModule(DataModule):
     """Base of the image data modules: `shape` is (channels, height, width), and samples lie in [−1, 1].
 
-    The splits have an attribute `flip`, which turns mirroring on.
+    Sub-classes return the splits from `read_split`, with `labels` (N,), a method `take(rows)` that returns some of the
+    rows, and an attribute `flip`, which turns mirroring on.
 
     Args:
         flip: mirror training images left to right at random.
+        keep: names of the only classes to keep; or the share, in [0, 1], of the training images of some classes that is
+            kept (the first ones), where a share of zero takes the class out of every split.
         options: arguments of `DataModule`.
     """
 
     shape: tuple[int, int, int]
 
-    def __init__(self, flip: bool = False, **options: Any) -> None:
+    def __init__(
+        self, flip: bool = False, keep: list[str | int] | dict[str | int, float] | None = None, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self.flip = flip
+        self.flip, self.keep = flip, keep
+        self.shares: dict[int, float] = {}
+        if self.class_names:
+            self._choose_classes()
+
+    def _choose_classes(self) -> None:
+        """Work out the share of each class; call it once `class_names` is known."""
+        names = list(self.class_names)
+        keep = self.keep if isinstance(self.keep, dict) else dict.fromkeys(self.keep or names, 1.0)
+        wanted = {str(name): share for name, share in keep.items()}
+        for name, share in wanted.items():
+            if name not in names:
+                raise ValueError(f"keep: no class '{name}'; the classes are {', '.join(names)}")
+            in_range(0, 1, **{f"keep['{name}']": share})
+        others = 1.0 if isinstance(self.keep, dict) else 0.0
+        self.shares = {label: wanted.get(name, others) for label, name in enumerate(names)}
+        self.class_names = tuple(name for label, name in enumerate(names) if self.shares[label] > 0)
+        if not self.class_names:
+            raise ValueError("keep leaves no class")
+
+    @property
+    def fingerprint(self):
+        return [*super().fingerprint, sorted(self.shares.items())]
+
+    @abstractmethod
+    def read_split(self, split: str) -> Any:
+        """The whole of a split, with labels that count all classes.
+
+        Raises:
+            DataError: if files are missing or broken.
+        """
+
+    def load_split(self, split):
+        rows = self.read_split(split)
+        if all(share == 1 for share in self.shares.values()):
+            return rows
+        chosen = []
+        for label, share in self.shares.items():
+            found = (rows.labels == label).nonzero()[:, 0]
+            part = share if split == "train" else math.ceil(share)
+            chosen.append(found[: math.ceil(part * len(found))])
+        left = rows.take(torch.cat(chosen).sort().values)
+        number = torch.zeros(len(self.shares), dtype=torch.long)
+        number[[label for label, share in self.shares.items() if share > 0]] = torch.arange(len(self.class_names))
+        left.labels = number[left.labels]
+        return left
 
     def split(self, split):
         loaded = super().split(split)

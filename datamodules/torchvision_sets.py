@@ -58,7 +58,7 @@ class _Torchvision(ImageDataModule):
     def tensors(self, dataset: VisionDataset) -> tuple[Tensor, Tensor]:
         """Images (N, C, H, W) of bytes and labels (N,) of a torchvision data set."""
 
-    def load_split(self, split):
+    def read_split(self, split):
         images, labels = self.tensors(self._open(train=split != "test"))
         if split != "test":
             if self.val_size >= len(images):

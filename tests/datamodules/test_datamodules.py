@@ -31,7 +31,7 @@ def test_contract(modules, name):
     assert x.shape == (4, *data.shape) and x.dtype == torch.float32 and y.shape == (4,)
     assert -1 <= x.min() < -0.2 and 0.2 < x.max() <= 1
     assert 0 <= y.min() and y.max() < len(data.class_names)
-    assert set(data.facts) == {"shape", "num_classes", "sigma_data"}
+    assert set(data.facts) == {"name", "shape", "num_classes", "class_names", "sigma_data"}
     images = {split: [image.numpy().tobytes() for image, _ in data.load_split(split)] for split in ("train", "val")}
     assert images["train"] and images["val"] and not set(images["train"]) & set(images["val"])
     order = [next(iter(data.val_dataloader()))[1].tolist() for _ in range(2)]
@@ -140,3 +140,45 @@ def test_truncated_mnist_is_named(tmp_path):
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(DataError, match="MNIST cannot be read"):
         MNIST(root=str(root), val_size=10, download=False).load_split("train")
+
+
+def test_keep_chooses_classes_and_thins_them():
+    whole = Digits()
+    labels = whole.load_split("train").labels
+    few = Digits(keep=[7, "2"])
+    assert few.class_names == ("2", "7") and few.facts["num_classes"] == 2
+    train = few.load_split("train")
+    expected = whole.load_split("train").x[(labels == 2) | (labels == 7)]
+    assert torch.equal(train.x, expected) and set(train.labels.tolist()) == {0, 1}
+    assert (
+        len(few.load_split("val"))
+        == ((whole.load_split("val").labels == 2) | (whole.load_split("val").labels == 7)).sum()
+    )
+    thin = Digits(keep={3: 0.1, 0: 0})
+    counts, before = (torch.bincount(rows.labels) for rows in (thin.load_split("train"), whole.load_split("train")))
+    assert thin.class_names == tuple("123456789") and counts[2] == -(-before[3] // 10)
+    assert torch.equal(counts[[0, 1, 3, 8]], before[[1, 2, 4, 9]])
+    held_out = torch.bincount(thin.load_split("val").labels)
+    assert held_out[2] == (whole.load_split("val").labels == 3).sum()  # only training images are thinned
+    assert len({str(data.fingerprint) for data in (whole, few, thin, Digits(keep={3: 0.2}))}) == 4
+
+
+def test_keep_in_a_folder(tmp_path):
+    write_folder(tmp_path, classes=("cat", "dog", "eel"), n=10)
+    data = ImageFolder(str(tmp_path), size=8, keep=["eel", "cat"])
+    rows = data.load_split("train")
+    assert data.class_names == ("cat", "eel") and len(rows) + len(data.load_split("val")) == 20
+    assert {(path.parent.name, rows[i][1]) for i, (path, _) in enumerate(rows.files)} == {("cat", 0), ("eel", 1)}
+
+
+@pytest.mark.parametrize(
+    ("keep", "sentence"),
+    [
+        (["cat"], "keep: no class 'cat'; the classes are 0, 1"),
+        ({3: 1.5}, r"keep\['3'\] must lie between 0 and 1, got 1.5"),
+        (dict.fromkeys(range(10), 0.0), "keep leaves no class"),
+    ],
+)
+def test_mistakes_in_keep(keep, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Digits(keep=keep)

@@ -1,0 +1,123 @@
+"""Mixtures of classes from the command line, end to end on digits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+import train
+from callbacks import ClassifierFeatures
+from datamodules import Digits
+
+WORDS = ["model=relative", "model.network.width=128", "model.network.depth=2", "data.batch_size=256", "trainer=cpu"]
+WORDS += ["model.samplers.sde.levels=40", "callbacks.metrics=null", "callbacks.best=null", "callbacks.trajectory=null"]
+WORDS += ["callbacks.grid=null", "logger=none", "model.lr=4e-3"]
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("mixtures")
+
+
+def fit(root: Path, name: str, steps: int, *words: str) -> Path:
+    command = [*WORDS, f"steps={steps}", f"eval_every={steps}", f"run_id={name}", f"root={root / 'runs'}", *words]
+    assert train.main(command) == 0
+    return root / "runs" / "bellman-diffusion" / name / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture(scope="session")
+def whole(root) -> Path:
+    return fit(root, "whole", 300)
+
+
+@pytest.fixture(scope="session")
+def halves(root) -> tuple[Path, Path]:
+    return (
+        fit(root, "low", 250, "data.keep=[0,1,2,3,4]"),
+        fit(root, "high", 250, "data.keep=[5,6,7,8,9]"),
+    )
+
+
+@pytest.fixture(scope="session")
+def classify(root):
+    features = ClassifierFeatures()
+    features.prepare(Digits(root=str(root / "data")))
+
+    def count(folder: Path) -> torch.Tensor:
+        """Shares of the classes in the images of a folder."""
+        images = torch.stack([pil_to_tensor(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
+        return torch.bincount(features.classify(images), minlength=10) / len(images)
+
+    return count
+
+
+def predict(checkpoint: Path, seed: int, *words: str) -> Path:
+    assert train.main(["predict", f"ckpt_path={checkpoint}", "n=200", f"seed={seed}", *words]) == 0
+    folder = checkpoint.parent.parent / f"predict-sde-seed{seed}"
+    assert len(list(folder.glob("0*.png"))) == 200 and (folder / "grid.png").is_file()
+    return folder
+
+
+def test_mix_asks_for_weights_of_classes(whole, classify):
+    shares = classify(predict(whole, 1, "mix={3: 0.75, 0: 0.25}"))
+    assert shares[3] == pytest.approx(0.75, abs=0.15) and shares[0] == pytest.approx(0.25, abs=0.15)
+    assert shares[3] + shares[0] > 0.75
+
+
+def test_remove_leaves_a_class_out(whole, classify):
+    before, after = classify(predict(whole, 2)), classify(predict(whole, 3, "remove=[4, 6]"))
+    assert before[[4, 6]].sum() > 0.1 and after[[4, 6]].sum() < 0.04
+
+
+def test_labels_ask_for_classes_one_by_one(whole, classify):
+    shares = classify(predict(whole, 4, "labels=[2]"))
+    assert shares[2] > 0.8
+
+
+def test_merge_joins_models_of_disjoint_data(halves, classify):
+    low, high = halves
+    alone = classify(predict(low, 5))
+    assert alone[:5].sum() > 0.7
+    both = classify(predict(low, 6, f"merge={{{high}: 1.0}}"))
+    assert 0.3 < both[:5].sum() < 0.7
+    mixed = classify(predict(low, 7, f"merge={{{high}: 1.0}}", "mix={1: 0.5, 7: 0.5}"))
+    assert mixed[[1, 7]].sum() > 0.75 and (mixed[[1, 7]] > 0.25).all()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["mix={cat: 1.0}"], "no class 'cat' in this data set"),
+        (["mix={3: -1.0}"], "the weights of the mixture sum to -1; they must sum to a positive number"),
+        (["remove=[0,1,2,3,4,5,6,7,8,9]"], "the weights of the mixture sum to 0"),
+        (["mix={3: much}"], "'mix' must be"),
+        (["remove=7"], "'remove' must be"),
+        (["merge={nowhere.ckpt: 1.0}"], "checkpoint not found: nowhere.ckpt"),
+        (["mix={3: 1.0}", "labels=[3]"], "give one of the two"),
+    ],
+)
+def test_mistakes(words, sentence, whole, capsys):
+    assert train.main(["predict", f"ckpt_path={whole}", *words]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_models_that_do_not_fit_each_other(whole, root, capsys):
+    def refused(*words):
+        assert train.main(["predict", f"ckpt_path={whole}", *words]) == 2
+        return capsys.readouterr().err
+
+    other = fit(root, "other", 1, "model.noise_std=1.0")
+    assert "cannot be merged with" in (message := refused(f"merge={{{other}: 1.0}}"))
+    assert "noise_mean and noise_std [-0.5, 1.0] against [-0.5, 1.5]" in message
+    points = root / "runs" / "bellman-diffusion" / "points" / "checkpoints" / "last.ckpt"
+    words = ["data=wine", "model=relative", "model.network.per_class=false", "callbacks=points", "callbacks.best=null"]
+    words += ["callbacks.metrics=null", "callbacks.figures=null", "callbacks.trajectory=null", "data.batch_size=32"]
+    assert train.main([*words, "steps=1", "logger=none", f"root={root / 'runs'}", "run_id=points"]) == 0
+    assert "shape of a sample [13] against [1, 8, 8]" in refused(f"merge={{{points}: 1.0}}")
+    plain = root / "runs" / "bellman-diffusion" / "plain" / "checkpoints" / "last.ckpt"
+    command = ["model=mlp", "steps=1", *WORDS[3:5], *WORDS[6:11], f"root={root / 'runs'}", "run_id=plain"]
+    assert train.main(command) == 0
+    assert train.main(["predict", f"ckpt_path={plain}", "mix={3: 1.0}"]) == 2
+    assert "train with model=relative" in capsys.readouterr().err
