@@ -13,7 +13,10 @@ term is U. A mixture has
 and any positive mobility makes dynamics of it that leave it unchanged (see `kernels`): m = ρ, the field itself
 (s = ρ, g = ½ρ(∇log p_σ + U)), or m = 1, which needs the fewest steps (s = 1, g = ½∇log p_σ).
 
-Reference:
+Training (`BellmanDiffusion` with the kernel `Relative`): the denoising loss of U_c at points of class c and of U at all
+points, half each, and the logistic loss of the ρ_c, `divergences.ratio_loss`.
+
+References:
     | Li et al., Bellman Diffusion, arXiv 2410.01796, §2 (linearity of the modelling operator)
 """
 

@@ -1,9 +1,9 @@
 """Mixtures of MNIST classes without retraining: what was asked for against what a classifier counts in the samples.
 
-    uv run benchmarks/linearity.py [--data data] [--out runs/linearity] [--n 10000] [--steps 4000] [--figure FILE]
+    uv run benchmarks/linearity.py [--data data] [--out runs/linearity] [--n 10000] [--figure FILE]
 
 Trains, where OUT does not have them yet, an autoencoder and three `model=relative` models in its codes: of all digits,
-of 0–4 and of 5–9. Then draws n samples for each request, and for each the same from averaged scores, Σ w_c ∇log p_c
+of 0–4 and of 5–9. Then draws n samples for each request, and n-averaged samples from averaged scores, Σ w_c ∇log p_c
 with Σ w_c = 1, which is all that a score model could do:
 
 - ten random weightings of the classes (Dirichlet, seed 0);
@@ -66,7 +66,8 @@ class AveragedScores:
 
 def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
     """The last checkpoint of a run, which is trained if it is not there."""
-    path = options.out / "bellman-diffusion" / name / "checkpoints" / "last.ckpt"
+    folder = options.out / "bellman-diffusion" / name / "checkpoints"
+    path = folder / "best.ckpt" if name == "autoencoder" else folder / "last.ckpt"
     if not path.is_file():
         command = [*words, *QUIET, f"run_id={name}", f"root={options.out}", f"data.root={options.data}"]
         if train.main(command) != 0:
@@ -76,7 +77,7 @@ def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
 
 def models(options: argparse.Namespace) -> tuple[TrainedLatents, dict[str, BellmanDiffusion]]:
     """The latent space, and the models of all digits and of the two halves."""
-    code = checkpoint(options, "autoencoder", *AUTOENCODER, "steps=2000", "eval_every=2000")
+    code = checkpoint(options, "autoencoder", *AUTOENCODER, "steps=4000", "eval_every=2000")
     common = ["experiment=mnist_latent", "model=relative", f"data.autoencoder.ckpt_path={code}", "model.lr=2e-3"]
     common += [f"steps={options.steps}", f"eval_every={options.steps}", "callbacks.metrics=null", "callbacks.best=null"]
     found = {}
@@ -114,6 +115,7 @@ def main() -> None:
     parser.add_argument("--data", default="data")
     parser.add_argument("--out", type=Path, default=Path("runs/linearity"))
     parser.add_argument("--n", type=int, default=10_000)
+    parser.add_argument("--n-averaged", type=int, default=2500)
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
@@ -144,7 +146,7 @@ def main() -> None:
             if name + way in rows:
                 continue
             with torch.no_grad():
-                images = draw(fields, options.n)
+                images = draw(fields, options.n_averaged if way else options.n)
                 parts = images.split(1000)
                 labels = torch.cat([features.classify(part) for part in parts])
                 fid = frechet_distance(real, torch.cat([features(part) for part in parts]))
@@ -155,7 +157,7 @@ def main() -> None:
                 "counted": [round(w, 4) for w in counted.tolist()],
                 "l1": float((counted - wanted).abs().sum()),
                 "fid": fid,
-                "n": options.n,
+                "n": len(images),
             }
             rows[name + way] = row
             with path.open("a") as file:

@@ -226,8 +226,13 @@ class BellmanDiffusion(Module):
         elsewhere = divergences.bcast(total.sqrt(), x) * randn(*x.shape)  # from the reference
         logits, slopes = fields.components(torch.cat([point, elsewhere]), sigma.repeat(2))
         data, reference = logits.chunk(2)
-        score = slopes[rows, label] - point / divergences.bcast(total, x)
-        loss = divergences.factored_denoising_loss(score, noise, sigma, torch.ones_like(sigma), torch.zeros_like(x))
+        slopes = slopes[: len(x)]
+        own = slopes[rows, label]
+        shares = data.softmax(1)  # of the classes at each point: the field of all of them is their weighted sum
+        every = torch.einsum("bc,bc...->b...", shares, slopes)
+        center, one, zero = point / divergences.bcast(total, x), torch.ones_like(sigma), torch.zeros_like(x)
+        losses = [divergences.factored_denoising_loss(u - center, noise, sigma, one, zero) for u in (own, every)]
+        loss = (losses[0] + losses[1]) / 2
         return {
             "gradient": 4 * sigma.square() * (total / fields.sigma_data**2) / self.dim * loss,
             "scalar": self.scalar_weight * divergences.ratio_loss(data, reference, label),
