@@ -3,8 +3,8 @@
     uv run benchmarks/linearity.py [--data data] [--out runs/linearity] [--n 10000] [--figure FILE]
 
 Trains, where OUT does not have them yet, an autoencoder and three `model=relative` models in its codes: of all digits,
-of 0–4 and of 5–9. Then draws n samples for each request, and n-averaged samples from averaged scores, Σ w_c ∇log p_c
-with Σ w_c = 1, which is all that a score model could do:
+of 0–4 and of 5–9 (half the steps each). Then draws n samples for each request, and n-averaged samples from averaged
+scores, Σ w_c ∇log p_c with Σ w_c = 1, which is all that a score model could do:
 
 - ten random weightings of the classes (Dirichlet, seed 0);
 - the removal of one class, for three classes;
@@ -79,10 +79,12 @@ def models(options: argparse.Namespace) -> tuple[TrainedLatents, dict[str, Bellm
     """The latent space, and the models of all digits and of the two halves."""
     code = checkpoint(options, "autoencoder", *AUTOENCODER, "steps=4000", "eval_every=2000")
     common = ["experiment=mnist_latent", "model=relative", f"data.autoencoder.ckpt_path={code}", "model.lr=2e-3"]
-    common += [f"steps={options.steps}", f"eval_every={options.steps}", "callbacks.metrics=null", "callbacks.best=null"]
+    common += ["callbacks.metrics=null", "callbacks.best=null"]
     found = {}
     for name, digits in {"all": DIGITS, **HALVES}.items():
-        path = checkpoint(options, name, *common, f"data.images.keep=[{','.join(digits)}]")
+        steps = options.steps * len(digits) // 10
+        length = [f"steps={steps}", f"eval_every={steps}"]
+        path = checkpoint(options, name, *common, *length, f"data.images.keep=[{','.join(digits)}]")
         found[name] = checkpoints.load(path, BellmanDiffusion)[0]
     return TrainedLatents(code), found
 
@@ -116,7 +118,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/linearity"))
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--n-averaged", type=int, default=2500)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     space, found = models(options)
