@@ -131,7 +131,7 @@ def combination(config: dict[str, Any], facts: dict[str, Any], model: Any) -> An
             ("reference, sigma_data =", model.fields.sigma_data, other.fields.sigma_data),
             ("kernel", type(model.kernel).__name__, type(other.kernel).__name__),
             ("noise_mean and noise_std", [model.noise_mean, model.noise_std], [other.noise_mean, other.noise_std]),
-            ("space, that of", latent_key(config), latent_key(stored)),
+            ("space (pixels, or the codes of one autoencoder)", facts.get("space"), stored["facts"].get("space")),
         ):
             if mine != theirs:
                 raise UserError(f"{path} cannot be merged with {config['ckpt_path']}: {what} {theirs} against {mine}")
@@ -139,12 +139,6 @@ def combination(config: dict[str, Any], facts: dict[str, Any], model: Any) -> An
     names = list(dict.fromkeys(name for _, known, _ in sources for name in known))
     wanted = {class_name(label, names): weight for label, weight in mix.items()} if mix else None
     return relative.combine(sources, wanted, [class_name(label, names) for label in remove])
-
-
-def latent_key(config: dict[str, Any]) -> Any:
-    """What tells the space of a run apart from others of the same shape: its autoencoder, or its pixels."""
-    node = config["data"].get("autoencoder")
-    return "pixels" if node is None else node.get("ckpt_path", node.get("source"))
 
 
 def build_callbacks(config: dict[str, Any], command: str, run_dir: Path) -> list[Any]:

@@ -39,7 +39,6 @@ from datamodules import MNIST, to_uint8
 
 DIGITS = [str(c) for c in range(10)]
 HALVES = {"low": DIGITS[:5], "high": DIGITS[5:]}
-AUTOENCODER = ["experiment=autoencoder", "model.latent=[32]", "model.channels=[16, 32]", "model.kl_weight=0.02"]
 QUIET = ["logger=none", "callbacks.progress=null", "trainer.enable_progress_bar=false", "callbacks.trajectory=null"]
 
 
@@ -77,7 +76,7 @@ def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
 
 def models(options: argparse.Namespace) -> tuple[TrainedLatents, dict[str, BellmanDiffusion]]:
     """The latent space, and the models of all digits and of the two halves."""
-    code = checkpoint(options, "autoencoder", *AUTOENCODER, "steps=4000", "eval_every=2000")
+    code = checkpoint(options, "autoencoder", "experiment=autoencoder")
     common = ["experiment=mnist_latent", "model=relative", f"data.autoencoder.ckpt_path={code}", "model.lr=2e-3"]
     common += ["callbacks.metrics=null", "callbacks.best=null"]
     found = {}

@@ -59,6 +59,10 @@ class Latents(DataModule):
         return self.images
 
     @property
+    def facts(self):
+        return {**super().facts, "space": str(self.autoencoder.key)}
+
+    @property
     def fingerprint(self):
         return [*super().fingerprint, self.images.fingerprint, self.autoencoder.key]
 
