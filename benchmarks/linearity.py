@@ -12,7 +12,8 @@ scores, Σ w_c ∇log p_c with Σ w_c = 1, which is all that a score model could
 
 L1 is the sum over classes of |share counted − share asked|. A finished row is kept in OUT/rows.jsonl and not computed
 again. The classifier is the one that FID takes its features from; its accuracy is printed, and so is the L1 that it
-finds between real test images and their labels.
+finds between real test images and their labels. With --figure it draws samples of some requests, and beside FILE, as
+FILE with the suffix .gif, the way from one class to another by their weights, always from the same seeds.
 """
 
 import argparse
@@ -168,6 +169,12 @@ def main() -> None:
     if options.figure:
         pictures = [draw(asked[name][0], 16) for name in ("weighting 0", "without 1", "without 7", "merge")]
         grid_image(torch.cat(pictures), columns=16).save(options.figure)
+        frames = []
+        for t in torch.linspace(0, 1, 21).tolist():
+            mixture = combine([(found["all"].fields, DIGITS, 1.0)], {"1": 1 - t, "7": t})
+            frames.append(grid_image(draw(mixture, 32)))
+        path = options.figure.with_suffix(".gif")
+        frames[0].save(path, save_all=True, append_images=frames[1:] + frames[-2:0:-1], duration=150, loop=0)
 
 
 def report(rows: dict[str, dict], asked: dict) -> None:
