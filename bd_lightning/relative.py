@@ -22,7 +22,7 @@ References:
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -203,6 +203,14 @@ class Mixture:
         odds = bcast(share / (1 - share), x)
         return positive_log + (1 - share).log(), positive_slope + odds * (positive_slope - negative_slope)
 
+    def posterior(self, x: Tensor, sigma: Tensor) -> list[Tensor]:
+        """Shares of the classes with positive weights at x (B, *) and sigma (B,): for every source, (B, C)."""
+        logs = []
+        for source, weights in self.terms:
+            log, _ = source.components(x, sigma)
+            logs.append(log + weights.to(x).clamp_min(0).log())
+        return list(torch.cat(logs, 1).softmax(1).split([log.shape[1] for log in logs], 1))
+
     def score(self, x: Tensor, sigma: Tensor) -> Tensor:
         """∇log p_σ of the sum at x (B, *); shape of x."""
         return self.log_ratio(x, sigma)[1] - x / bcast(sigma.square() + self.sigma_data**2, x)
@@ -223,6 +231,42 @@ class Mixture:
         """The fields (s, g) of the sum at x (B, *) and noise levels sigma (B,); shapes (B,) and (B, *)."""
         s, S, _ = self.log_gradients(x, sigma)
         return s, bcast(s / 2, x) * S
+
+
+@torch.no_grad()
+def calibrated(
+    mixture: Mixture, draw: Callable[[Mixture], Tensor], sigma: float = 0.1, rounds: int = 3, floor: float = 1e-4
+) -> Mixture:
+    """The mixture with weights corrected so that its samples have the shares that were asked for.
+
+    With exact fields the mean of the classes' posterior is the same at every noise level, namely what was asked for.
+    Errors of learned fields let it drift on the way down, mostly towards the training data's shares. Each round draws
+    pilot samples, takes the mean posterior at the end, by the fields themselves, and multiplies the weights by what is
+    missing. No classifier is involved.
+
+    Args:
+        mixture: what is asked for.
+        draw: draws pilot samples of a mixture, shape (N, *).
+        sigma: noise level at which the posterior is taken, in data units.
+        rounds: how often the weights are corrected.
+        floor: shares below it are not corrected.
+
+    Returns:
+        The corrected mixture.
+    """
+    asked = [(weights * source.shares.to(weights)).clamp_min(0) for source, weights in mixture.terms]
+    total = sum(part.sum() for part in asked)
+    current = mixture
+    for _ in range(rounds):
+        x = draw(current)
+        found = [part.mean(0) for part in mixture.posterior(x, x.new_full((len(x),), sigma))]
+        terms = []
+        for (source, weights), wanted, have in zip(current.terms, asked, found):
+            wanted = (wanted / total).to(have)
+            factor = torch.where((wanted > floor) & (have > floor), wanted / have.clamp_min(floor), 1.0)
+            terms.append((source, weights * factor.to(weights)))
+        current = Mixture(terms, mixture.mobility, mixture.floor)
+    return current
 
 
 def combine(

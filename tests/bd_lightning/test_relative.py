@@ -12,7 +12,7 @@ from bd_lightning.fields import AnalyticFields
 from bd_lightning.kernels import Constant, Relative
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP, UNet
-from bd_lightning.relative import AnalyticSource, Mixture, RelativeFields, combine
+from bd_lightning.relative import AnalyticSource, Mixture, RelativeFields, calibrated, combine
 from bd_lightning.targets import GaussianMixture
 
 MEANS, WEIGHTS = [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]], [0.4, 0.3, 0.2, 0.1]
@@ -169,6 +169,33 @@ def test_ratio_loss_is_minimised_by_the_log_ratios():
 
     assert max(slopes(1.0, 0.0)) < 4 * n**-0.5
     assert min(max(slopes(scale, shift)) for scale, shift in ((0.9, 0.0), (-1.0, 0.0), (1.0, 0.2))) > 0.01
+
+
+def test_calibration_corrects_a_drift():
+    """Fields of one class that are too weak lose it; the corrected weights bring its share back."""
+
+    class Weak(AnalyticSource):
+        def components(self, x, sigma):
+            log, slope = super().components(x, sigma)
+            high = (sigma > 1)[:, None]
+            return log + torch.where(high, torch.tensor([-1.0, 0.0, 0.0, 0.0]), 0.0).to(log), slope
+
+    source = Weak(PARTS, WEIGHTS, 1.1)
+    asked = Mixture([(source, torch.tensor([1.0, 1.0, 0.0, 3.0], dtype=torch.float64))])
+    sampler, target = MultistepDynamics(levels=30, sigma_max=10.0, sigma_min=0.01), truth(1, 1, 0, 3)
+
+    def error(mixture):
+        x = sampler(mixture, SampleNoise(range(4000), (2,), seed=5)).double()
+        shares = torch.bincount(truth(1, 1, 1, 1).mode_of(x), minlength=4) / 4000
+        return float((shares - target.mode_weights).abs().sum())
+
+    def pilot(mixture):
+        return sampler(mixture, SampleNoise(range(2000), (2,), seed=6)).double()
+
+    assert error(asked) > 0.15 and error(calibrated(asked, pilot)) < 0.06
+    exact = mixture(1, 1, 0, 3)
+    weights = calibrated(exact, pilot).terms[0][1]
+    assert torch.allclose(weights, exact.terms[0][1], rtol=0.1)  # nothing to correct
 
 
 def small(per_class=True, classes=4, **options):
