@@ -247,7 +247,7 @@ def run(request: configs.Request) -> None:
 
 
 def predict(config: dict[str, Any], facts: dict[str, Any], model: Any, run_dir: Path) -> None:
-    """Write samples to <run folder>/predict-<sampler>-seed<seed>/."""
+    """Write samples to <run folder>/predict-<sampler>-seed<seed>[-<mixture>]/."""
     from torch.utils.data import DataLoader
 
     from callbacks import ImageWriter, TableWriter
@@ -257,10 +257,15 @@ def predict(config: dict[str, Any], facts: dict[str, Any], model: Any, run_dir: 
     labels = [names.index(class_name(label, names)) for label in config["labels"] or []]
     if labels and not (model.conditional or getattr(model, "relative", False)):
         raise UserError("labels need a class-conditional model: train one with model.network.conditional=true")
-    model.combination = combination(config, facts, model)
+    model.combination, model.pilot = combination(config, facts, model), config["calibrate"]
     if model.conditional and not labels:
         labels = list(range(facts["num_classes"]))
-    folder = run_dir / f"predict-{model.sampler}-seed{config['seed']}"
+    words = [f"{label}x{weight:g}" for label, weight in (config["mix"] or {}).items()]
+    words += [f"without-{label}" for label in config["remove"] or []]
+    words += [
+        f"{Path(path).resolve().parent.parent.name}x{weight:g}" for path, weight in (config["merge"] or {}).items()
+    ]
+    folder = run_dir / "-".join([f"predict-{model.sampler}-seed{config['seed']}", *words])
     progress = [c for n, c in (config["callbacks"] or {}).items() if n == "progress" and c]
     latents = build.instantiate(config["data"].get("autoencoder"), "data.autoencoder")
     if latents or len(facts["shape"]) == 3:

@@ -28,6 +28,8 @@ def check(config: Mapping[str, Any]) -> None:
     for key in ("steps", "eval_every", "n"):
         if config[key] < 1:
             raise ConfigError(f"'{key}' must be at least 1, got {config[key]}")
+    if config["calibrate"] < 0:
+        raise ConfigError(f"'calibrate' must not be negative, got {config['calibrate']}")
     if config["steps"] % config["eval_every"]:
         raise ConfigError(
             f"'steps' must be a multiple of 'eval_every', so that the run ends with a validation and a checkpoint; "

@@ -40,6 +40,7 @@ TOP_LEVEL: dict[str, Any] = {
     "mix": dict[int | str, float] | None,
     "remove": list[int | str] | None,
     "merge": dict[str, float] | None,
+    "calibrate": int,
 }
 
 

@@ -55,7 +55,7 @@ def classify(root):
 
 def predict(checkpoint: Path, seed: int, *words: str) -> Path:
     assert train.main(["predict", f"ckpt_path={checkpoint}", "n=200", f"seed={seed}", *words]) == 0
-    folder = checkpoint.parent.parent / f"predict-sde-seed{seed}"
+    (folder,) = checkpoint.parent.parent.glob(f"predict-sde-seed{seed}*")
     assert len(list(folder.glob("0*.png"))) == 200 and (folder / "grid.png").is_file()
     return folder
 
@@ -64,6 +64,11 @@ def test_mix_asks_for_weights_of_classes(whole, classify):
     shares = classify(predict(whole, 1, "mix={3: 0.75, 0: 0.25}"))
     assert shares[3] == pytest.approx(0.75, abs=0.15) and shares[0] == pytest.approx(0.25, abs=0.15)
     assert shares[3] + shares[0] > 0.75
+
+
+def test_calibration_brings_the_shares_to_what_was_asked(whole, classify):
+    shares = classify(predict(whole, 8, "mix={3: 0.75, 0: 0.25}", "calibrate=200"))
+    assert shares[3] == pytest.approx(0.75, abs=0.12) and shares[3] + shares[0] > 0.75
 
 
 def test_remove_leaves_a_class_out(whole, classify):
@@ -94,6 +99,7 @@ def test_merge_joins_models_of_disjoint_data(halves, classify):
         (["remove=[0,1,2,3,4,5,6,7,8,9]"], "the weights of the mixture sum to 0"),
         (["mix={3: much}"], "'mix' must be"),
         (["remove=7"], "'remove' must be"),
+        (["mix={3: 1.0}", "calibrate=-1"], "'calibrate' must not be negative, got -1"),
         (["merge={nowhere.ckpt: 1.0}"], "checkpoint not found: nowhere.ckpt"),
         (["mix={3: 1.0}", "labels=[3]"], "give one of the two"),
     ],

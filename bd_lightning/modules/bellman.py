@@ -12,7 +12,7 @@ from bd_lightning.checks import in_range, one_of, positive
 from bd_lightning.dynamics import SampleNoise, Sampler
 from bd_lightning.fields import AnalyticFields, Fields
 from bd_lightning.modules.base import Module
-from bd_lightning.relative import Mixture, RelativeFields
+from bd_lightning.relative import Mixture, RelativeFields, calibrated
 from bd_lightning.targets import Density
 
 ESTIMATORS = ("denoising", "divergence", "regression")
@@ -56,6 +56,7 @@ class BellmanDiffusion(Module):
 
     Attributes:
         combination: the mixture that a model with the kernel `Relative` samples; None is the density of its data.
+        pilot: number of samples by which prediction first corrects its weights (see `relative.calibrated`).
 
     Raises:
         ValueError: for values out of range and for combinations that have no meaning.
@@ -130,6 +131,7 @@ class BellmanDiffusion(Module):
         else:
             self.fields = Fields(network, kernel, sigma_data, self.dim, parametrisation, scalar_network)
         self.combination: Mixture | None = None
+        self.pilot = 0
         self.sampler = sampler
         self.estimator, self.trace, self.pairs, self.queries = estimator, trace, pairs, queries
         self.proposal = proposal or divergences.Proposal()
@@ -291,6 +293,16 @@ class BellmanDiffusion(Module):
         if label is None:
             return torch.ones_like(counts)
         return torch.nn.functional.one_hot(label, len(counts)).to(counts)
+
+    def on_predict_start(self) -> None:
+        """Correct the weights of the combination by `pilot` samples, if that is asked for."""
+        if self.combination is not None and self.pilot:
+
+            def draw(mixture: Mixture) -> Tensor:
+                noise = SampleNoise(range(self.pilot), self.shape, seed=2**32, device=self.device)
+                return self.samplers[self.sampler](mixture, noise)
+
+            self.combination = calibrated(self.combination, draw)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Samples for a batch of requests: "index", "seed" and, if classes are asked for, "label"; each (B,)."""
