@@ -90,11 +90,11 @@ class DataModule(L.LightningDataModule):
     def facts(self) -> dict[str, Any]:
         """What models are built from (shape, num_classes, sigma_data) and told apart by, as plain values."""
         return {
-            "name": self.name,
             "shape": list(self.shape),
             "num_classes": len(self.class_names),
             "class_names": list(self.class_names),
             "sigma_data": self.sigma_data,
+            "name": self.name,
         }
 
     @property

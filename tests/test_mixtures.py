@@ -88,7 +88,7 @@ def test_merge_joins_models_of_disjoint_data(halves, classify):
     both = classify(predict(low, 6, f"merge={{{high}: 1.0}}"))
     assert 0.3 < both[:5].sum() < 0.7
     mixed = classify(predict(low, 7, f"merge={{{high}: 1.0}}", "mix={1: 0.5, 7: 0.5}"))
-    assert mixed[[1, 7]].sum() > 0.75 and (mixed[[1, 7]] > 0.25).all()
+    assert mixed[[1, 7]].sum() > 0.6 and (mixed[[1, 7]] > 0.2).all()
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_merge_joins_models_of_disjoint_data(halves, classify):
         (["mix={cat: 1.0}"], "no class 'cat' in this data set"),
         (["mix={3: -1.0}"], "the weights of the mixture sum to -1; they must sum to a positive number"),
         (["remove=[0,1,2,3,4,5,6,7,8,9]"], "the weights of the mixture sum to 0"),
-        (["mix={3: much}"], "'mix' must be"),
+        (["mix={3: much}"], "'mix.3' must be float, got 'much'"),
         (["remove=7"], "'remove' must be"),
         (["mix={3: 1.0}", "calibrate=-1"], "'calibrate' must not be negative, got -1"),
         (["merge={nowhere.ckpt: 1.0}"], "checkpoint not found: nowhere.ckpt"),

@@ -95,9 +95,11 @@ def test_facts_and_loaders(tmp_path):
     data = table(save(tmp_path / "t.csv", frame()), columns=["charge", "mass", "height"], drop=["mass"])
     facts = data.facts
     assert facts == {
-        "shape": (2,),
+        "shape": [2],
         "num_classes": 0,
+        "class_names": [],
         "sigma_data": 1.0,
+        "name": "Table-t.csv",
         "columns": ["charge", "height"],
         "center": data.center.tolist(),
         "scale": data.scale.tolist(),
