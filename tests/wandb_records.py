@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +18,7 @@ class Records:
     summary: dict = field(default_factory=dict)
     metrics: dict[str, str] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
+    ended: bool = False
 
 
 def _payloads(data: bytes):
@@ -38,7 +40,16 @@ def _value(item) -> tuple[str, object]:
     return item.key or "/".join(item.nested_key), json.loads(item.value_json)
 
 
-def read_records(path: Path) -> Records:
+def read_records(path: Path, patience: float = 30.0) -> Records:
+    """The records of a run that was finished: W&B's own process may write the last of them a moment after that."""
+    deadline = time.monotonic() + patience
+    while not (found := _read(path)).ended:
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.05)
+    return found
+
+
+def _read(path: Path) -> Records:
     found = Records()
     for payload in _payloads(path.read_bytes()):
         record = wandb_internal_pb2.Record()
@@ -53,6 +64,8 @@ def read_records(path: Path) -> Records:
             found.history.append(dict(_value(item) for item in record.history.item))
         elif kind == "summary":
             found.summary |= dict(_value(item) for item in record.summary.update)
+        elif kind == "exit":
+            found.ended = True
         elif kind == "metric" and record.metric.summary.min:
             found.metrics[record.metric.name] = "min"
     return found
