@@ -1,6 +1,7 @@
 """One-sentence refusals of values that no computation should be started with."""
 
 import math
+from collections.abc import Sequence
 
 
 class UserError(Exception):
@@ -27,6 +28,17 @@ def in_range(low: float, high: float, **values: float) -> None:
     for name, value in values.items():
         if not low <= value <= high:
             raise ValueError(f"{name} must lie between {low:g} and {high:g}, got {value}")
+
+
+def interval(**values: Sequence[float]) -> None:
+    """Refuse pairs that are not 0 ≤ low < high; high may be infinite.
+
+    Raises:
+        ValueError: naming the first offending argument.
+    """
+    for name, pair in values.items():
+        if len(pair) != 2 or not 0 <= pair[0] < pair[1]:
+            raise ValueError(f"{name} must be [low, high] with 0 ≤ low < high, got {list(pair)}")
 
 
 def one_of(choices: tuple[str, ...], **values: str) -> None:

@@ -6,6 +6,7 @@ from callbacks.checkpoints import AveragedWeights, LastCheckpoint
 from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss, TrainingDiagnostics
 from callbacks.features import ClassifierFeatures, InceptionFeatures
 from callbacks.figures import FieldFigures, PointTrajectory
+from callbacks.memorisation import Memorisation
 from callbacks.metrics import ImageMetrics
 from callbacks.points import PointMetrics
 from callbacks.progress import StepProgress
@@ -21,6 +22,7 @@ __all__ = [
     "ImageWriter",
     "InceptionFeatures",
     "LastCheckpoint",
+    "Memorisation",
     "NonFiniteLoss",
     "PointMetrics",
     "PointTrajectory",

@@ -1,5 +1,6 @@
-"""FID and KID of samples, with the protocol written beside every number."""
+"""FID, KID, precision and recall of samples, with the protocol written beside every number."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -8,10 +9,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from bd_lightning.checks import UserError, positive
+from bd_lightning.checks import UserError, in_range, positive
 from callbacks.drawing import all_or_none, append_record, check_sampler, draw, need_images, step_of
 from callbacks.features import ImageFeatures
 from datamodules.cache import cache_path, load_cached, save_cached
@@ -37,8 +39,32 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float(fid.compute())
 
 
+def precision_recall(samples: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Share of samples inside the real manifold, and of real images inside the samples'.
+
+    The manifold of a set is the union of balls around its points, each to its k-th nearest neighbour.
+
+    Args:
+        samples: features, shape (N, F).
+        real: features, shape (M, F).
+        neighbours: k.
+
+    References:
+        | Kynkäänniemi et al., Improved Precision and Recall Metric, arXiv 1904.06991
+    """
+    found = prc_features_to_metric(
+        samples.float(),
+        real.float(),
+        prc_neighborhood=neighbours,
+        prc_batch_size=2000,
+        save_cpu_ram=True,
+        verbose=False,
+    )
+    return found["precision"], found["recall"]
+
+
 class ImageMetrics(L.Callback):
-    """FID and KID at every validation and test, logged as <stage>/fid and <stage>/kid.
+    """FID, KID, precision and recall at every validation and test, logged as <stage>/fid and so on.
 
     The reference features are computed once and cached under <data.root>/.cache, keyed by data set, split and
     features. The reference split is the running stage's own, unless the data module says otherwise (`Digits` compares
@@ -53,6 +79,7 @@ class ImageMetrics(L.Callback):
         sampler: name of the module's sampler; None takes its default.
         batch_size: samples drawn at a time on each rank. It does not change the result.
         kid_subset: size of KID's subsets; KID is left out if there are fewer samples or reference images.
+        manifold: precision and recall are those of at most so many samples and as many real images; 0 leaves them out.
         seed: seed of the samples.
     """
 
@@ -64,12 +91,15 @@ class ImageMetrics(L.Callback):
         sampler: str | None = None,
         batch_size: int = 500,
         kid_subset: int = 500,
+        manifold: int = 10_000,
         seed: int = 1,
     ) -> None:
         positive(n=n, batch_size=batch_size, kid_subset=kid_subset)
         positive(n_test=n if n_test is None else n_test)
+        in_range(0, math.inf, manifold=manifold)
         self.features, self.n, self.n_test = features, n, n if n_test is None else n_test
         self.sampler, self.batch_size, self.kid_subset, self.seed = sampler, batch_size, kid_subset, seed
+        self.manifold = manifold
         self.references: dict[str, dict[str, Any]] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -141,6 +171,8 @@ class ImageMetrics(L.Callback):
             fid.update(rows.to(pl_module.device).double(), real=True)
             kid.update(rows.to(pl_module.device) / self.features.kid_scale, real=True)
         sampler = self.sampler or pl_module.sampler
+        few = min(self.manifold, n, len(real))
+        kept: list[Tensor] = []
         try:
             with isolate_rng():
                 with all_or_none(trainer):
@@ -148,10 +180,17 @@ class ImageMetrics(L.Callback):
                         rows = self.features(to_uint8(x))
                         fid.update(rows.double(), real=False)
                         kid.update(rows / self.features.kid_scale, real=False)
+                        if sum(map(len, kept)) < few // trainer.world_size:
+                            kept.append(rows)
                 torch.manual_seed(0)  # KID draws subsets
                 values = {f"{stage}/fid": fid.compute().float()}
                 if subset == self.kid_subset:
                     values[f"{stage}/kid"] = kid.compute()[0].float()
+                if few // trainer.world_size > 3:
+                    ours = pl_module.all_gather(torch.cat(kept)[: few // trainer.world_size]).flatten(0, -2)
+                    precision, recall = precision_recall(ours, real[: len(ours)].to(ours.device))
+                    values[f"{stage}/precision"] = torch.tensor(precision, device=pl_module.device)
+                    values[f"{stage}/recall"] = torch.tensor(recall, device=pl_module.device)
         except UserError as error:
             rank_zero_info(f"no FID at step {trainer.global_step}: {error}")
             values = {f"{stage}/fid": torch.tensor(float("inf"), device=pl_module.device)}
@@ -163,6 +202,7 @@ class ImageMetrics(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, n: int, sampler: str, values: dict
     ) -> None:
         reference = self.references[stage]
+        manifold = min(self.manifold, n, len(reference["features"])) // trainer.world_size * trainer.world_size
         row = {
             "step": step_of(trainer),
             **values,
@@ -173,9 +213,12 @@ class ImageMetrics(L.Callback):
                 f"{len(reference['features'])} {reference['split']} images of {trainer.datamodule.observed.name}; "  # type: ignore[attr-defined]
                 f"{self.features.description}; "
                 f"floor: {reference['floor_split']}; noise: uniform bytes"
+                + (f"; precision, recall: {manifold} of each, 3 neighbours" if manifold else "")
             ),
         }
         kid = f", KID {values[f'{stage}/kid']:.4f}" if f"{stage}/kid" in values else ""
+        if f"{stage}/precision" in values:
+            kid += f", precision {values[f'{stage}/precision']:.3f}, recall {values[f'{stage}/recall']:.3f}"
         row["summary"] = (
             f"FID {values[f'{stage}/fid']:.2f}{kid} (real images {row['floor']:.2f}, noise {row['noise']:.1f}): "
             f"{row['protocol']}"

@@ -152,7 +152,10 @@ def test_fid_is_the_same_on_one_and_two_processes(copied):
         assert done.returncode == 0, done.stdout + done.stderr
         row = json.loads((copied / "fid.json").read_text())[-1]
         assert row["protocol"].startswith("150 samples (ode, 9 network calls")
-        values.append((row["test/fid"], row["test/kid"]))
+        copies = json.loads((copied / "memorisation.json").read_text())[-1]
+        numbers = [row[f"test/{name}"] for name in ("fid", "kid", "precision", "recall")]
+        values.append([*numbers, copies["distance_ratio"], copies["close"]])
+        assert len(list((copied / "samples").glob("memorisation-*.png"))) == 1
     assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 

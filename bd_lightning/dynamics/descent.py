@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import in_range, positive
+from bd_lightning.checks import in_range, interval, positive
 from bd_lightning.divergences import bcast
 from bd_lightning.dynamics.langevin import geometric_ladder
 from bd_lightning.dynamics.sampler import MultiScaleSampler, log_gradients, score
@@ -87,19 +87,26 @@ class MultistepDynamics(MultiScaleSampler):
 
 @dataclass(frozen=True)
 class ProbabilityFlow(MultiScaleSampler):
-    """The deterministic flow dx/dσ = −σ ∇log p_σ, by Heun's method on EDM's grid (EDM, Algorithm 1).
+    """The flow dx/dσ = −σ ∇log p_σ, by Heun's method on EDM's grid (EDM, Algorithms 1 and 2).
 
     Args:
         steps: number of grid points; 2·steps − 1 network calls.
         rho: how strongly the grid favours small noise levels.
+        churn: EDM's S_churn (Algorithm 2): before each step the noise level is raised by the factor
+            1 + min(churn/steps, √2 − 1) with fresh noise. 0 is the deterministic flow.
+        churn_interval: noise levels at which that is done.
     """
 
     steps: int = 18
     rho: float = 7.0
+    churn: float = 0.0
+    churn_interval: tuple[float, float] = (0.05, 50.0)
 
     def __post_init__(self):
         super().__post_init__()
         positive(steps=self.steps, rho=self.rho)
+        in_range(0, math.inf, churn=self.churn)
+        interval(churn_interval=self.churn_interval)
 
     @property
     def calls(self):
@@ -113,6 +120,9 @@ class ProbabilityFlow(MultiScaleSampler):
         yield x
         grid = edm_grid(self.sigma_max, self.sigma_min, self.steps, self.rho).tolist()
         for here, there in zip(grid, grid[1:]):
+            if self.churn and self.churn_interval[0] <= here <= self.churn_interval[1]:
+                raised = here * (1 + min(self.churn / self.steps, math.sqrt(2) - 1))
+                x, here = x + math.sqrt(raised**2 - here**2) * noise(), raised
             d = slope(x, here)
             euler = x + (there - here) * d
             x = euler if there == 0 else x + (there - here) * (d + slope(euler, there)) / 2

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from bd_lightning import divergences, kernels
-from bd_lightning.checks import in_range, one_of, positive
+from bd_lightning.checks import in_range, interval, one_of, positive
 from bd_lightning.dynamics import SampleNoise, Sampler
-from bd_lightning.fields import AnalyticFields, Fields
+from bd_lightning.fields import AnalyticFields, Fields, Guided
 from bd_lightning.modules.base import Module
 from bd_lightning.relative import Mixture, RelativeFields, calibrated
 from bd_lightning.targets import Density
@@ -52,6 +52,9 @@ class BellmanDiffusion(Module):
         noise_mean: mean of log σ, σ in data units.
         noise_std: standard deviation of log σ.
         scalar_weight: weight of the scalar field's loss.
+        label_dropout: share of training points whose class a conditional network is not told, for guidance.
+        guidance: scale of classifier-free guidance when classes are asked for; 1 is none.
+        guidance_interval: noise levels, in data units, between which guidance acts.
         options: arguments of `Module`.
 
     Attributes:
@@ -82,6 +85,9 @@ class BellmanDiffusion(Module):
         noise_mean: float = -0.8,
         noise_std: float = 1.2,
         scalar_weight: float = 0.1,
+        label_dropout: float = 0.0,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, math.inf),
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -125,6 +131,17 @@ class BellmanDiffusion(Module):
             raise ValueError("kernel=Relative needs network.per_class=true instead of network.conditional=true")
         if per_class and not self.relative:
             raise ValueError("network.per_class=true needs kernel=Relative, whose fields it has heads for")
+        in_range(0, 1, label_dropout=label_dropout)
+        in_range(0, math.inf, guidance=guidance)
+        interval(guidance_interval=guidance_interval)
+        if label_dropout and not self.conditional:
+            raise ValueError("label_dropout needs network.conditional=true: this network is not told the class")
+        if guidance != 1 and not (label_dropout if self.conditional else per_class):
+            raise ValueError(
+                "guidance needs a class-conditional model that knows the whole data too: train with "
+                "network.conditional=true and label_dropout=0.1, or with model=relative"
+            )
+        self.label_dropout, self.guidance, self.guidance_interval = label_dropout, guidance, guidance_interval
         self.fields: Any  # RelativeFields or Fields
         if self.relative:
             self.fields = RelativeFields(network, sigma_data, num_classes if per_class else 1)
@@ -169,6 +186,9 @@ class BellmanDiffusion(Module):
         pool, x = x, x[: self.queries]
         label = label[: self.queries] if self.conditional and label is not None else None
         d, fields = self.dim, self.fields
+        if label is not None and self.training and self.label_dropout:
+            dropped = torch.rand(len(x), device=x.device, generator=generator) < self.label_dropout
+            label = label.masked_fill(dropped, self.num_classes)
         if self.multi_scale:
             sigma = (self.noise_mean + self.noise_std * randn(len(x))).exp()
         else:
@@ -282,17 +302,19 @@ class BellmanDiffusion(Module):
             SamplingDiverged: when chains are lost.
         """
         noise = SampleNoise(indices, self.shape, seed, self.device)
-        fields: Any = _Conditioned(self.fields, label)
-        if self.relative:
-            fields = self.combination or Mixture([(self.fields, self._weights(label))])
+        fields = self.combination or self._fields(label)
+        if label is not None and self.guidance != 1:
+            fields = Guided(fields, self._fields(None), self.guidance, self.guidance_interval)
         return self.samplers[sampler or self.sampler](fields, noise, watch, finite_part)
 
-    def _weights(self, label: Tensor | None) -> Tensor:
-        """Weights of the classes for a mixture: one class for each sample, or all as they were trained."""
+    def _fields(self, label: Tensor | None) -> Any:
+        """The fields as a sampler takes them: of one class for each sample (B,), or of all the data."""
+        if not self.relative:
+            return _Conditioned(self.fields, label, self.num_classes if self.label_dropout else None)
         counts = self.fields.counts
         if label is None:
-            return torch.ones_like(counts)
-        return torch.nn.functional.one_hot(label, len(counts)).to(counts)
+            return Mixture([(self.fields, torch.ones_like(counts))])
+        return Mixture([(self.fields, torch.nn.functional.one_hot(label, len(counts)).to(counts))])
 
     def on_predict_start(self) -> None:
         """Correct the weights of the combination by `pilot` samples, if that is asked for."""
@@ -311,10 +333,13 @@ class BellmanDiffusion(Module):
 
 
 class _Conditioned:
-    """Fields with the class filled in."""
+    """Fields with the class filled in; where there is none, with the index that stands for no class."""
 
-    def __init__(self, fields: Fields, label: Tensor | None) -> None:
-        self.fields, self.label, self.reference = fields, label, fields.reference
+    def __init__(self, fields: Fields, label: Tensor | None, no_class: int | None = None) -> None:
+        self.fields, self.label, self.reference, self.no_class = fields, label, fields.reference, no_class
 
     def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        return self.fields(x, sigma, self.label)
+        label = self.label
+        if label is None and self.no_class is not None:
+            label = torch.full((len(x),), self.no_class, device=x.device)
+        return self.fields(x, sigma, label)

@@ -29,10 +29,12 @@ class ConditionEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
         if conditional and num_classes < 1:
             raise ValueError("conditional needs a data set with classes, and this one has none")
-        self.classes = nn.Embedding(num_classes, width) if conditional else None
+        self.classes = nn.Embedding(num_classes + 1, width) if conditional else None  # the last one: no class
 
     def forward(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
         """Embed c_noise (B,) and, for a conditional network, label (B,); shape (B, width).
+
+        The label num_classes stands for no class in particular.
 
         Raises:
             ValueError: if a label is given to an unconditional network, or none to a conditional one.

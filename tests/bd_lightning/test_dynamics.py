@@ -125,6 +125,18 @@ def test_flow_reaches_a_gaussian(kernel):
     assert reached(flow, kernel) == pytest.approx(1, abs=0.06)
 
 
+def test_churn_forgets_the_start_and_keeps_the_density():
+    def run(churn, **options):
+        sampler = ProbabilityFlow(steps=40, sigma_max=10.0, churn=churn, **options)
+        return sampler(gaussian_fields(kernels.Constant()), SampleNoise(range(4000), (2,)))
+
+    still, churned = run(0.0), run(20.0)
+    assert churned.std() == pytest.approx(TAU, rel=0.03) and churned.mean() == pytest.approx(0.3, abs=0.03)
+    correlation = torch.corrcoef(torch.stack([still.flatten(), churned.flatten()]))[0, 1]
+    assert correlation < 0.7
+    assert torch.equal(run(20.0, churn_interval=(20.0, 30.0)), still)  # above the first noise level
+
+
 def test_annealed_dynamics_reach_a_gaussian():
     sampler = AnnealedDynamics(levels=40, steps_per_level=40, step_size=0.1, sigma_max=10.0, sigma_min=0.1)
     assert reached(sampler, kernels.Constant()) == pytest.approx(1, abs=0.06)
@@ -263,6 +275,7 @@ def test_grids():
         (lambda: AnnealedDynamics(sigma_min=30.0), "sigma_min must lie between 0 and 20"),
         (lambda: ProbabilityFlow(rho=float("nan")), "rho must be positive, got nan"),
         (lambda: BellmanDynamics(step_size=0.0), "step_size must be positive"),
+        (lambda: ProbabilityFlow(churn_interval=(2.0, 1.0)), "churn_interval must be .low, high. with 0 ≤ low < high"),
     ],
 )
 def test_refusals(sampler, message):

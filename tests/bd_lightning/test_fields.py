@@ -3,8 +3,9 @@ import torch
 
 from bd_lightning import kernels
 from bd_lightning.divergences import probe_jacobian
-from bd_lightning.fields import Fields, log_gradient
+from bd_lightning.fields import AnalyticFields, Fields, Guided, log_gradient
 from bd_lightning.networks import MLP, UNet
+from bd_lightning.targets import GaussianMixture
 
 NETWORKS = [
     lambda **o: MLP((1, 8, 8), width=32, depth=2, **o),
@@ -115,6 +116,32 @@ def test_class_conditioning(build):
         build(num_classes=3)(x, c, torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="needs a data set with classes"):
         build(conditional=True)
+
+
+def test_guidance_extrapolates_the_score_within_its_interval():
+    one, both = GaussianMixture([[1.0, 0.0]], sd=0.4), GaussianMixture([[1.0, 0.0], [-1.0, 0.0]], sd=0.4)
+    kernel, asked = kernels.ClosedFormSlices(0.01), []
+
+    def base(x, sigma):
+        asked.append(len(x))
+        return AnalyticFields(both, kernel)(x, sigma)
+
+    fields = AnalyticFields(one, kernel)
+    guided = Guided(fields, base, scale=3.0, interval=(0.2, 2.0))
+    x = torch.randn(3, 2, dtype=torch.float64)
+    for level in (0.1, 5.0):
+        sigma = torch.full((3,), level, dtype=torch.float64)
+        for found, expected in zip(guided(x, sigma), fields(x, sigma)):
+            torch.testing.assert_close(found, expected)
+    assert not asked
+    sigma = torch.full((3,), 0.5, dtype=torch.float64)
+    s, g = guided(x, sigma)
+    torch.testing.assert_close(s, fields(x, sigma)[0])
+    with_class, without = log_gradient(*fields(x, sigma)), log_gradient(*base(x, sigma))
+    torch.testing.assert_close(log_gradient(s, g), 3 * with_class - 2 * without)
+    mixed = torch.tensor([0.1, 0.5, 5.0], dtype=torch.float64)
+    torch.testing.assert_close(guided(x, mixed)[1][1], g[1])
+    torch.testing.assert_close(guided(x, mixed)[1][::2], fields(x, mixed)[1][::2])
 
 
 @pytest.mark.parametrize("shape", [(1, 28, 28), (3, 32, 32), (2, 9, 13)])

@@ -187,6 +187,33 @@ def test_sampling_depends_on_index_and_seed_only():
     assert (module.sample(range(6), seed=3) - together).abs().max() > 0.01
 
 
+def test_guidance_of_a_conditional_model():
+    torch.manual_seed(0)
+    network = MLP((2,), num_classes=3, conditional=True, width=16, depth=1)
+    module = BellmanDiffusion(
+        network, kernels.Constant(), (2,), 3, 1.0, {"ode": ProbabilityFlow(4)}, label_dropout=0.3, guidance=2.0
+    )
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x, label = torch.randn(200, 2), torch.randint(0, 2, (200,))
+    module.train().losses(x, label)["gradient"].mean().backward()
+    reached = network.embed.classes.weight.grad.abs().sum(1) > 0
+    assert reached.tolist() == [True, True, False, True]  # the last row stands for no class
+    network.zero_grad()
+    module.eval().losses(x, label)["gradient"].mean().backward()
+    assert not network.embed.classes.weight.grad[-1].any()
+    asked = torch.tensor([0, 2])
+    guided = module.sample(range(2), label=asked)
+    everything = module.sample(range(2))
+    module.guidance = 1.0
+    plain = module.sample(range(2), label=asked)
+    assert (guided - plain).abs().min() > 1e-4
+    module.guidance = 0.0
+    torch.testing.assert_close(module.sample(range(2), label=asked), everything)
+    module.guidance, module.guidance_interval = 2.0, (30.0, 40.0)  # above every noise level
+    torch.testing.assert_close(module.sample(range(2), label=asked), plain)
+
+
 def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
     module = build()
     module.log_dict = lambda *args, **options: None

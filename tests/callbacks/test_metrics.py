@@ -7,7 +7,8 @@ from torch import nn
 from bd_lightning.checks import UserError
 from callbacks import ClassifierFeatures, InceptionFeatures
 from callbacks.features import load_cached, save_cached
-from callbacks.metrics import frechet_distance
+from callbacks.memorisation import memorisation, nearest_two
+from callbacks.metrics import frechet_distance, precision_recall
 from datamodules import Digits, to_uint8
 
 
@@ -25,6 +26,32 @@ def test_frechet_distance_of_gaussians():
     b = torch.randn(200_000, 3, generator=generator, dtype=torch.float64) * scale + 0.5
     assert frechet_distance(a, b) == pytest.approx(3 * 0.25 + float((scale - 1).square().sum()), rel=0.02)
     assert abs(frechet_distance(a, a)) < 1e-6
+
+
+def test_precision_and_recall_of_a_set_that_misses_half():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(1000, 2, generator=generator)
+    real[:500, 0] += 20
+    half = torch.randn(1000, 2, generator=generator)  # what it makes is real, but it makes half of it
+    precision, recall = precision_recall(half, real)
+    assert precision > 0.9 and recall == pytest.approx(0.5, abs=0.05)
+    assert precision_recall(real, half) == pytest.approx((recall, precision))
+
+
+def test_copies_of_training_images_are_found(tmp_path):
+    data = Digits(root=str(tmp_path))
+    train, held_out = data.load_split("train").x, data.load_split("test").x
+    copies = (train[100:150].int() + torch.randint(-8, 9, train[100:150].shape)).clamp(0, 255).to(torch.uint8)
+    found, index = nearest_two(copies, data)
+    assert index[:, 0].tolist() == list(range(100, 150))
+    expected = ((copies.double() - train[100:150].double()) / 255).square().mean((1, 2, 3)).sqrt()
+    torch.testing.assert_close(found[:, 0].double(), expected, rtol=1e-2, atol=1e-3)
+    test, _ = nearest_two(held_out, data)
+    values = memorisation(found, test)
+    assert values["copies"] > 0.9 and values["close"] > 0.9 and values["distance_ratio"] < 0.3
+    values = memorisation(test[::2], test[1::2])
+    assert values["copies"] < 0.05 and values["close"] < 0.05
+    assert values["distance_ratio"] == pytest.approx(1, abs=0.1)
 
 
 def test_classifier_is_trained_once_and_cached(tmp_path, monkeypatch):

@@ -1,0 +1,158 @@
+"""Whether samples are copies of training images."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.seed import isolate_rng
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from bd_lightning.checks import UserError, in_range, positive
+from callbacks.drawing import (
+    append_record,
+    check_sampler,
+    draw_together,
+    grid_image,
+    need_images,
+    publish_image,
+    run_folder,
+    step_of,
+)
+from datamodules.images import ImageDataModule, to_uint8
+
+
+def nearest_two(x: Tensor, data: ImageDataModule, split: str = "train") -> tuple[Tensor, Tensor]:
+    """The two nearest images of a split.
+
+    Args:
+        x: bytes, shape (n, C, H, W).
+        data: where the split is from.
+        split: name of the split.
+
+    Returns:
+        Distances (n, 2), root mean squares over the pixels in units of 1 (black to white), and indices (n, 2).
+    """
+    flat, scale = x.flatten(1).float() / 255, x[0].numel() ** -0.5
+    best, index, seen = flat.new_full((len(x), 2), torch.inf), torch.zeros(len(x), 2, dtype=torch.long), 0
+    for rows, _ in DataLoader(data.load_split(split), 1000, collate_fn=data.collate):
+        images = to_uint8(rows).flatten(1).float() / 255
+        distance = scale * torch.cdist(flat, images)
+        found, column = torch.cat([best, distance], 1).topk(2, largest=False)
+        number = torch.cat([index, torch.arange(seen, seen + len(rows)).expand(len(x), -1)], 1)
+        best, index, seen = found, number.gather(1, column), seen + len(rows)
+    return best, index
+
+
+def memorisation(samples: Tensor, held_out: Tensor, ratio: float = 1 / 3) -> dict[str, float]:
+    """How much nearer samples are to training images than images that were not trained on.
+
+    Args:
+        samples: distances to the two nearest training images, shape (n, 2).
+        held_out: the same of held-out images, shape (m, 2).
+        ratio: a copy is nearer to one training image than `ratio` times the distance to the next.
+
+    Returns:
+        "distance_ratio", the median distance as a share of the held-out images' (1 without memorisation);
+        "close", the share of samples nearer than all but 1 % of the held-out images (0.01 without); "copies" and
+        "copies_held_out", the shares that the ratio test finds.
+
+    References:
+        | Yoon et al., Diffusion Probabilistic Models Generalize when They Fail to Memorize, 2023 (the ratio test)
+    """
+    copies = [float((d[:, 0] < ratio * d[:, 1]).double().mean()) for d in (samples, held_out)]
+    return {
+        "distance_ratio": float(samples[:, 0].median() / held_out[:, 0].median()),
+        "close": float((samples[:, 0] < held_out[:, 0].quantile(0.01)).double().mean()),
+        "copies": copies[0],
+        "copies_held_out": copies[1],
+    }
+
+
+class Memorisation(L.Callback):
+    """Distances of samples to their nearest training images, against those of test images, at every test.
+
+    Logged as memorisation/… (see `memorisation`), written to <run folder>/memorisation.json with its protocol, and
+    drawn in <run folder>/samples/memorisation-<step>.png: both histograms, and the samples nearest to a training image
+    above that image.
+
+    Args:
+        n: number of samples, and the largest number of test images.
+        sampler: name of the module's sampler; None takes its default.
+        batch_size: samples drawn at a time on each rank.
+        ratio: of the ratio test.
+        seed: seed of the samples.
+    """
+
+    def __init__(
+        self, n: int = 1000, sampler: str | None = None, batch_size: int = 500, ratio: float = 1 / 3, seed: int = 1
+    ) -> None:
+        positive(n=n, batch_size=batch_size)
+        in_range(0, 1, ratio=ratio)
+        self.n, self.sampler, self.batch_size, self.ratio, self.seed = n, sampler, batch_size, ratio, seed
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check the data and the name of the sampler."""
+        need_images(trainer, type(self).__name__)
+        check_sampler(pl_module, self.sampler, type(self).__name__)
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw, compare, write."""
+        sampler = self.sampler or pl_module.sampler
+        try:
+            with isolate_rng():
+                images = draw_together(trainer, pl_module, self.n, self.batch_size, self.seed, sampler)
+        except UserError as error:
+            rank_zero_info(f"no memorisation at step {step_of(trainer)}: {error}")
+            return
+        if not trainer.is_global_zero:
+            return
+        data: Any = trainer.datamodule.observed  # type: ignore[attr-defined]
+        samples, held_out = to_uint8(images), _first(data, "test", self.n)
+        ours, index = nearest_two(samples, data)
+        theirs, _ = nearest_two(held_out, data)
+        values = memorisation(ours, theirs, self.ratio)
+        for logger in trainer.loggers:
+            logger.log_metrics({f"memorisation/{k}": v for k, v in values.items()}, step=step_of(trainer))
+        summary = (
+            f"median distance to the nearest training image {values['distance_ratio']:.2f} times that of test images; "
+            f"{values['close']:.1%} of samples nearer than 99 % of test images (1.0% without memorisation); "
+            f"{values['copies']:.2%} copies by the ratio test ({values['copies_held_out']:.2%} of test images): "
+            f"{self.n} samples ({sampler}, seed {self.seed}), {len(held_out)} test images of {data.name}, pixels"
+        )
+        append_record(trainer, "memorisation.json", {"step": step_of(trainer), **values, "summary": summary})
+        rank_zero_info(f"Memorisation: {summary}")
+        self._draw(trainer, samples, ours[:, 0], index[:, 0], theirs[:, 0], data)
+
+    def _draw(
+        self, trainer: L.Trainer, samples: Tensor, ours: Tensor, index: Tensor, theirs: Tensor, data: Any
+    ) -> None:
+        nearest = ours.argsort()[:16]
+        train = Subset(data.load_split("train"), index[nearest].tolist())
+        twins, _ = next(iter(DataLoader(train, len(train), collate_fn=data.collate)))
+        figure = Figure(figsize=(8, 5), layout="constrained")
+        top, bottom = figure.subplots(2, 1)
+        bins = torch.linspace(0, float(torch.cat([ours, theirs]).max()), 50).tolist()
+        for values, label in ((theirs, "test images"), (ours, "samples")):
+            top.hist(values.tolist(), bins, density=True, alpha=0.5, label=label)
+        top.set_xlabel("distance to the nearest training image")
+        top.legend()
+        bottom.imshow(grid_image(torch.cat([samples[nearest], to_uint8(twins)]), columns=16))
+        bottom.set_title("the samples nearest to a training image, above it", fontsize=9)
+        bottom.axis("off")
+        path = run_folder(trainer) / "samples" / f"memorisation-{step_of(trainer):07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120)
+        publish_image(trainer, "memorisation", path, f"{self.n} samples, seed {self.seed}")
+
+
+def _first(data: ImageDataModule, split: str, n: int) -> Tensor:
+    """The first n images of a split, bytes."""
+    rows: list[Tensor] = []
+    for x, _ in DataLoader(data.load_split(split), 500, collate_fn=data.collate):
+        rows.append(to_uint8(x))
+        if sum(map(len, rows)) >= n:
+            break
+    return torch.cat(rows)[:n]
