@@ -20,7 +20,7 @@ from datamodules.cache import cache_path, load_cached, save_cached
 from datamodules.images import ImageDataModule, to_uint8
 
 
-class _Given(nn.Module):
+class Given(nn.Module):
     """Stands where torchmetrics expects a feature extractor, so that features are computed once for all metrics."""
 
     def __init__(self, num_features: int) -> None:
@@ -28,12 +28,13 @@ class _Given(nn.Module):
         self.num_features = num_features
 
     def forward(self, features: Tensor) -> Tensor:
+        """The features, (B, num_features)."""
         return features
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """FID between two sets of features, (N, F) and (M, F), by torchmetrics in double precision."""
-    fid = FrechetInceptionDistance(feature=_Given(a.shape[1]))
+    fid = FrechetInceptionDistance(feature=Given(a.shape[1]))
     fid.update(a.double(), real=True)
     fid.update(b.double(), real=False)
     return float(fid.compute())
@@ -163,9 +164,9 @@ class ImageMetrics(L.Callback):
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, n: int) -> None:
         reference = self.references[stage]
         real = reference["features"]
-        fid = FrechetInceptionDistance(feature=_Given(real.shape[1])).to(pl_module.device)
+        fid = FrechetInceptionDistance(feature=Given(real.shape[1])).to(pl_module.device)
         subset = min(self.kid_subset, n, len(real))
-        kid = KernelInceptionDistance(feature=_Given(real.shape[1]), subsets=50, subset_size=subset)
+        kid = KernelInceptionDistance(feature=Given(real.shape[1]), subsets=50, subset_size=subset)
         kid.to(pl_module.device)
         for rows in real[trainer.global_rank :: trainer.world_size].split(5000):  # states of all ranks are added up
             fid.update(rows.to(pl_module.device).double(), real=True)
