@@ -71,6 +71,7 @@ class UNet(nn.Module):
         dropout: dropout probability inside the blocks.
         patch: side of the pixel blocks that are folded into channels before the first convolution and out of them
             after the last; 2 makes the network about four times cheaper on images that can spare it.
+        channels_last: keep channels innermost in memory, which convolutions are faster with.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class UNet(nn.Module):
         attention: Sequence[int] = (),
         dropout: float = 0.0,
         patch: int = 1,
+        channels_last: bool = True,
     ) -> None:
         super().__init__()
         if len(shape) != 3:
@@ -134,14 +136,15 @@ class UNet(nn.Module):
             zero_init(nn.Conv2d(c, folded * math.prod(self.heads), 3, padding=1)),
             nn.PixelShuffle(patch),
         )
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.memory = torch.channels_last if channels_last else torch.contiguous_format
+        self.to(memory_format=self.memory)  # type: ignore[call-overload]
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x (B, C, H, W), c_noise (B,) and label (B,) or None to F (B, C, H, W) and a (B,);
         with `per_class` there is a dimension for the classes after the first.
         """
         emb = F.silu(self.embed(c_noise, label))
-        h = self.enter(x.contiguous(memory_format=torch.channels_last))
+        h = self.enter(x.contiguous(memory_format=self.memory))
         skips = [h]
         for level, stage in enumerate(self.down):
             for block in stage:  # type: ignore[attr-defined]

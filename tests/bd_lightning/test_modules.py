@@ -214,6 +214,17 @@ def test_guidance_of_a_conditional_model():
     torch.testing.assert_close(module.sample(range(2), label=asked), plain)
 
 
+def test_compiled_networks_compute_the_same(monkeypatch):
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(MLP, "compile", lambda self: compile_(self, backend="eager"))  # traced, and not translated to C
+    plain, compiled = build(), build(compile=True)
+    assert list(plain.state_dict()) == list(compiled.state_dict())
+    x = square().sample(32).float()
+    a, b = (module.losses(x, generator=torch.Generator().manual_seed(0)) for module in (plain, compiled))
+    assert compiled.fields.network._compiled_call_impl is not None
+    torch.testing.assert_close(a["gradient"], b["gradient"])
+
+
 def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
     module = build()
     module.log_dict = lambda *args, **options: None
@@ -230,6 +241,10 @@ def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
         ({"lr": 0.0}, "lr must be positive"),
         ({"betas": (0.9, 1.5)}, r"betas\[1\] must lie between 0 and 1"),
         ({"multi_scale": False}, "nothing to denoise"),
+        ({"label_dropout": 0.1}, "label_dropout needs network.conditional=true"),
+        ({"guidance": 2.0}, "guidance needs a class-conditional model"),
+        ({"guidance_interval": (3.0, 1.0)}, "guidance_interval must be .low, high."),
+        ({"compile": True, "estimator": "divergence"}, "forward mode cannot be compiled"),
         ({"queries": 0}, "queries must be at least 1"),
         ({"estimator": "regression"}, "needs kernel=Exact and parametrisation=direct"),
         ({"proposal": Proposal()}, "proposal belongs to estimator=regression"),
