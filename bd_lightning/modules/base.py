@@ -5,10 +5,26 @@ from abc import abstractmethod
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
 from bd_lightning.checks import in_range, one_of, positive
+
+
+def batch_seed(trainer: L.Trainer, seed: int = 0) -> int:
+    """A seed for the randomness of the training batch at hand, from (seed, rank, epoch, place in the epoch) alone.
+
+    So a resumed run meets the noise that it would have met, and no state of a generator has to be kept.
+    """
+    loop = trainer.fit_loop
+    place = (
+        seed,
+        trainer.global_rank,
+        loop.epoch_progress.current.processed,
+        loop.epoch_loop.batch_progress.current.ready,
+    )
+    return int(np.random.SeedSequence(place).generate_state(1)[0])
 
 
 class Module(L.LightningModule):
@@ -67,8 +83,12 @@ class Module(L.LightningModule):
         return {"loss": values["loss"]} | {name: value.detach() for name, value in vectors.items()}
 
     def on_train_start(self) -> None:
-        """Give every rank, and every part of a resumed run, noise of its own."""
-        torch.manual_seed(torch.initial_seed() + self.global_rank + 1000 * self.global_step)
+        """Remember the run's seed."""
+        self.seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the noise of this step."""
+        torch.manual_seed(batch_seed(self.trainer, self.seed))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember how long the loaded weights were trained."""

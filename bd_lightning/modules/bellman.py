@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bd_lightning import divergences, kernels
 from bd_lightning.checks import in_range, one_of, positive
@@ -16,6 +16,15 @@ from bd_lightning.relative import Mixture, RelativeFields, calibrated
 from bd_lightning.targets import Density
 
 ESTIMATORS = ("denoising", "divergence", "regression")
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The batches of all ranks, (W·B, *shape), this rank's first. All ranks call it, with batches of one size."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, x.contiguous())
+    return torch.cat([parts.pop(distributed.get_rank()), *parts])
 
 
 class BellmanDiffusion(Module):
@@ -52,6 +61,8 @@ class BellmanDiffusion(Module):
         noise_mean: mean of log σ, σ in data units.
         noise_std: standard deviation of log σ.
         scalar_weight: weight of the scalar field's loss.
+        gather_partners: in training, take partners from the batches of all devices. A step is then that of one device
+            with the joined batch; otherwise every device has its own, noisier, estimate of the mobility.
         options: arguments of `Module`.
 
     Attributes:
@@ -82,6 +93,7 @@ class BellmanDiffusion(Module):
         noise_mean: float = -0.8,
         noise_std: float = 1.2,
         scalar_weight: float = 0.1,
+        gather_partners: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -119,6 +131,9 @@ class BellmanDiffusion(Module):
         self.shape, self.num_classes = tuple(shape), num_classes
         self.dim = math.prod(self.shape)
         self.conditional = bool(getattr(network, "conditional", False))
+        if gather_partners and self.relative:
+            raise ValueError("gather_partners=true has no meaning with kernel=Relative, which has no partners")
+        self.gather_partners = gather_partners
         self.kernel = kernel
         per_class = bool(getattr(network, "heads", ()))
         if self.relative and self.conditional:
@@ -166,7 +181,8 @@ class BellmanDiffusion(Module):
 
         if self.relative:
             return self._relative_losses(x, label, randn)
-        pool, x = x, x[: self.queries]
+        pool = gathered(x) if self.gather_partners and self.training else x
+        x = x[: self.queries]
         label = label[: self.queries] if self.conditional and label is not None else None
         d, fields = self.dim, self.fields
         if self.multi_scale:
