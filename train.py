@@ -233,6 +233,9 @@ def run(request: configs.Request) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(record), run_dir / "config.yaml")
         print(f"run folder: {short(run_dir)}", flush=True)
+        batch, devices, accumulated = data.batch_size, trainer.world_size, trainer.accumulate_grad_batches
+        effective = f"{batch} × {devices} devices × {accumulated} accumulated = {batch * devices * accumulated}"
+        print(f"effective batch: {effective}; lr_scaling={model.lr_scaling}", flush=True)
     failed = True
     try:
         if request.command == "fit":

@@ -14,7 +14,6 @@ from bd_lightning.checks import in_range
 from bd_lightning.modules.base import batch_seed
 from datamodules.base import DataModule, Rows
 
-
 FLIPS = 1_000_003  # keeps mirroring apart from the noise of the fields
 
 

@@ -52,6 +52,21 @@ class KillAt(L.Callback):
             save, torch.save = torch.save, half
 
 
+class FillDisk(L.Callback):
+    """No space is left on the device for last.ckpt.
+
+    Args:
+        step: from this optimiser step on.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            Path(trainer.default_root_dir, "checkpoints", "last.ckpt.part").symlink_to("/dev/full")
+
+
 class Poison(L.Callback):
     """Makes the images of a batch infinite on one rank.
 

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -66,7 +68,7 @@ def assert_same(one: Path, other: Path) -> None:
     assert [row["step"] for row in losses_of(a)] == list(range(STEPS)) == [row["step"] for row in losses_of(b)]
     key = lambda row: (row["step"], sorted(row))  # noqa: E731
     for first, second in zip(sorted(a, key=key), sorted(b, key=key), strict=True):
-        assert first == pytest.approx(second, rel=1e-5)
+        assert first == pytest.approx(second, rel=1e-5, nan_ok=True)
     rows = [json.loads((run / "fid.json").read_text()) for run in (one, other)]
     assert [(row["step"], row["val/fid"]) for row in rows[0]] == [(row["step"], row["val/fid"]) for row in rows[1]]
     for name in ("last", "best"):
@@ -103,7 +105,7 @@ def start(root: Path, run_id: str, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-KILLED = {"batch": (2 * EPOCH + 1, 2 * EPOCH), "validation": (2 * EVERY, EPOCH), "saving": (EPOCH + 1, EPOCH)}
+KILLED = {"batch": (2 * EPOCH + 1, 2 * EPOCH), "validation": (2 * EVERY, EPOCH), "saving": (EPOCH + 3, EPOCH + 2)}
 
 
 @pytest.mark.parametrize("where", KILLED)
@@ -137,8 +139,41 @@ def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, 
     assert_same(whole, folder(root, name))
 
 
+def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(whole, root, capsys):
+    full = f"callbacks.full={{_target_: faults.FillDisk, step: {EPOCH + 3}}}"
+    assert train.main(words(root, "full", "trainer=cpu", full)) == 2
+    last = folder(root, "full") / "checkpoints" / "last.ckpt"
+    printed = capsys.readouterr()
+    assert re.search(r"error: cannot write the checkpoint .*last.ckpt \(No space left on device\)", printed.err)
+    assert "is intact" in printed.err and "Traceback" not in printed.err and "to resume: train.py" in printed.out
+    assert torch.load(last, weights_only=True)["global_step"] == EPOCH + 2
+    assert sorted(p.name for p in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert train.main([f"ckpt_path={last}", "callbacks.full=null"]) == 0
+    assert_same(whole, folder(root, "full"))
+
+
+def test_steps_that_are_not_finite_are_left_out_and_counted(root):
+    poison = "callbacks.poison={_target_: faults.Poison, steps: [3, 5]}"
+    skip = "callbacks.diagnostics.nonfinite=skip"
+    assert (
+        train.main(words(root, "skip", "trainer=cpu", poison, skip, "callbacks.metrics=null", "callbacks.best=null"))
+        == 0
+    )
+    run = folder(root, "skip")
+    counts = {int(row["step"]): row["train/skipped_steps"] for row in table(run) if "train/skipped_steps" in row}
+    assert counts == {3: 1.0, 5: 2.0}
+    logged = dict(losses(run))
+    assert [step for step, loss in logged.items() if not math.isfinite(loss)] == [3, 5]
+    kept = torch.load(run / "nonfinite-batch-rank0.pt", weights_only=True)
+    assert kept["step"] == 5 and kept["batch"][0].isinf().all()
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(value.isfinite().all() for value in state["current_model_state"].values())
+
+
 def test_two_processes_resume_alike(root):
-    both = "trainer=ddp_cpu", "data.batch_size=125"
+    """With a batch that is not finite on one of them, which both leave out."""
+    poison = "callbacks.poison={_target_: faults.Poison, steps: [3], rank: 1}"
+    both = "trainer=ddp_cpu", "data.batch_size=125", poison, "callbacks.diagnostics.nonfinite=skip"
     assert start(root, "two", *both).returncode == 0
     killer = f"callbacks.killer={{_target_: faults.KillAt, step: {EPOCH + 3}}}"
     assert start(root, "two-killed", *both, killer).returncode != 0
