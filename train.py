@@ -66,6 +66,7 @@ def quiet() -> None:
         ".*LeafSpec.*",
         ".*exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*your dataloader is not resumable.*",  # its sampler asks the trainer where to go on
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
@@ -173,10 +174,13 @@ def run(request: configs.Request) -> None:
     """
     config = configs.compose(request)
     stored: dict[str, Any] | None = None
+    resumed_at: int | None = None
     if config["ckpt_path"]:
         from bd_lightning import checkpoints
 
-        stored = checkpoints.read(config["ckpt_path"])["hyper_parameters"]
+        checkpoint = checkpoints.read(config["ckpt_path"])
+        stored = checkpoint["hyper_parameters"]
+        resumed_at = checkpoint["global_step"] if request.command == "fit" else None
         config = configs.compose(request, {k: v for k, v in stored.items() if k != "facts"})
     elif request.command != "fit":
         raise UserError(f"{request.command} needs ckpt_path=<run folder>/checkpoints/best.ckpt")
@@ -185,6 +189,7 @@ def run(request: configs.Request) -> None:
     import lightning as L
     from omegaconf import OmegaConf
 
+    from bd_lightning.checkpoints import WholeCheckpoints
     from bd_lightning.loggers import MetricsCSV, WandB
 
     quiet()
@@ -208,7 +213,7 @@ def run(request: configs.Request) -> None:
 
     record = {**config, "ckpt_path": None, "run_id": None}
     model.save_hyperparameters({**record, "facts": facts})
-    loggers = [MetricsCSV(run_dir, config["trainer"].get("log_every_n_steps") or 50)]
+    loggers = [MetricsCSV(run_dir, config["trainer"].get("log_every_n_steps") or 50, resumed_at)]
     if config["logger"]:
         loggers.append(build.instantiate(config["logger"], "logger", {"run_dir": run_dir}))
     callbacks = build_callbacks(config, request.command, run_dir)
@@ -217,6 +222,7 @@ def run(request: configs.Request) -> None:
         "trainer",
         logger=loggers,
         callbacks=callbacks,
+        plugins=[WholeCheckpoints()],
         default_root_dir=str(run_dir),
         max_steps=config["steps"],
         max_epochs=-1,
@@ -227,6 +233,9 @@ def run(request: configs.Request) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(record), run_dir / "config.yaml")
         print(f"run folder: {short(run_dir)}", flush=True)
+        batch, devices, accumulated = data.batch_size, trainer.world_size, trainer.accumulate_grad_batches
+        effective = f"{batch} × {devices} devices × {accumulated} accumulated = {batch * devices * accumulated}"
+        print(f"effective batch: {effective}; lr_scaling={model.lr_scaling}", flush=True)
     failed = True
     try:
         if request.command == "fit":

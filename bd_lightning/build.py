@@ -13,6 +13,15 @@ from bd_lightning.config import GROUPS, TOP_LEVEL, ConfigError, suggest
 FACTS = ("shape", "num_classes", "sigma_data", "run_dir")
 """Arguments that a config leaves out: the data module knows the first three, `train.py` the last."""
 
+KINDS = {
+    "data": "datamodules.base.DataModule",
+    "model": "bd_lightning.modules.base.Module",
+    "trainer": "lightning.Trainer",
+    "logger": "lightning.pytorch.loggers.Logger",
+    "callbacks": "lightning.Callback",
+}
+"""What the classes of a group have to be."""
+
 
 def check(config: Mapping[str, Any]) -> None:
     """Check every key and type against the signatures of the classes, before data or networks are built.
@@ -41,9 +50,9 @@ def check(config: Mapping[str, Any]) -> None:
             _check_value(node, dict[str, Any] | None, group)
             for name, sub in (node or {}).items():
                 if sub is not None:
-                    _check_node(sub, f"{group}.{name}")
+                    _check_kind(sub, f"{group}.{name}", KINDS[group])
         elif node or group != "logger":
-            _check_node(node, group)
+            _check_kind(node, group, KINDS[group])
     for group in ("data", "model"):
         for name, sub in config[group].items():
             _try(sub, f"{group}.{name}")
@@ -114,6 +123,12 @@ def _check_node(node: Any, key: str) -> Any:
         if required and name not in node and name not in FACTS:
             raise ConfigError(f"'{key}.{name}' is missing: {cls.__name__} needs it")
     return cls
+
+
+def _check_kind(node: Any, key: str, kind: str) -> None:
+    cls, base = _check_node(node, key), locate(kind, key)
+    if not (inspect.isclass(cls) and issubclass(cls, base)):
+        raise ConfigError(f"'{key}._target_' must be a {base.__name__}, got {node['_target_']!r}")
 
 
 def _check_value(value: Any, hint: Any, key: str) -> None:

@@ -1,13 +1,49 @@
-"""Reading checkpoints: tensors and plain data only, with the config that rebuilds the model."""
+"""Reading and writing checkpoints: tensors and plain data only, with the config that rebuilds the model."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from bd_lightning import build
 from bd_lightning.checks import UserError
 from bd_lightning.modules.base import Module
+
+
+class SavingFailed(UserError):
+    """A checkpoint that could not be written."""
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and moves it there when it is on the disk, so that it is whole or not there.
+
+    (Lightning's own goes through the system's folder for temporary files, and is copied if that is another disk.)
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            SavingFailed: if the disk is full, or the file cannot be written; what was at `path` is still there.
+        """
+        path = Path(path)
+        part = path.with_name(f"{path.name}.part")  # one name: what a killed process leaves is overwritten
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with part.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            part.replace(path)
+        except (OSError, RuntimeError) as error:  # torch turns some failures to write into a RuntimeError
+            part.unlink(missing_ok=True)
+            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
+            kept = "the one that was there before is intact" if path.is_file() else "there is none yet"
+            raise SavingFailed(
+                f"cannot write the checkpoint {path} ({reason}), {kept}: make room, then resume or start again"
+            ) from error
 
 
 def read(path: str | Path) -> dict[str, Any]:

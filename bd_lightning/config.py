@@ -185,6 +185,7 @@ def compose(request: Request, stored: dict[str, Any] | None = None) -> dict[str,
         for part in reversed(key.split(".")):
             nested = {part: nested}
         apply(nested, "the command line")
+    config["logger"] = config["logger"] or None  # so that a config repeated from its record stays without one
     if isinstance(config["steps"], int) and isinstance(config["eval_every"], int):
         config["eval_every"] = min(config["steps"], config["eval_every"])
     try:

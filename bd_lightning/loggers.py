@@ -14,13 +14,29 @@ from bd_lightning.checks import positive
 
 
 class _AppendingWriter(ExperimentWriter):
-    """Keeps the rows of an earlier part of the run instead of deleting them."""
+    """Keeps the rows of an earlier part of the run instead of deleting them, up to the step it goes on from."""
+
+    def __init__(self, log_dir: str, resumed_at: int | None) -> None:
+        self.resumed_at = resumed_at
+        super().__init__(log_dir=log_dir)
 
     def _check_log_dir_exists(self) -> None:
         path = Path(self.metrics_file_path)
-        if path.is_file():
-            with path.open(newline="") as file:
-                self.metrics_keys = sorted(next(csv.reader(file), []))
+        if not path.is_file():
+            return
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            self.metrics_keys = sorted(reader.fieldnames or [])
+            rows = list(reader)
+        if self.resumed_at is None:
+            return
+        rows = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) < self.resumed_at]
+        part = path.with_name(f"{path.name}.part")
+        with part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.metrics_keys, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        part.replace(path)
 
 
 class MetricsCSV(CSVLogger):
@@ -29,10 +45,13 @@ class MetricsCSV(CSVLogger):
     Args:
         run_dir: the run folder.
         flush_every: steps between writes.
+        resumed_at: the step of the checkpoint that the run goes on from; rows that were logged after it are dropped,
+            since those steps are repeated.
     """
 
-    def __init__(self, run_dir: str | Path, flush_every: int = 50) -> None:
+    def __init__(self, run_dir: str | Path, flush_every: int = 50, resumed_at: int | None = None) -> None:
         super().__init__(str(run_dir), name="", version="", flush_logs_every_n_steps=flush_every)
+        self.resumed_at = resumed_at
 
     @property
     @rank_zero_experiment
@@ -40,8 +59,12 @@ class MetricsCSV(CSVLogger):
         """The writer behind this logger."""
         if self._experiment is None:
             os.makedirs(self.log_dir, exist_ok=True)
-            self._experiment = _AppendingWriter(log_dir=self.log_dir)
+            self._experiment = _AppendingWriter(self.log_dir, self.resumed_at)
         return self._experiment
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        """Write what was logged, so that it is there when the run goes on from the checkpoint."""
+        self.save()
 
     def log_hyperparams(self, params: Any = None) -> None:
         """Nothing: the run folder has config.yaml."""

@@ -5,6 +5,8 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 
+from bd_lightning.checkpoints import SavingFailed
+from bd_lightning.checks import in_range
 from callbacks.diagnostics import NonFiniteLoss
 
 
@@ -45,18 +47,58 @@ class AveragedWeights(EMAWeightAveraging):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """last.ckpt, overwritten at every validation and when the run is interrupted.
+    """last.ckpt, overwritten at every validation, every so many steps in between, and when the run is interrupted.
 
     A non-finite loss does not overwrite it: the weights that led there are of no use.
 
     Args:
         dirpath: the folder; `train.py` gives the run's.
+        every: optimiser steps between saves; 0 saves at validations alone. It is what a killed run loses at most.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
+    def __init__(self, dirpath: str | None = None, every: int = 250) -> None:
+        in_range(0, float("inf"), every=every)
         super().__init__(dirpath=dirpath, filename="last", enable_version_counter=False, save_on_exception=True)
+        self.every = every
+        self.interrupted, self.begun = False, 0
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """In a checkpoint of an interrupted run, put Lightning's counters back to what was finished.
+
+        A batch that had begun is begun again, and so is a validation, from its first batch.
+        """
+        if not self.interrupted:
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        total = loops["epoch_loop.batch_progress"]["total"]
+        total["ready"] = total["started"] = total["processed"]
+        if trainer.validating:
+            progress = loops["epoch_loop.val_loop.batch_progress"]
+            progress["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+            progress["current"] = dict(progress["total"])
+            progress["is_last_batch"] = False
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember the step that the batch begins at."""
+        self.begun = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save if it is time and no validation follows, which saves by itself."""
+        due = self.every and trainer.global_step % self.every == 0
+        due = due and (trainer.fit_loop.total_batch_idx + 1) % trainer.val_check_batch != 0
+        if due and not self._should_skip_saving_checkpoint(trainer):
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> Any:
-        """Save, unless the loss is no longer finite."""
-        if not isinstance(exception, NonFiniteLoss):
+        """Save, unless the loss is no longer finite, nothing can be saved, or the weights are half changed."""
+        steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
+        batches = trainer.fit_loop.epoch_loop.batch_progress.total
+        changing = steps.total.ready != steps.total.completed  # the optimiser was at work
+        changed = batches.ready != batches.processed and trainer.global_step != self.begun  # and not all counted yet
+        if not (isinstance(exception, (NonFiniteLoss, SavingFailed)) or changing or changed):
+            self.interrupted = True
             super().on_exception(trainer, pl_module, exception)

@@ -5,9 +5,10 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from bd_lightning.checks import UserError
+from bd_lightning.checks import UserError, one_of
 from callbacks.drawing import run_folder
 
 
@@ -19,19 +20,33 @@ class TrainingDiagnostics(L.Callback):
     """Logs, every `trainer.log_every_n_steps` steps: the norm of the gradient before clipping, and samples per second
     over all devices (validation not counted).
 
-    Stops the run at the first non-finite loss, before the weights are changed, and keeps the batch.
+    A loss or gradient that is not finite changes no weights: on all ranks alike the run stops, or leaves the step out.
+    The batch at fault is kept in the run folder.
+
+    Args:
+        nonfinite: "stop", or "skip" the step, which is counted and logged as train/skipped_steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, nonfinite: str = "stop") -> None:
+        one_of(("stop", "skip"), nonfinite=nonfinite)
+        self.nonfinite, self.skipped = nonfinite, 0
         self.logged_step = 0
         self._clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run goes on with."""
+        return {"skipped": self.skipped, "logged_step": self.logged_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take it over from a checkpoint."""
+        self.__dict__.update(state_dict)
 
     def _clear(self) -> None:
         self.samples, self.seconds, self.last = 0, 0.0, time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
-        self._clear()
+        self.last = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave validation out of the rate."""
@@ -42,20 +57,32 @@ class TrainingDiagnostics(L.Callback):
         self.batch = batch
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Stop at a non-finite loss."""
-        if not torch.isfinite(loss):
-            path = run_folder(trainer) / f"nonfinite-batch-rank{trainer.global_rank}.pt"
-            torch.save({"batch": self.batch, "step": trainer.global_step}, path)
-            raise NonFiniteLoss(
-                f"the loss is {loss.item()} at step {trainer.global_step}; the batch is kept in {path}. "
-                "Look for broken data, or lower model.lr or set trainer.gradient_clip_val"
-            )
+        """Remember the loss. Gradients are looked at instead: they are averaged, so that all ranks decide alike."""
+        self.loss = loss.detach()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
-        """Log the norm of the gradient."""
+        """Log the norm of the gradient; stop at one that is not finite, or leave the step out."""
+        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
-            gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            pl_module.log("train/gradient_norm", torch.nn.utils.get_total_norm(gradients))
+            pl_module.log("train/gradient_norm", norm)
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # float16 looks after itself
+        if scaled or torch.isfinite(norm + self.loss):
+            return
+        path = run_folder(trainer) / f"nonfinite-batch-rank{trainer.global_rank}.pt"
+        torch.save({"batch": self.batch, "step": trainer.global_step, "loss": self.loss}, path)
+        what = f"the loss is {self.loss.item():g} and the gradient's norm {norm.item():g} at step {trainer.global_step}"
+        if self.nonfinite == "stop":
+            raise NonFiniteLoss(
+                f"{what}; the batch is kept in {path}. Look for broken data, or lower model.lr or set "
+                "trainer.gradient_clip_val; callbacks.diagnostics.nonfinite=skip leaves such steps out"
+            )
+        self.skipped += 1
+        if self.skipped == 1:
+            rank_zero_info(f"{what}: the step is left out, and so are others like it; the batch is kept in {path}")
+        pl_module.log("train/skipped_steps", float(self.skipped), on_step=True)
+        for p in pl_module.parameters():
+            p.grad = None  # the optimiser passes over parameters without a gradient
 
     def values(self) -> dict[str, float]:
         """What is logged at a logging step."""
@@ -82,17 +109,30 @@ class FieldDiagnostics(TrainingDiagnostics):
     Args:
         edges: borders of the noise levels' bins, in data units.
         near_zero: s counts as near zero below this share of its typical size m_ref.
+        options: arguments of `TrainingDiagnostics`.
     """
 
     def __init__(
-        self, edges: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0), near_zero: float = 1e-3
+        self,
+        edges: tuple[float, ...] = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0),
+        near_zero: float = 1e-3,
+        **options: Any,
     ) -> None:
         if list(edges) != sorted(edges) or not edges:
             raise ValueError(f"edges must ascend, got {list(edges)}")
         self.edges, self.near_zero = tuple(edges), near_zero
         borders = [f"{e:g}" for e in self.edges]
         self.bins = [f"below-{borders[0]}", *map("-".join, zip(borders, borders[1:])), f"above-{borders[-1]}"]
-        super().__init__()
+        super().__init__(**options)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The means that are not logged yet, too."""
+        return super().state_dict() | {"sums": self.sums}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start the clock; sums from a checkpoint go to the module's device."""
+        super().on_train_start(trainer, pl_module)
+        self.sums = {name: total.to(pl_module.device) for name, total in self.sums.items()}
 
     def _clear(self) -> None:
         super()._clear()

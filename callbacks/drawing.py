@@ -123,10 +123,16 @@ def publish_animation(
 
 
 def append_record(trainer: L.Trainer, name: str, row: dict[str, Any]) -> None:
-    """Append a row to <run folder>/<name>, a JSON list; "summary" of the last row is printed when the run ends."""
+    """Append a row to <run folder>/<name>, a JSON list; "summary" of the last row is printed when the run ends.
+
+    It takes the place of a row of the same step and protocol, which a run that was killed had written before.
+    """
     path = run_folder(trainer) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text()) if path.is_file() else []
+    rows = [
+        old for old in rows if (old["step"], old["protocol"], old.keys()) != (row["step"], row["protocol"], row.keys())
+    ]
     part = Path(f"{path}.part")
     part.write_text(json.dumps([*rows, row], indent=1))
     part.replace(path)

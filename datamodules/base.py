@@ -1,13 +1,15 @@
 """What all data modules share: facts, splits and loaders."""
 
+import os
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.distributed import DistributedSampler
 
 from bd_lightning.checks import UserError, in_range, positive
 
@@ -38,6 +40,34 @@ class Rows(Dataset):
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         rows = torch.as_tensor(indices)
         return self.x[rows], self.labels[rows]
+
+
+class ShuffledShare(DistributedSampler):
+    """A rank's share of a shuffled split, in an order that depends on the run's seed and the epoch alone.
+
+    Batch k of all ranks together is the same set of samples on any number of ranks, for the same effective batch.
+
+    Args:
+        dataset: the split.
+        world_size: number of ranks.
+        rank: this rank.
+        seen: says how many samples of the epoch this rank has seen, which a run that is resumed passes over.
+    """
+
+    def __init__(self, dataset: Dataset, world_size: int, rank: int, seen: Callable[[], int]) -> None:
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
+        self.seen = seen
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(super().__iter__())[self.seen() :])
+
+
+class _Late(DataLoader):
+    """Starts at the first batch that is asked for, when the epoch and the place in it are known."""
+
+    def __iter__(self) -> Any:
+        yield from super().__iter__()
 
 
 class DataModule(L.LightningDataModule):
@@ -141,8 +171,8 @@ class DataModule(L.LightningDataModule):
         """Pass a batch that was fetched whole; stack one that came image by image."""
         return batch if isinstance(batch, tuple) else torch.utils.data.default_collate(batch)
 
-    def _loader(self, dataset: Dataset, **options: Any) -> DataLoader:
-        return DataLoader(
+    def _loader(self, dataset: Dataset, kind: type[DataLoader] = DataLoader, **options: Any) -> DataLoader:
+        return kind(
             dataset,
             collate_fn=self.collate,
             num_workers=self.num_workers,
@@ -152,8 +182,23 @@ class DataModule(L.LightningDataModule):
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches (x, (B, *shape); label, (B,)); a last short batch is dropped."""
-        return self._loader(self.split("train"), batch_size=self.batch_size, shuffle=True, drop_last=True)
+        """Shuffled batches (x, (B, *shape); label, (B,)) of this rank's share; a last short batch is dropped.
+
+        The epoch has begun where the trainer says: a resumed run goes on with the batch that would have come next.
+        """
+        split, trainer = self.split("train"), self.trainer
+        world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
+        if len(split) // world < self.batch_size:
+            raise DataError(
+                f"{self.name}: the training split has {len(split)} samples, fewer than one batch on each of {world} "
+                f"devices; set data.batch_size to {len(split) // world} or less"
+            )
+
+        def seen() -> int:
+            return trainer.fit_loop.epoch_loop.batch_progress.current.ready * self.batch_size if trainer else 0
+
+        sampler = ShuffledShare(split, world, rank, seen)
+        return self._loader(split, _Late, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def eval_dataloader(self, split: str) -> DataLoader:
         """Batches of a split in order."""

@@ -25,9 +25,6 @@ class FolderImages(Dataset):
         files: (path, label) of each image.
         channels: 1 for grey, 3 for colour.
         size: height and width after resizing the shorter side and cropping the centre.
-
-    Attributes:
-        flip: mirror images left to right with probability one half.
     """
 
     def __init__(self, files: list[tuple[Path, int]], channels: int, size: int) -> None:
@@ -35,7 +32,6 @@ class FolderImages(Dataset):
         self.labels = torch.tensor([label for _, label in files])
         self.mode = {1: "L", 3: "RGB"}[channels]
         self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
-        self.flip = False
 
     def take(self, rows: torch.Tensor) -> "FolderImages":
         """Some of the images."""
@@ -52,8 +48,6 @@ class FolderImages(Dataset):
         except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise DataError(f"cannot read the image {path}: {error}; repair or delete it") from error
         pixels = self.resize(pixels)
-        if self.flip and torch.rand(()) < 0.5:
-            pixels = pixels.flip(-1)
         return to_unit(pixels), int(self.labels[index])
 
 

@@ -11,7 +11,10 @@ import torch
 from torch import Tensor
 
 from bd_lightning.checks import in_range
+from bd_lightning.modules.base import batch_seed
 from datamodules.base import DataModule, Rows
+
+FLIPS = 1_000_003  # keeps mirroring apart from the noise of the fields
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -25,13 +28,7 @@ def to_unit(x: Tensor) -> Tensor:
 
 
 class ByteImages(Rows):
-    """A split of images held in memory: x (N, C, H, W) of bytes and labels (N,).
-
-    Attributes:
-        flip: mirror images left to right with probability one half.
-    """
-
-    flip = False
+    """A split of images held in memory: x (N, C, H, W) of bytes and labels (N,)."""
 
     def take(self, rows: Tensor) -> "ByteImages":
         """Some of the rows."""
@@ -39,18 +36,14 @@ class ByteImages(Rows):
 
     def __getitems__(self, indices):
         x, labels = super().__getitems__(indices)
-        x = to_unit(x)
-        if self.flip:
-            mirrored = torch.rand(len(x)) < 0.5
-            x[mirrored] = x[mirrored].flip(-1)
-        return x, labels
+        return to_unit(x), labels
 
 
 class ImageDataModule(DataModule):
     """Base of the image data modules: `shape` is (channels, height, width), and samples lie in [−1, 1].
 
-    Sub-classes return the splits from `read_split`, with `labels` (N,), a method `take(rows)` that returns some of the
-    rows, and an attribute `flip`, which turns mirroring on.
+    Sub-classes return the splits from `read_split`, with `labels` (N,) and a method `take(rows)` that returns some of
+    the rows.
 
     Args:
         flip: mirror training images left to right at random.
@@ -112,7 +105,11 @@ class ImageDataModule(DataModule):
         left.labels = number[left.labels]
         return left
 
-    def split(self, split):
-        loaded = super().split(split)
-        loaded.flip = self.flip and split == "train"
-        return loaded
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        """Mirror training images; which ones depends on the run's seed and the place of the batch in the run."""
+        if not (self.flip and self.trainer and self.trainer.training):
+            return batch
+        x, labels = batch
+        generator = torch.Generator().manual_seed(batch_seed(self.trainer, FLIPS))
+        mirrored = torch.rand((len(x), 1, 1, 1), generator=generator) < 0.5
+        return torch.where(mirrored, x.flip(-1), x), labels

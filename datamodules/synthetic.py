@@ -29,6 +29,8 @@ class Synthetic(DataModule):
         self.name = f"{type(density).__name__}-{density.dim}d"
         self.shape = (density.dim,)
         self.sigma_data = round(float(self._draw(10_000, 3).square().mean().sqrt()), 4)
+        if not 0 < self.sigma_data < float("inf"):
+            raise ValueError(f"density: its samples have standard deviation {self.sigma_data}; look at its arguments")
 
     def _draw(self, n: int, stream: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(4 * self.data_seed + stream)

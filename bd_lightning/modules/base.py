@@ -5,10 +5,23 @@ from abc import abstractmethod
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
 from bd_lightning.checks import in_range, one_of, positive
+
+LR_POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
+
+
+def batch_seed(trainer: L.Trainer, seed: int = 0) -> int:
+    """A seed for the randomness of the training batch at hand, from (seed, rank, epoch, place in the epoch) alone.
+
+    So a resumed run meets the noise that it would have met, and no state of a generator has to be kept.
+    """
+    epoch, batch = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
+    place = (seed, trainer.global_rank, epoch.processed, batch.ready)  # type: ignore[attr-defined]
+    return int(np.random.SeedSequence(place).generate_state(1)[0])
 
 
 class Module(L.LightningModule):
@@ -20,6 +33,8 @@ class Module(L.LightningModule):
         weight_decay: decoupled weight decay.
         warmup_steps: steps over which the learning rate rises linearly.
         lr_decay: "cosine" to zero over the run, or "none".
+        lr_scaling: how the learning rate follows the effective batch: times the number of devices × accumulated batches
+            ("linear"), its square root ("sqrt"), or not at all ("none").
 
     Attributes:
         loaded_step: the step at which the checkpoint that was loaded was saved.
@@ -32,6 +47,7 @@ class Module(L.LightningModule):
         weight_decay: float = 0.0,
         warmup_steps: int = 100,
         lr_decay: str = "cosine",
+        lr_scaling: str = "none",
     ) -> None:
         super().__init__()
         positive(lr=lr)
@@ -40,7 +56,8 @@ class Module(L.LightningModule):
             in_range(0, 1, **{f"betas[{i}]": beta})
         one_of(("cosine", "none"), lr_decay=lr_decay)
         self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
-        self.warmup_steps, self.lr_decay = warmup_steps, lr_decay
+        one_of(tuple(LR_POWERS), lr_scaling=lr_scaling)
+        self.warmup_steps, self.lr_decay, self.lr_scaling = warmup_steps, lr_decay, lr_scaling
         self.loaded_step = 0
 
     @abstractmethod
@@ -67,8 +84,12 @@ class Module(L.LightningModule):
         return {"loss": values["loss"]} | {name: value.detach() for name, value in vectors.items()}
 
     def on_train_start(self) -> None:
-        """Give every rank, and every part of a resumed run, noise of its own."""
-        torch.manual_seed(torch.initial_seed() + self.global_rank + 1000 * self.global_step)
+        """Remember the run's seed."""
+        self.seed = torch.initial_seed()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed the noise of this step."""
+        torch.manual_seed(batch_seed(self.trainer, self.seed))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Remember how long the loaded weights were trained."""
@@ -93,7 +114,9 @@ class Module(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Adam with linear warm-up and, if asked for, cosine decay over the run, stepped every batch."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, betas=self.betas, weight_decay=self.weight_decay)
+        batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
+        lr = self.lr * batches ** LR_POWERS[self.lr_scaling]
+        optimizer = torch.optim.AdamW(self.parameters(), lr=lr, betas=self.betas, weight_decay=self.weight_decay)
         total = int(self.trainer.estimated_stepping_batches) if self.lr_decay == "cosine" else 0
 
         def rate(step: int) -> float:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from bd_lightning import divergences, kernels
 from bd_lightning.checks import in_range, interval, one_of, positive
@@ -16,6 +16,15 @@ from bd_lightning.relative import Mixture, RelativeFields, calibrated
 from bd_lightning.targets import Density
 
 ESTIMATORS = ("denoising", "divergence", "regression")
+
+
+def gathered(x: Tensor) -> Tensor:
+    """The batches of all ranks, (W·B, *shape), this rank's first. All ranks call it, with batches of one size."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return x
+    parts = [torch.empty_like(x) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, x.contiguous())
+    return torch.cat([parts.pop(distributed.get_rank()), *parts])
 
 
 class BellmanDiffusion(Module):
@@ -57,6 +66,8 @@ class BellmanDiffusion(Module):
         guidance_interval: noise levels, in data units, between which guidance acts.
         compile: compile the networks with torch.compile at their first use; worth it on GPUs. Not for the divergence
             estimator, whose forward-mode differentiation the compiler does not take.
+        gather_partners: in training, take partners from the batches of all devices. A step is then that of one device
+            with the joined batch; otherwise every device has its own, noisier, estimate of the mobility.
         options: arguments of `Module`.
 
     Attributes:
@@ -91,6 +102,7 @@ class BellmanDiffusion(Module):
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
         compile: bool = False,
+        gather_partners: bool = False,
         **options: Any,
     ) -> None:
         super().__init__(**options)
@@ -128,6 +140,9 @@ class BellmanDiffusion(Module):
         self.shape, self.num_classes = tuple(shape), num_classes
         self.dim = math.prod(self.shape)
         self.conditional = bool(getattr(network, "conditional", False))
+        if gather_partners and self.relative:
+            raise ValueError("gather_partners=true has no meaning with kernel=Relative, which has no partners")
+        self.gather_partners = gather_partners
         self.kernel = kernel
         per_class = bool(getattr(network, "heads", ()))
         if self.relative and self.conditional:
@@ -191,7 +206,8 @@ class BellmanDiffusion(Module):
 
         if self.relative:
             return self._relative_losses(x, label, randn)
-        pool, x = x, x[: self.queries]
+        pool = gathered(x) if self.gather_partners and self.training else x
+        x = x[: self.queries]
         label = label[: self.queries] if self.conditional and label is not None else None
         d, fields = self.dim, self.fields
         if label is not None and self.training and self.label_dropout:

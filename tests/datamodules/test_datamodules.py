@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from PIL import Image
@@ -66,14 +68,23 @@ def test_scaling_round_trip():
     assert to_uint8(torch.tensor([-3.0, -1.0, 1.0, 3.0])).tolist() == [0, 0, 255, 255]
 
 
+def mirror(data, x, batch, training=True):
+    """Images as a trainer gets them at the start of a batch of the first epoch."""
+    progress = SimpleNamespace(current=SimpleNamespace(processed=0, ready=batch))
+    loop = SimpleNamespace(epoch_progress=progress, epoch_loop=SimpleNamespace(batch_progress=progress))
+    data.trainer = SimpleNamespace(training=training, global_rank=0, fit_loop=loop)
+    return data.on_before_batch_transfer((x, torch.zeros(len(x))), 0)[0]
+
+
 def test_only_training_images_are_flipped(tmp_path, modules):
     for data in (modules["cifar10"], ImageFolder(str(write_folder(tmp_path / "g")), size=8, flip=True, batch_size=4)):
-        plain, train, val = data.load_split("train"), data.split("train"), data.split("val")
-        draws = [torch.stack([train[i][0] for i in range(8)]) for _ in range(4)]
-        original = torch.stack([plain[i][0] for i in range(8)])
+        rows = data.load_split("train")
+        original = torch.stack([rows[i][0] for i in range(8)])
+        draws = [mirror(data, original, batch=batch) for batch in range(4)]
         mirrored = [(d == original).flatten(1).all(1) | (d == original.flip(-1)).flatten(1).all(1) for d in draws]
         assert all(m.all() for m in mirrored) and any((d != original).any() for d in draws)
-        assert not val.flip
+        assert torch.equal(draws[2], mirror(data, original, batch=2))  # the same whenever the batch is met
+        assert torch.equal(mirror(data, original, batch=2, training=False), original)
 
 
 def test_folder_crops_and_splits(tmp_path):

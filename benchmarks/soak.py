@@ -1,0 +1,112 @@
+"""A long run in two processes, watched from outside: does anything grow, and is anything left behind?
+
+    uv run benchmarks/soak.py [--steps 2000] [--every 50] [key=value …]
+
+Trains a small MLP on the 8×8 digits with `trainer=ddp_cpu`; samples, FID, checkpoints and the offline W&B run at every
+validation. Resident memory and open file handles of both processes are read from /proc twice a second. The memory of
+the last fifth of the run is compared with that of the fifth after the first (medians). Linux only.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = [
+    "model=mlp", "model.network.width=64", "model.network.depth=1", "model.samplers.sde.levels=8",
+    "model.samplers.ode.steps=5", "data.batch_size=64", "callbacks.metrics.n=200", "callbacks.metrics.kid_subset=100",
+    "callbacks.grid.n=16", "callbacks.trajectory=null", "callbacks.progress=null", "trainer=ddp_cpu",
+    "trainer.enable_progress_bar=false", "run_id=soak",
+]  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    """A process and its descendants."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            try:
+                found += [int(child) for child in task.read_text().split()]
+            except OSError:
+                continue
+    return found
+
+
+def trains(pid: int) -> bool:
+    """Whether a process is one of the run's two (and not W&B's)."""
+    try:
+        return "train.py" in Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return False
+
+
+def resident(pid: int) -> int:
+    """Resident memory in bytes."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def main() -> None:
+    """Run, watch, report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--every", type=int, default=50)
+    options, words = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as place:
+        temporary = Path(place) / "tmp"
+        temporary.mkdir()
+        command = [
+            sys.executable, "train.py", *SMALL, f"steps={options.steps}", f"eval_every={options.every}",
+            f"callbacks.last.every={options.every}", f"root={place}/runs", f"data.root={place}/data", *words,
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
+        begun, rows, seen = time.time(), [], set()
+        with (Path(place) / "log").open("w+") as log:
+            run = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
+            while run.poll() is None:
+                alive = children(run.pid)
+                seen.update(alive)
+                pids = [pid for pid in alive if trains(pid)]
+                try:
+                    if len(pids) == 2:
+                        handles = [len(os.listdir(f"/proc/{pid}/fd")) for pid in pids]
+                        rows.append((time.time() - begun, [resident(pid) for pid in pids], handles))
+                except OSError:  # it has just ended
+                    pass
+                time.sleep(0.5)
+            log.seek(0)
+            text = log.read()
+        if run.returncode:
+            raise SystemExit(f"the run failed ({run.returncode}):\n{text[-3000:]}")
+        time.sleep(5)
+        folder = Path(place) / "runs" / "bellman-diffusion" / "soak"
+        records = json.loads((folder / "fid.json").read_text())
+        started = (folder / "config.yaml").stat().st_mtime - begun
+        times = [row[0] for row in rows]
+        first = started + 0.2 * (times[-1] - started)
+        fifth = 0.2 * (times[-1] - started)
+        print(f"{options.steps} steps, {len(records)} validations with FID, in {times[-1]:.0f} s")
+        print(f"the last: {records[-1]['summary']}")
+        for rank in range(2):
+            early = [row[1][rank] for row in rows if first <= row[0] <= first + fifth]
+            late = [row[1][rank] for row in rows if row[0] >= times[-1] - fifth]
+            before, after = statistics.median(early), statistics.median(late)
+            sizes = f"{before / 2**20:.0f} MiB early, {after / 2**20:.0f} MiB late"
+            print(f"process {rank}: {sizes}, ratio {after / before:.3f}")
+            early, late = (
+                [row[2][rank] for row in rows if keep(row[0])]
+                for keep in (lambda t: first <= t <= first + fifth, lambda t: t >= times[-1] - fifth)
+            )
+            print(f"process {rank}: at most {max(early)} open file handles early, {max(late)} late")
+        left = [pid for pid in seen if Path(f"/proc/{pid}").exists()]
+        parts = [str(p.relative_to(place)) for p in Path(place).rglob("*") if p.suffix == ".part"]
+        print(f"left behind: processes {left}, temporary files {[p.name for p in temporary.iterdir()]}, parts {parts}")
+
+
+if __name__ == "__main__":
+    main()

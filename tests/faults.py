@@ -1,0 +1,83 @@
+"""Callbacks that do a run harm, for tests of what is left of it. Named in configs by their path."""
+
+import os
+import signal
+from pathlib import Path
+
+import lightning as L
+import torch
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KillAt(L.Callback):
+    """SIGKILL to this process.
+
+    Args:
+        step: at the first chance once so many optimiser steps are done.
+        where: "batch" (between forward and backward pass), "validation" (in the middle), or "saving" (when half of a
+            checkpoint is written).
+        signum: "SIGINT" and "SIGTERM" are other signals to send.
+    """
+
+    def __init__(self, step: int, where: str = "batch", signum: str = "SIGKILL") -> None:
+        self.step, self.where, self.signum = step, where, signum
+
+    def _strike(self, trainer, where):
+        if self.where == where and trainer.global_step >= self.step and self.signum:
+            signum, self.signum = self.signum, ""
+            os.kill(os.getpid(), getattr(signal, signum))
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        self._strike(trainer, "batch")
+
+    def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if batch_idx:
+            self._strike(trainer, "validation")
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.where == "saving" and trainer.global_step >= self.step:
+
+            def half(checkpoint, file):
+                whole = Path(file.name).with_name("whole")
+                save(checkpoint, whole)
+                data = whole.read_bytes()
+                whole.unlink()
+                file.write(data[: len(data) // 2])
+                file.flush()
+                _kill()
+
+            save, torch.save = torch.save, half
+
+
+class FillDisk(L.Callback):
+    """No space is left on the device for last.ckpt.
+
+    Args:
+        step: from this optimiser step on.
+    """
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            Path(trainer.default_root_dir, "checkpoints", "last.ckpt.part").symlink_to("/dev/full")
+
+
+class Poison(L.Callback):
+    """Makes the images of a batch infinite on one rank.
+
+    Args:
+        steps: the optimiser steps at which it does.
+        rank: the rank.
+    """
+
+    def __init__(self, steps: list[int], rank: int = 0) -> None:
+        self.steps, self.rank = steps, rank
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step in self.steps and trainer.global_rank == self.rank:
+            batch[0].fill_(float("inf"))

@@ -1,0 +1,183 @@
+"""A run that is stopped at any step, in any way, goes on as if it had not been stopped."""
+
+import csv
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from conftest import ROOT
+
+EPOCH, EVERY, STEPS = 6, 4, 16  # batches of an epoch, steps between validations, steps
+WORDS = [
+    "data.batch_size=250", "data.flip=true", "model=mlp", "model.network.width=32", "model.network.depth=1",
+    "model.network.dropout=0.1", "model.samplers.sde=null", "model.samplers.ode.steps=3", "model.warmup_steps=5",
+    "callbacks.metrics.features.steps=40", "callbacks.metrics.n=80", "callbacks.metrics.kid_subset=40",
+    "callbacks.metrics.batch_size=40", "callbacks.grid=null", "callbacks.trajectory=null", "callbacks.progress=null",
+    "callbacks.last.every=2", "data.eval_batch_size=100", "trainer.enable_progress_bar=false",
+    "trainer.log_every_n_steps=1", "logger=none", f"steps={STEPS}", f"eval_every={EVERY}",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("resume")
+
+
+def words(root: Path, run_id: str, *more: str) -> list[str]:
+    return [*WORDS, f"root={root / 'runs'}", f"data.root={root / 'data'}", f"run_id={run_id}", *more]
+
+
+def folder(root: Path, run_id: str) -> Path:
+    return root / "runs" / "bellman-diffusion" / run_id
+
+
+@pytest.fixture(scope="module")
+def whole(root) -> Path:
+    """A run that nothing happened to, with a checkpoint of every step."""
+    every = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: 1, save_top_k: -1, "
+    more = every + "filename: 'at-{step}', auto_insert_metric_name: false}"
+    assert train.main(words(root, "whole", "trainer=cpu", f"callbacks.every={more}")) == 0
+    return folder(root, "whole")
+
+
+def table(folder: Path) -> list[dict[str, float]]:
+    """Every row of metrics.csv, without what depends on the clock."""
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    return [
+        {key: float(value) for key, value in row.items() if value and key != "train/samples_per_second"} for row in rows
+    ]
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(int(row["step"]), row["train/loss"]) for row in table(folder) if "train/loss" in row]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Two runs logged the same and ended with the same state."""
+    a, b = table(one), table(other)
+    assert [row["step"] for row in losses_of(a)] == list(range(STEPS)) == [row["step"] for row in losses_of(b)]
+    key = lambda row: (row["step"], sorted(row))  # noqa: E731
+    for first, second in zip(sorted(a, key=key), sorted(b, key=key), strict=True):
+        assert first == pytest.approx(second, rel=1e-5, nan_ok=True)
+    rows = [json.loads((run / "fid.json").read_text()) for run in (one, other)]
+    assert [(row["step"], row["val/fid"]) for row in rows[0]] == [(row["step"], row["val/fid"]) for row in rows[1]]
+    for name in ("last", "best"):
+        states = [torch.load(run / "checkpoints" / f"{name}.ckpt", weights_only=True) for run in (one, other)]
+        for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "averaging_state"):
+            torch.testing.assert_close(
+                *(state[part] for state in states), msg=lambda text, part=part: f"{part}: {text}"
+            )
+        scores = [
+            [float(s["best_model_score"]) for k, s in state["callbacks"].items() if "'val/fid'" in k]
+            for state in states
+        ]
+        assert scores[0] == scores[1] != []
+
+
+def losses_of(rows):
+    return [row for row in rows if "train/loss" in row]
+
+
+@pytest.mark.parametrize("step", [1, EVERY + 1, EPOCH - 1, EPOCH, EPOCH + 1])
+def test_any_step_can_be_resumed_from(whole, tmp_path, step):
+    """In the middle of an epoch, at its end and after it."""
+    copy = tmp_path / "runs" / "bellman-diffusion" / "whole"
+    shutil.copytree(whole, copy)
+    (copy / "checkpoints" / f"at-{step}.ckpt").rename(copy / "checkpoints" / "last.ckpt")
+    assert train.main([f"ckpt_path={copy}/checkpoints/last.ckpt", "callbacks.every=null"]) == 0
+    assert_same(whole, copy)
+
+
+def start(root: Path, run_id: str, *more: str) -> subprocess.CompletedProcess:
+    """A run as a process of its own."""
+    command = [sys.executable, "train.py", *words(root, run_id, *more)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
+KILLED = {"batch": (2 * EPOCH + 1, 2 * EPOCH), "validation": (2 * EVERY, EPOCH), "saving": (EPOCH + 3, EPOCH + 2)}
+
+
+@pytest.mark.parametrize("where", KILLED)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(where, whole, root, tmp_path):
+    step, saved = KILLED[where]
+    killer = f"callbacks.killer={{_target_: faults.KillAt, step: {step}, where: {where}}}"
+    done = start(root, where, "trainer=cpu", killer)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    run = folder(root, where)
+    last = run / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == saved
+    assert last.with_name("last.ckpt.part").is_file() == (where == "saving")
+    assert train.main([f"ckpt_path={last}", "callbacks.killer=null"]) == 0
+    assert_same(whole, run)
+    assert sorted(p.name for p in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("signum", "where"),
+    [("SIGTERM", "batch"), ("SIGTERM", "validation"), ("SIGINT", "batch"), ("SIGINT", "validation")],
+)
+def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, root, capsys):
+    name = f"{signum}-{where}"
+    killer = f"callbacks.killer={{_target_: faults.KillAt, step: {2 * EVERY}, where: {where}, signum: {signum}}}"
+    with pytest.raises(SystemExit):
+        train.main(words(root, name, "trainer=cpu", killer, "callbacks.last.every=0"))
+    last = folder(root, name) / "checkpoints" / "last.ckpt"
+    assert f"to resume: train.py ckpt_path={train.short(last)}" in capsys.readouterr().out
+    assert torch.load(last, weights_only=True)["global_step"] >= 2 * EVERY
+    assert train.main([f"ckpt_path={last}", "callbacks.killer=null"]) == 0
+    assert_same(whole, folder(root, name))
+
+
+def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(whole, root, capsys):
+    full = f"callbacks.full={{_target_: faults.FillDisk, step: {EPOCH + 3}}}"
+    assert train.main(words(root, "full", "trainer=cpu", full)) == 2
+    last = folder(root, "full") / "checkpoints" / "last.ckpt"
+    printed = capsys.readouterr()
+    assert re.search(r"error: cannot write the checkpoint .*last.ckpt \(No space left on device\)", printed.err)
+    assert "is intact" in printed.err and "Traceback" not in printed.err and "to resume: train.py" in printed.out
+    assert torch.load(last, weights_only=True)["global_step"] == EPOCH + 2
+    assert sorted(p.name for p in last.parent.iterdir()) == ["best.ckpt", "last.ckpt"]
+    assert train.main([f"ckpt_path={last}", "callbacks.full=null"]) == 0
+    assert_same(whole, folder(root, "full"))
+
+
+def test_steps_that_are_not_finite_are_left_out_and_counted(root):
+    poison = "callbacks.poison={_target_: faults.Poison, steps: [3, 5]}"
+    skip = "callbacks.diagnostics.nonfinite=skip"
+    assert (
+        train.main(words(root, "skip", "trainer=cpu", poison, skip, "callbacks.metrics=null", "callbacks.best=null"))
+        == 0
+    )
+    run = folder(root, "skip")
+    counts = {int(row["step"]): row["train/skipped_steps"] for row in table(run) if "train/skipped_steps" in row}
+    assert counts == {3: 1.0, 5: 2.0}
+    logged = dict(losses(run))
+    assert [step for step, loss in logged.items() if not math.isfinite(loss)] == [3, 5]
+    kept = torch.load(run / "nonfinite-batch-rank0.pt", weights_only=True)
+    assert kept["step"] == 5 and kept["batch"][0].isinf().all()
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert all(value.isfinite().all() for value in state["current_model_state"].values())
+
+
+def test_two_processes_resume_alike(root):
+    """With a batch that is not finite on one of them, which both leave out."""
+    poison = "callbacks.poison={_target_: faults.Poison, steps: [3], rank: 1}"
+    both = "trainer=ddp_cpu", "data.batch_size=125", poison, "callbacks.diagnostics.nonfinite=skip"
+    assert start(root, "two", *both).returncode == 0
+    killer = f"callbacks.killer={{_target_: faults.KillAt, step: {EPOCH + 3}}}"
+    assert start(root, "two-killed", *both, killer).returncode != 0
+    last = folder(root, "two-killed") / "checkpoints" / "last.ckpt"
+    done = start(root, "two-killed", f"ckpt_path={last}", "callbacks.killer=null", *both)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_same(folder(root, "two"), folder(root, "two-killed"))
