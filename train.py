@@ -294,7 +294,7 @@ def finish(run_dir: Path) -> None:
     """Say where everything is and how to sample from it."""
     import json
 
-    for path in (run_dir / "fid.json", run_dir / "distances.json"):
+    for path in (run_dir / "fid.json", run_dir / "distances.json", run_dir / "returns.json"):
         if path.is_file():
             print(json.loads(path.read_text())[-1]["summary"])
     best, last = (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))

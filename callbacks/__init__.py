@@ -9,12 +9,14 @@ from callbacks.figures import FieldFigures, PointTrajectory
 from callbacks.metrics import ImageMetrics
 from callbacks.points import PointMetrics
 from callbacks.progress import StepProgress
+from callbacks.returns import EpisodeReturns, ReturnFigures
 from callbacks.samples import SampleGrid, Trajectory
 from callbacks.writers import ImageWriter, TableWriter
 
 __all__ = [
     "AveragedWeights",
     "ClassifierFeatures",
+    "EpisodeReturns",
     "FieldDiagnostics",
     "FieldFigures",
     "ImageMetrics",
@@ -24,6 +26,7 @@ __all__ = [
     "NonFiniteLoss",
     "PointMetrics",
     "PointTrajectory",
+    "ReturnFigures",
     "SampleGrid",
     "StepProgress",
     "TableWriter",
