@@ -66,6 +66,7 @@ def quiet() -> None:
         ".*LeafSpec.*",
         ".*exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
+        ".*`IterableDataset` has `__len__` defined.*",
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)

@@ -6,10 +6,10 @@ density of r + γG', and in the fields of Bellman Diffusion, s = p and g = ∂p,
 
     s(x) ← (1/γ) s'((x − r)/γ),        g(x) ← (1/γ²) g'((x − r)/γ).
 
-`GaussianFields` writes s as Σ_j w_j N(x; x_j, h²) over fixed nodes x_j, with weights w of any sign and Σ_j w_j = 1. Pushed
-forward, component j is N(γx_j + r, γ²h²); noise of variance h²(1 − γ²) restores its width (it is linear too), so that the
-target is Σ_j w_j N(x; γx_j + r, h²) for all x, without projection. Its fixed point is the density of G + hn, n ~ N(0, 1).
-What is learned, by squared error, is a linear functional of it at collocation points:
+`GaussianFields` writes s as Σ_j w_j N(x; x_j, h²) over fixed nodes x_j, with weights w of any sign and Σ_j w_j = 1.
+Pushed forward, component j is N(γx_j + r, γ²h²); noise of variance h²(1 − γ²) restores its width (it is linear too), so
+that the target is Σ_j w_j N(x; γx_j + r, h²) for all x, without projection. Its fixed point is the density of G + hn,
+n ~ N(0, 1). What is learned, by squared error, is a linear functional of it at collocation points:
 
 - "cumulative": F = ∫ s at the midpoints between nodes. The squared error is Cramér's distance, in which the operator
   contracts by √γ, and the mass is one by construction.
@@ -143,6 +143,13 @@ class GaussianFields(Representation):
         mass: shift the weights of "density" to mass one, equally at all nodes.
         positive: replace s by its positive part, rescaled to mass one, in values and targets.
     """
+
+    points: Tensor
+    back: Tensor
+    gram: Tensor
+    inverse: Tensor
+    uniform: Tensor
+    start: Tensor
 
     def __init__(
         self,

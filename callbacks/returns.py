@@ -24,7 +24,9 @@ def need_environment(trainer: L.Trainer, owner: str) -> Environment:
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
     if not isinstance(data, Environment):
-        raise UserError(f"{owner} is for environments, and data is {data.name}: choose data=frozen_lake or data=cart_pole")
+        raise UserError(
+            f"{owner} is for environments, and data is {data.name}: choose data=frozen_lake or data=cart_pole"
+        )
     return data
 
 
@@ -99,7 +101,8 @@ class EpisodeReturns(L.Callback):
                     "step": step_of(trainer),
                     **{f"{stage}/{name}": value for name, value in values.items()},
                     "solved": self.solved,
-                    "summary": f"return {mean:.3f} ± {error:.3f} over {self.episodes} greedy episodes of {data.env}{reached}",
+                    "summary": f"return {mean:.3f} ± {error:.3f} over {self.episodes} greedy episodes of "
+                    f"{data.env}{reached}",
                 },
             )
 
@@ -125,8 +128,8 @@ class EpisodeReturns(L.Callback):
 class ReturnFigures(L.Callback):
     """Learned densities of the return of every action in a few states (`Environment.probes`).
 
-    At every validation <run folder>/figures/returns-<step>.png, logged as figures/returns; at the end of training all of
-    them as an animation, samples/trajectory-returns.gif.
+    At every validation <run folder>/figures/returns-<step>.png, logged as figures/returns; at the end of training all
+    of them as an animation, samples/trajectory-returns.gif.
 
     Args:
         seconds: length of the animation.

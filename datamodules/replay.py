@@ -154,7 +154,7 @@ class Experience(IterableDataset):
         last = following
         if done.any():
             last = following.copy()
-            for i in np.flatnonzero(done):
+            for i in np.flatnonzero(done).tolist():
                 last[i] = encode(np.asarray(info["final_obs"][i])[None], self.shape)[0]
         self.totals += reward
         self.discounted += self.gamma**self.lengths * reward
@@ -220,7 +220,8 @@ def play(envs: Any, shape: tuple[int, ...], greedy: Greedy, episodes: int, seed:
     """
     observed, _ = envs.reset(seed=seed)
     count, each = envs.num_envs, episodes // envs.num_envs
-    total, returns = np.zeros(count), [[] for _ in range(count)]
+    total = np.zeros(count)
+    returns: list[list[float]] = [[] for _ in range(count)]
     while min(map(len, returns)) < each:
         observed, reward, terminated, truncated, _ = envs.step(greedy(encode(observed, shape)))
         total += reward
@@ -286,7 +287,7 @@ class Environment(DataModule):
         if self.num_workers:
             raise ValueError("num_workers must be 0: the policy that steps the environments is the model in training")
         self.env, self.options, self.gamma, self.num_envs = env, options or {}, gamma, num_envs
-        self.streams = {
+        self.streams: dict[str, Any] = {
             "n_step": n_step,
             "batch_size": self.batch_size,
             "collect": collect,

@@ -32,7 +32,9 @@ def trunk(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
 
 def td_loss(representation: Representation, y: Tensor, action: Tensor, target: Tensor) -> Tensor:
     """Losses (B,) of outputs y (B, A, outputs) at the actions taken (B,) against targets (B, outputs)."""
-    return representation.loss(y.gather(-2, action[..., None, None].expand(*action.shape, 1, y.shape[-1]))[..., 0, :], target)
+    return representation.loss(
+        y.gather(-2, action[..., None, None].expand(*action.shape, 1, y.shape[-1]))[..., 0, :], target
+    )
 
 
 class ReturnLearner(Module):
