@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, one_of, positive
-from bd_lightning.dynamics import MultistepDynamics
+from bd_lightning.dynamics import MultistepDynamics, SampleNoise
 
 GROUP = 8  # as many transitions must share a reward and a discount on average before matrices are shared too
 
@@ -378,34 +378,41 @@ class ReturnFields:
     Args:
         representation: `GaussianFields`; at noise level σ the variance of its kernel is h² + σ².
         w: weights, shape (N,).
+        origin: what points are counted from, in units of reward.
     """
 
-    def __init__(self, representation: GaussianFields, w: Tensor) -> None:
-        self.x, self.h, self.w = representation.x.double(), representation.h, w.double()
-        center = self.w @ self.x
-        self.spread = float((self.w @ (self.x - center).square()).clamp_min(0)) + self.h**2
+    def __init__(self, representation: GaussianFields, w: Tensor, origin: float = 0.0) -> None:
+        self.x, self.h, self.w = representation.x.double() - origin, representation.h, w.double()
+        self.spread = float((self.w @ (self.x - self.w @ self.x).square()).clamp_min(0)) + self.h**2
+
+    def _fields(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        u, variance = x.double() - self.x, self.h**2 + sigma.double().square()[:, None]
+        k = normal(u, variance)
+        s, g = k @ self.w, (-u / variance * k) @ self.w
+        return s.clamp_min(0), torch.where(s > 0, g, 0.0)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """s (B,), its negative values set to 0, and g (B, 1) at points x (B, 1) and noise levels sigma (B,)."""
-        u, variance = x.double() - self.x, self.h**2 + sigma.double().square()[:, None]
-        k = normal(u, variance)
-        s, g = k @ self.w, (-u / variance * k) @ self.w
-        return s.clamp_min(0).to(x.dtype), (g * (s > 0))[:, None].to(x.dtype)
+        """s (B,), 0 where it is negative, and g (B, 1) at points x (B, 1) and noise levels sigma (B,)."""
+        s, g = self._fields(x, sigma)
+        return s.to(x.dtype), g[:, None].to(x.dtype)
 
     def log_gradients(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """s, S = 2g/s and ∇log s; the mobility is the density, so that S is twice ∇log s."""
-        u, variance = x.double() - self.x, self.h**2 + sigma.double().square()[:, None]
-        k = normal(u, variance)
-        s, g = k @ self.w, (-u / variance * k) @ self.w
-        slope = torch.where(s > 1e-30, g / s.clamp_min(1e-30), 0.0)[:, None].to(x.dtype)
-        return s.clamp_min(0).to(x.dtype), 2 * slope, slope
+        """s, S = 2g/s and ∇log s = g/s: the mobility is the density, so that S is twice ∇log s."""
+        s, g = self._fields(x, sigma)
+        slope = (g / s.clamp_min(1e-30))[:, None].to(x.dtype)
+        return s.to(x.dtype), 2 * slope, slope
 
     def reference(self, sigma: Tensor) -> Tensor:
         """Typical density, shape of sigma."""
         return (4 * math.pi * (self.spread + sigma.square())).rsqrt()
 
 
-def annealed_dynamics(representation: GaussianFields, levels: int = 40, churn: float = 0.5) -> MultistepDynamics:
-    """The SDE while the width of the kernel falls from twice the range of returns to h/10 beyond h itself."""
-    width = 2 * max(abs(representation.v_min), abs(representation.v_max), representation.v_max - representation.v_min)
-    return MultistepDynamics(levels=levels, churn=churn, sigma_max=width, sigma_min=representation.h / 10)
+def sample_by_sde(representation: GaussianFields, w: Tensor, noise: SampleNoise, levels: int = 60) -> Tensor:
+    """Returns (n,) of one distribution w (N,) by Bellman Diffusion dynamics, the kernel's width falling on the way.
+
+    The added width falls from twice the range of returns to a tenth of h. At the kernel's own width, from a uniform
+    start, the same dynamics stand still in the tails, where both fields vanish.
+    """
+    width, origin = representation.v_max - representation.v_min, float(representation.mean(w))
+    dynamics = MultistepDynamics(levels=levels, churn=1.0, sigma_max=2 * width, sigma_min=representation.h / 10)
+    return origin + dynamics(ReturnFields(representation, w, origin), noise)[:, 0]

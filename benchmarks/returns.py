@@ -6,7 +6,7 @@
 
 `control` trains `train.py experiment=rl_… model=returns|c51` for ten seeds, at the common rate of 2.5e-4 and at the
 rate that took each method the fewest steps on five other seeds. All seeds of a row are trained at once, with one
-batched product for each layer; the steps are those of train.py, and `tests/test_returns.py` holds one against the other.
+batched product for each layer; the steps are those of train.py, and `tests/test_returns.py` compares the two.
 
 `evaluate` learns the returns of Markov reward processes and measures the 1-Wasserstein distance to 20,000 simulated
 returns of each state, the mean over states, in units of the mean standard deviation of a state's return.

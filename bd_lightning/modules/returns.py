@@ -14,10 +14,9 @@ from bd_lightning.modules.base import Module
 from bd_lightning.returns import (
     GaussianFields,
     Representation,
-    ReturnFields,
-    annealed_dynamics,
     bellman_target,
     quantile,
+    sample_by_sde,
 )
 
 
@@ -51,7 +50,7 @@ class ReturnLearner(Module):
         uniform: share of the uniform policy in the policy whose returns are learned: 0 is greedy control, 1 evaluates
             the uniform policy. Targets are taken over all actions exactly.
         target_every: optimiser steps between copies of the network to the target network.
-        sampler: how `predict` draws returns: "inverse_cdf", or "sde" with the annealed width of `sample`.
+        sampler: how `predict` draws returns: "inverse_cdf", or "sde" (`returns.sample_by_sde`).
         options: arguments of `Module`; here the learning rate is constant unless they say otherwise.
 
     References:
@@ -153,8 +152,7 @@ class ReturnLearner(Module):
             return quantile(x, rep.cdf(w, x), levels.T).T
         if not isinstance(rep, GaussianFields):
             raise UserError("the sde needs fields: sample with model.sampler=inverse_cdf, or train GaussianFields")
-        dynamics = annealed_dynamics(rep)
-        draws = [dynamics(ReturnFields(rep, row), SampleNoise(indices, (1,), seed, self.device))[:, 0] for row in w]
+        draws = [sample_by_sde(rep, row, SampleNoise(indices, (1,), seed, self.device)) for row in w]
         return torch.stack(draws, 1)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
