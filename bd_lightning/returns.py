@@ -299,8 +299,12 @@ def bellman_target(
 
 
 def monotone(cdf: Tensor) -> Tensor:
-    """A distribution function (*, Q) that does not fall and stays in [0, 1]: its running maximum."""
-    return cdf.clamp(0, 1).cummax(-1).values
+    """A distribution function (*, Q) that does not fall and stays in [0, 1].
+
+    Between its running maximum from the left and its running minimum from the right, so that neither end is favoured.
+    """
+    f = cdf.clamp(0, 1)
+    return (f.cummax(-1).values + f.flip(-1).cummin(-1).values.flip(-1)) / 2
 
 
 def quantile(x: Tensor, cdf: Tensor, levels: Tensor) -> Tensor:

@@ -40,11 +40,15 @@ from datamodules.replay import Environment, play
 METHODS = ("returns", "c51")
 SEEDS, TUNING_SEEDS = range(10), range(100, 105)
 COMMON_RATE = 2.5e-4
-RATES = (1e-3, 2e-3, 4e-3)
-ENVS = {  # experiment: thresholds, optimiser steps and steps between evaluations
-    "rl_frozen_lake": ((0.95,), 3000, 100),
+ENVS: dict[str, tuple[tuple[float, ...], int, int]] = {  # thresholds, optimiser steps, steps between evaluations
+    "rl_frozen_lake": ((0.95,), 6000, 50),
     "rl_frozen_lake_slippery": ((0.6, 0.7), 12_000, 600),
-    "rl_cartpole": ((195.0, 475.0), 20_000, 500),
+    "rl_cartpole": ((195.0, 475.0), 10_000, 250),
+}
+RATES = {
+    "rl_frozen_lake": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
+    "rl_frozen_lake_slippery": (1e-3, 4e-3),
+    "rl_cartpole": (1e-3, 4e-3),
 }
 
 
@@ -346,7 +350,7 @@ def best_rates(rows: list[dict], env: str) -> dict[str, float]:
 def control(env: str, path: Path, processes: int) -> None:
     """Common rate, tuning on other seeds, tuned rates."""
     jobs = [("control", (env, method, COMMON_RATE, SEEDS, ())) for method in METHODS]
-    jobs += [("control", (env, method, rate, TUNING_SEEDS, ())) for rate in RATES for method in METHODS]
+    jobs += [("control", (env, method, rate, TUNING_SEEDS, ())) for rate in RATES[env] for method in METHODS]
     run(jobs, path, processes)
     best = best_rates(read(path), env)
     run([("control", (env, method, best[method], SEEDS, ())) for method in METHODS], path, processes)

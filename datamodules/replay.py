@@ -74,12 +74,12 @@ class Transitions(Dataset):
     def __len__(self) -> int:
         return min(self.count, self.size)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        return tuple(part[0] for part in self.__getitems__([index]))
+    def __getitem__(self, index: Any) -> tuple[Tensor, ...]:
+        parts = (self.observation, self.action, self.reward, self.discount, self.following)
+        return tuple(torch.as_tensor(part[index]) for part in parts)
 
     def __getitems__(self, indices: Any) -> tuple[Tensor, ...]:
-        parts = (self.observation, self.action, self.reward, self.discount, self.following)
-        return tuple(torch.from_numpy(part[indices]) for part in parts)
+        return self[indices]
 
 
 class Experience(IterableDataset):
@@ -308,7 +308,12 @@ class Environment(DataModule):
 
     @property
     def facts(self):
-        return {**super().facts, "columns": list(self.class_names)}
+        return {
+            **super().facts,
+            "columns": list(self.class_names),
+            "v_min": self.returns_range[0],
+            "v_max": self.returns_range[1],
+        }
 
     def make(self, count: int) -> Any:
         """So many environments, stepped together."""
