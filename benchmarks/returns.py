@@ -2,6 +2,7 @@
 
     uv run benchmarks/returns.py control [--envs …] [--jobs 2] [--out runs/returns]
     uv run benchmarks/returns.py evaluate [--jobs 2] [--out runs/returns]
+    uv run benchmarks/returns.py peer --script FOLDER/c51.py [--python …] [--out runs/returns]
     uv run benchmarks/returns.py table [--out runs/returns] [--figure docs/returns.png]
 
 `control` trains `train.py experiment=rl_… model=returns|c51` for ten seeds, at the common rate of 2.5e-4 and at the
@@ -11,6 +12,8 @@ batched product for each layer; the steps are those of train.py, and `tests/test
 `evaluate` learns the returns of Markov reward processes and measures the 1-Wasserstein distance to 20,000 simulated
 returns of each state, the mean over states, in units of the mean standard deviation of a state's return.
 
+`peer` trains C51 on CartPole, ours and cleanrl's script as it is, and compares the returns of the training episodes.
+
 A row that is finished is kept in OUT/*.jsonl and not computed again, so that the command can be stopped and repeated.
 """
 
@@ -18,6 +21,8 @@ import argparse
 import json
 import math
 import os
+import re
+import subprocess
 import sys
 import time
 from multiprocessing import get_context
@@ -285,6 +290,47 @@ def evaluate(rewards: str, gamma: float, learner: str, seeds: range, rate: float
     return rows
 
 
+# ---- an independent C51
+
+PEER_STEPS, PEER_WINDOW = 20_000, 2000
+
+
+def peer(script: Path, python: str, seed: int) -> list[tuple[int, float]]:
+    """(environment step, return) of the training episodes of cleanrl's c51.py on CartPole, run as it is."""
+    options = {
+        "seed": seed, "total-timesteps": PEER_STEPS, "n-atoms": 51, "v-min": 0, "v-max": 100, "gamma": 0.99,
+        "learning-rate": 1e-3, "batch-size": 64, "buffer-size": 20_000, "learning-starts": 1000, "train-frequency": 4,
+        "target-network-frequency": 400, "start-e": 1.0, "end-e": 0.05, "exploration-fraction": 0.25,
+    }  # fmt: skip
+    words = [python, script.name, "--no-cuda", *(f"--{key}={value}" for key, value in options.items())]
+    printed = subprocess.run(words, cwd=script.parent, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"global_step=(\d+), episodic_return=\[?([\d.]+)", printed)
+    return [(int(step), float(value)) for step, value in found]
+
+
+def own(seed: int) -> list[tuple[int, float]]:
+    """The same of our C51, with the same network, schedule and replay."""
+    words = ["experiment=rl_cartpole", "model=c51", "model.hidden=[120,84]", "model.lr=1e-3", "model.target_every=100"]
+    words += ["data.num_envs=1", "data.collect=4", "data.n_step=1", "data.size=20000", "data.decay=4000"]
+    _, data, models = build(words, [seed])
+    runs, stream = Seeds(models), data[0].open(seed)
+    episodes: list[tuple[int, float]] = []
+    while stream.steps < PEER_STEPS:
+        before = stream.episodes
+        stream.step(runs.greedy(stream.observation[None])[0] if stream.steps >= stream.warmup else None)
+        if stream.episodes > before:
+            episodes.append((stream.steps, stream.finished[-1]))
+        if stream.steps > stream.warmup and stream.steps % 4 == 0:
+            runs.step([stream.draw()])
+    return episodes
+
+
+def windows(episodes: list[tuple[int, float]]) -> list[float]:
+    """Mean return of the episodes that ended in each window of steps."""
+    edges = range(0, PEER_STEPS, PEER_WINDOW)
+    return [float(np.mean([v for step, v in episodes if e <= step < e + PEER_WINDOW] or [np.nan])) for e in edges]
+
+
 # ---- rows, kept and resumed
 
 
@@ -293,6 +339,10 @@ def work(job: tuple) -> list[dict]:
     torch.set_num_threads(1)
     kind, arguments = job
     start = time.time()
+    if kind == "peer":
+        name, seed, script, python = arguments
+        episodes = own(seed) if name == "ours" else peer(Path(script), python, seed)
+        return [{"name": name, "seed": seed, "windows": windows(episodes), "wall": time.time() - start}]
     if kind == "evaluate":
         rewards, gamma, learner, rate, steps = arguments
         return evaluate(rewards, gamma, learner, range(5), rate, steps)
@@ -412,6 +462,11 @@ def table(folder: Path, figure: Path | None) -> None:
             values = np.array([r[key] for r in group])
             cells.append(f"{values.mean():.3f} ± {values.std(ddof=1):.3f}")
         print(f"| {rewards} | {gamma} | {learner} | {rate:g} | {' | '.join(cells)} | {group[0]['parameters']:,} |")
+    for name in ("ours", "cleanrl"):
+        values = np.array([r["windows"] for r in read(folder / "peer.jsonl") if r["name"] == name])
+        if len(values):
+            mean, error = values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
+            print(f"\nC51 on CartPole, {name}: " + ", ".join(f"{m:.0f} ± {e:.0f}" for m, e in zip(mean, error)))
     if figure and drawn:
         curves(drawn, figure)
 
@@ -437,7 +492,9 @@ def curves(drawn: list[tuple], path: Path) -> None:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("control", "evaluate", "table"))
+    parser.add_argument("part", choices=("control", "evaluate", "peer", "table"))
+    parser.add_argument("--script", type=Path, help="peer: cleanrl's c51.py, beside its cleanrl_utils")
+    parser.add_argument("--python", default=sys.executable, help="peer: an interpreter that has what the script needs")
     parser.add_argument("--envs", nargs="+", default=list(ENVS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("runs/returns"))
@@ -449,6 +506,10 @@ def main() -> None:
     elif options.part == "control":
         for env in options.envs:
             control(env, options.out / "control.jsonl", options.jobs)
+    elif options.part == "peer":
+        names = ("ours", "cleanrl") if options.script else ("ours",)
+        jobs = [("peer", (name, seed, str(options.script), options.python)) for seed in range(5) for name in names]
+        run(jobs, options.out / "peer.jsonl", options.jobs)
     else:
         table(options.out, options.figure)
 
