@@ -11,7 +11,7 @@ import torch
 
 import train
 from bd_lightning.checks import UserError
-from bd_lightning.modules import ReturnLearner
+from bd_lightning.modules import FreeReturnLearner, ReturnLearner
 from bd_lightning.returns import Categorical, GaussianFields
 from conftest import ROOT
 
@@ -199,19 +199,24 @@ def test_policy_evaluation_of_the_uniform_policy():
     torch.manual_seed(0)
     stream = Experience(Corridor(), (4,), gamma=0.5, size=100, warmup=90, batch_size=32)
     stream.fill()
-    for representation in (GaussianFields(0, 2), Categorical(0, 2)):
-        model = ReturnLearner((4,), 2, representation, hidden=[32], uniform=1.0)
-        optimizer = torch.optim.Adam(model.network.parameters(), 3e-3)
-        for k in range(600):
+    free = GaussianFields(0, 2, learn="density", positive=True)
+    for cls, representation in (
+        (ReturnLearner, GaussianFields(0, 2)),
+        (ReturnLearner, Categorical(0, 2)),
+        (FreeReturnLearner, free),
+    ):
+        model = cls((4,), 2, representation, hidden=[32, 32], uniform=1.0)
+        optimizer = torch.optim.Adam(model.network.parameters(), 5e-3)
+        for k in range(300):
             loss = model.compute(stream.draw(), None)[0]["loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            if k % 20 == 0:
+            if k % 10 == 0:
                 model.target_network.load_state_dict(model.network.state_dict())
         with torch.no_grad():
             values = model.values(torch.eye(4)[:3])
-        assert values.flatten().tolist() == pytest.approx([1.75, 1.75, 1.5, 1.5, 1.0, 1.0], abs=0.05)
+        assert values.flatten().tolist() == pytest.approx([1.75, 1.75, 1.5, 1.5, 1.0, 1.0], abs=0.08)
 
 
 MISTAKES = [

@@ -15,6 +15,8 @@ from bd_lightning.returns import (
     GaussianFields,
     Representation,
     bellman_target,
+    mixed_policy,
+    normal,
     quantile,
     sample_by_sde,
 )
@@ -59,6 +61,9 @@ class ReturnLearner(Module):
         | Mnih et al., Human-level control through deep reinforcement learning, 2015 (replay, target network)
     """
 
+    network: Any
+    target_network: Any
+    representation: Any
     probes: Tensor
 
     def __init__(
@@ -158,3 +163,107 @@ class ReturnLearner(Module):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns (B, A) of every action in the state that episodes start from, for requests "index" and "seed"."""
         return self.sample(self.weights(self.probes[:1])[0], batch["index"].tolist(), int(batch["seed"][0]))
+
+
+class FieldNetworks(nn.Module):
+    """Two networks in (observation, x): s ≥ 0 and g for every action at any points x.
+
+    Each adds a linear map of sines and cosines of x to features of the observation, before a last hidden layer.
+
+    Args:
+        inputs: numbers in an observation.
+        actions: number of actions A.
+        hidden: widths of the hidden layers that read the observation; the last is that of the layer that reads x too.
+        low: smallest x.
+        high: largest x.
+        waves: frequencies of x, 1 to `waves` half turns over [low, high].
+    """
+
+    def __init__(
+        self, inputs: int, actions: int, hidden: Sequence[int], low: float, high: float, waves: int = 16
+    ) -> None:
+        super().__init__()
+        self.low, self.high, self.waves = low, high, waves
+        self.state = nn.ModuleList(trunk(inputs, hidden[:-1], hidden[-1]) for _ in range(2))
+        self.place = nn.ModuleList(nn.Linear(2 * waves, hidden[-1]) for _ in range(2))
+        self.out = nn.ModuleList(nn.Linear(hidden[-1], actions) for _ in range(2))
+
+    def forward(self, observation: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """s and g (B, Q, A) at observations (B, inputs) and points (B, Q) or (Q,); 0 outside [low, high]."""
+        span = self.high - self.low
+        turns = (x - self.low)[..., None] / span * np.pi * torch.arange(1, self.waves + 1, device=x.device)
+        waves = torch.cat([turns.sin(), turns.cos()], -1)
+        a, b = (
+            out((state(observation)[:, None] + place(waves)).relu())
+            for state, place, out in zip(self.state, self.place, self.out)
+        )
+        inside = ((x >= self.low) & (x <= self.high))[..., None]
+        return inside * nn.functional.softplus(a) / span, inside * b / span**2
+
+
+class FreeReturnLearner(ReturnLearner):
+    """The paper's parametrisation: networks s(x; z, a) and g(x; z, a), trained at free query points.
+
+    At points x uniform over the range, the targets are s'((x + n − r)/γ)/γ and g'((x + n − r)/γ)/γ² of the target
+    network, with noise n of variance h²(1 − γ²) in place of the exact re-smoothing; N(x; r, h²) and its slope where the
+    episode ended. Values, samples and figures read s at the representation's nodes.
+
+    Args:
+        shape: shape of an observation, from the data module.
+        num_classes: number of actions, from the data module.
+        representation: `GaussianFields` with learn="density"; `positive` rescales s to mass one in values and targets.
+        hidden: as for `ReturnLearner`.
+        queries: points x for each transition.
+        gradient_weight: weight of the error of g, whose unit is h.
+        options: arguments of `ReturnLearner`.
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        num_classes: int,
+        representation: GaussianFields,
+        hidden: Sequence[int] = (64, 64),
+        queries: int = 32,
+        gradient_weight: float = 0.1,
+        **options: Any,
+    ) -> None:
+        if representation.learn != "density":
+            raise ValueError("networks in x give densities: set representation.learn=density")
+        super().__init__(shape, num_classes, representation, hidden, **options)
+        positive(queries=queries)
+        in_range(0, float("inf"), gradient_weight=gradient_weight)
+        self.queries, self.gradient_weight = queries, gradient_weight
+        ends = float(representation.x[0]), float(representation.x[-1])
+        self.network = FieldNetworks(int(np.prod(self.shape)), num_classes, hidden, *ends)
+        self.target_network = copy.deepcopy(self.network).requires_grad_(False)
+
+    def heads(self, network: nn.Module, observation: Tensor) -> Tensor:
+        """What the representation reads (B, A, outputs): s at the nodes."""
+        rep = self.representation
+        return network(observation.flatten(1), rep.x)[0].mT * rep.spacing - rep.start
+
+    def compute(self, batch: Any, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Squared errors of both fields on a batch of transitions."""
+        observation, action, reward, discount, following = batch
+        rep, size = self.representation, (len(action), self.queries)
+        rand = torch.rand(size, generator=generator, device=self.device)
+        noise = torch.randn(size, generator=generator, device=self.device)
+        x = self.network.low + (self.network.high - self.network.low) * rand
+        r, gamma, ended = reward[:, None], discount[:, None].clamp_min(1e-6), (discount == 0)[:, None]
+        with torch.no_grad():
+            y = self.heads(self.target_network, following)
+            policy = mixed_policy(rep.mean(rep.read(y)), self.uniform)
+            if rep.positive:
+                policy = policy / (y + rep.start).sum(-1).clamp_min(1e-6)
+            before = (x + rep.h * (1 - discount[:, None] ** 2).sqrt() * noise - r) / gamma
+            s, g = ((field * policy[:, None]).sum(-1) for field in self.target_network(following.flatten(1), before))
+            kernel = normal(x - r, rep.h**2)
+            target_s = torch.where(ended, kernel, s / gamma)
+            target_g = torch.where(ended, -(x - r) / rep.h**2 * kernel, g / gamma**2)
+        fields = self.network(observation.flatten(1), x)
+        s, g = (field.gather(2, action[:, None, None].expand(*size, 1))[..., 0] for field in fields)
+        scalar = ((s - target_s) * rep.spacing).square().mean() * rep.outputs
+        gradient = ((g - target_g) * rep.spacing * rep.h).square().mean() * rep.outputs
+        loss = scalar + self.gradient_weight * gradient
+        return {"loss": loss, "loss_scalar": scalar, "loss_gradient": gradient}, {}
