@@ -67,6 +67,7 @@ def quiet() -> None:
         ".*exists and is not empty.*",
         ".*callbacks used to create the checkpoint need to be provided.*",
         ".*your dataloader is not resumable.*",  # its sampler asks the trainer where to go on
+        ".*`IterableDataset` has `__len__` defined.*",
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
@@ -303,7 +304,7 @@ def finish(run_dir: Path) -> None:
     """Say where everything is and how to sample from it."""
     import json
 
-    for path in (run_dir / "fid.json", run_dir / "distances.json"):
+    for path in (run_dir / "fid.json", run_dir / "distances.json", run_dir / "returns.json"):
         if path.is_file():
             print(json.loads(path.read_text())[-1]["summary"])
     best, last = (run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))

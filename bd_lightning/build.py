@@ -10,8 +10,8 @@ from typing import Any
 
 from bd_lightning.config import GROUPS, TOP_LEVEL, ConfigError, suggest
 
-FACTS = ("shape", "num_classes", "sigma_data", "run_dir")
-"""Arguments that a config leaves out: the data module knows the first three, `train.py` the last."""
+FACTS = ("shape", "num_classes", "sigma_data", "v_min", "v_max", "run_dir")
+"""Arguments that a config leaves out: the data module knows all but the last, `train.py` that one."""
 
 KINDS = {
     "data": "datamodules.base.DataModule",

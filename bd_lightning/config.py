@@ -171,7 +171,8 @@ def compose(request: Request, stored: dict[str, Any] | None = None) -> dict[str,
         config = merge({**config, **chosen}, layer)
 
     apply({key: value for key, value in base.items() if key not in GROUPS}, "train.yaml")
-    if stored is not None:
+    if stored is not None:  # its groups whole: a callback that is not among them was not part of the run
+        config = {key: value for key, value in config.items() if key not in GROUPS or key not in stored}
         apply(dict(stored), "the checkpoint")
     if "experiment" in request.choices:
         experiment = request.choices["experiment"]

@@ -10,12 +10,14 @@ from callbacks.memorisation import Memorisation
 from callbacks.metrics import ImageMetrics
 from callbacks.points import PointMetrics
 from callbacks.progress import StepProgress
+from callbacks.returns import EpisodeReturns, ReturnFigures
 from callbacks.samples import SampleGrid, Trajectory
 from callbacks.writers import ImageWriter, TableWriter
 
 __all__ = [
     "AveragedWeights",
     "ClassifierFeatures",
+    "EpisodeReturns",
     "FieldDiagnostics",
     "FieldFigures",
     "ImageMetrics",
@@ -26,6 +28,7 @@ __all__ = [
     "NonFiniteLoss",
     "PointMetrics",
     "PointTrajectory",
+    "ReturnFigures",
     "SampleGrid",
     "StepProgress",
     "TableWriter",

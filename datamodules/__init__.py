@@ -5,6 +5,7 @@ from datamodules.digits import Digits
 from datamodules.folder import ImageFolder
 from datamodules.images import ImageDataModule, to_uint8
 from datamodules.latents import Latents
+from datamodules.replay import Environment
 from datamodules.requests import SampleRequests
 from datamodules.synthetic import Synthetic
 from datamodules.table import Table
@@ -15,6 +16,7 @@ __all__ = [
     "MNIST",
     "DataModule",
     "Digits",
+    "Environment",
     "ImageDataModule",
     "ImageFolder",
     "Latents",

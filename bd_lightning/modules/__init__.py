@@ -2,5 +2,6 @@
 
 from bd_lightning.modules.autoencoder import Autoencoder
 from bd_lightning.modules.bellman import BellmanDiffusion
+from bd_lightning.modules.returns import FreeReturnLearner, ReturnLearner
 
-__all__ = ["Autoencoder", "BellmanDiffusion"]
+__all__ = ["Autoencoder", "BellmanDiffusion", "FreeReturnLearner", "ReturnLearner"]

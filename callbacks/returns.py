@@ -1,0 +1,186 @@
+"""What a model of returns does: episodes under its greedy policy, and pictures of the distributions it has learned."""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from bd_lightning.checks import UserError, positive
+from callbacks.drawing import append_record, publish_animation, publish_image, run_folder, step_of
+from datamodules.replay import Environment, play
+
+
+def need_environment(trainer: L.Trainer, owner: str) -> Environment:
+    """The data module, if it is an environment.
+
+    Raises:
+        UserError: naming the callback and what to choose instead.
+    """
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, Environment):
+        raise UserError(
+            f"{owner} is for environments, and data is {data.name}: choose data=frozen_lake or data=cart_pole"
+        )
+    return data
+
+
+class EpisodeReturns(L.Callback):
+    """Plays episodes under the greedy policy at every validation and test, and watches those of the training.
+
+    Logged under <stage>/: `return`, the mean undiscounted return, its standard error `return_error`, and `env_steps`;
+    while training, at every logging step, `train/env_steps`, `train/epsilon`, `train/return` (of the last 100 finished
+    episodes) and `train/returns_outside`, how many episodes so far had a discounted return outside [v_min, v_max].
+    Rows go to <run folder>/returns.json, with the environment steps after which `threshold` was first held over two
+    evaluations.
+
+    Args:
+        episodes: episodes of one evaluation.
+        num_envs: environments that play them together; divides `episodes`.
+        threshold: the mean return that counts as solved; None watches for none.
+        seed: seed of the episodes, the same at every evaluation.
+    """
+
+    def __init__(self, episodes: int = 50, num_envs: int = 10, threshold: float | None = None, seed: int = 1) -> None:
+        positive(episodes=episodes, num_envs=num_envs)
+        if episodes % num_envs:
+            raise ValueError(f"episodes must be a multiple of num_envs, got {episodes} and {num_envs}")
+        self.episodes, self.num_envs, self.threshold, self.seed = episodes, num_envs, threshold, seed
+        self.above: int | None = None
+        self.solved: int | None = None
+        self.envs: Any = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """When the threshold was reached."""
+        return {"above": self.above, "solved": self.solved}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.above, self.solved = state_dict["above"], state_dict["solved"]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that the data is an environment."""
+        self.envs = need_environment(trainer, type(self).__name__).make(self.num_envs)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log what the training episodes gave."""
+        stream = trainer.datamodule.experience  # type: ignore[attr-defined]
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            values = {"env_steps": stream.steps, "epsilon": stream.exploration, "returns_outside": stream.outside}
+            if stream.finished:
+                values["return"] = float(np.mean(stream.finished))
+            pl_module.log_dict({f"train/{name}": float(value) for name, value in values.items()})
+
+    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        data = need_environment(trainer, type(self).__name__)
+        returns = play(self.envs, data.shape, pl_module.greedy, self.episodes, self.seed)
+        mean, error = float(returns.mean()), float(returns.std() / len(returns) ** 0.5)
+        steps = data.experience.steps if data.experience is not None else 0
+        values = {"return": mean, "return_error": error} | ({"env_steps": float(steps)} if steps else {})
+        pl_module.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
+        if self.threshold is not None and self.solved is None:
+            if mean >= self.threshold and self.above is not None:
+                self.solved = self.above
+            self.above = (self.above or steps) if mean >= self.threshold else None
+        if trainer.is_global_zero:
+            reached = ""
+            if self.threshold is not None:
+                when = "not reached" if self.solved is None else f"held from {self.solved} environment steps on"
+                reached = f"; {self.threshold:g} was {when}"
+            append_record(
+                trainer,
+                "returns.json",
+                {
+                    "step": step_of(trainer),
+                    **{f"{stage}/{name}": value for name, value in values.items()},
+                    "solved": self.solved,
+                    "summary": f"return {mean:.3f} ± {error:.3f} over {self.episodes} greedy episodes of "
+                    f"{data.env}{reached}",
+                },
+            )
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate the policy."""
+        self._run(trainer, pl_module, "val")
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate the policy."""
+        self._run(trainer, pl_module, "test")
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say how many returns lay outside the declared range."""
+        stream = trainer.datamodule.experience  # type: ignore[attr-defined]
+        if stream.outside:
+            low, high = trainer.datamodule.returns_range  # type: ignore[attr-defined]
+            rank_zero_info(
+                f"{stream.outside} of {stream.episodes} episodes had a discounted return outside the declared range "
+                f"[{low:g}, {high:g}]: widen data.v_min and data.v_max"
+            )
+
+
+class ReturnFigures(L.Callback):
+    """Learned densities of the return of every action in a few states (`Environment.probes`).
+
+    At every validation <run folder>/figures/returns-<step>.png, logged as figures/returns; at the end of training all
+    of them as an animation, samples/trajectory-returns.gif.
+
+    Args:
+        seconds: length of the animation.
+    """
+
+    def __init__(self, seconds: float = 4.0) -> None:
+        positive(seconds=seconds)
+        self.seconds = seconds
+        self.frames: list[Image.Image] = []
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Check that the data is an environment."""
+        need_environment(trainer, type(self).__name__)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Draw and write the figure."""
+        if not trainer.is_global_zero:
+            return
+        x, density, values = return_densities(pl_module)
+        figure = density_figure(x, density, values, step_of(trainer))
+        path = run_folder(trainer) / "figures" / f"returns-{step_of(trainer):07d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path)
+        publish_image(trainer, "figures/returns", path, "density of the return of each action, mean dashed")
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        self.frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write the animation."""
+        if self.frames and trainer.is_global_zero:
+            publish_animation(trainer, "returns", self.frames, self.seconds)
+
+
+@torch.no_grad()
+def return_densities(pl_module: L.LightningModule) -> tuple[Tensor, Tensor, Tensor]:
+    """A grid (Q,), densities (P, A, Q) and means (P, A) of the returns in the module's probe states."""
+    rep = pl_module.representation
+    w = pl_module.weights(pl_module.probes)
+    x = rep.grid(500)
+    return x.cpu(), rep.fields(w, x)[0].cpu(), rep.mean(w).cpu()
+
+
+def density_figure(x: Tensor, density: Tensor, values: Tensor, step: int) -> Figure:
+    """One panel for each of P states, one curve for each of A actions."""
+    states = len(density)
+    figure = Figure(figsize=(3 * states, 2.6), dpi=100, layout="constrained")
+    for i, axes in enumerate(figure.subplots(1, states, squeeze=False).flat):
+        for a, (curve, value) in enumerate(zip(density[i], values[i])):
+            (line,) = axes.plot(x, curve, lw=1.2, label=f"action {a}")
+            axes.axvline(float(value), color=line.get_color(), lw=0.8, ls="--")
+        axes.set(title=f"state {i}, step {step}", xlabel="return", ylim=(min(0.0, float(density.min())), None))
+    figure.axes[0].legend(fontsize=7)
+    return figure

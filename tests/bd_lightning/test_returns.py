@@ -1,0 +1,247 @@
+"""Return distributions against closed forms."""
+
+import math
+
+import pytest
+import torch
+
+from bd_lightning.dynamics import BellmanDynamics, SampleNoise
+from bd_lightning.returns import (
+    Categorical,
+    GaussianFields,
+    ReturnFields,
+    bellman_target,
+    conditional_value_at_risk,
+    mixed_policy,
+    normal,
+    normal_cdf,
+    quantile,
+    ruin,
+    sample_by_sde,
+    wasserstein1,
+)
+
+LEARN = ["cumulative", "density"]
+
+
+def fitted(rep: GaussianFields, mean: float, sd: float) -> torch.Tensor:
+    """Weights of N(mean, sd²), sd above h, by what the representation itself is asked for at its points."""
+    u = rep.points - mean
+    y = normal_cdf(u / sd) if rep.learn == "cumulative" else normal(u, sd**2) * rep.spacing
+    return rep.read(y - rep.start)
+
+
+def distance(rep, w, mean, sd):
+    """Largest errors of s, g and F against N(mean, sd²), relative to its largest values."""
+    x = rep.grid().clamp(rep.v_min, rep.v_max)
+    s, g = rep.fields(w, x)
+    p = normal(x - mean, sd**2)
+    slope = -(x - mean) / sd**2 * p
+    cdf = normal_cdf((x - mean) / sd)
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in ((s, p), (g, slope), (rep.cdf(w, x), cdf))]
+
+
+@pytest.mark.parametrize("learn", LEARN)
+@pytest.mark.parametrize(("bandwidth", "tolerance"), [(0.7, 0.01), (1.0, 0.002)])  # of interpolation
+def test_target_is_exact_for_gaussian_returns(learn, bandwidth, tolerance):
+    """N(1, 1) before, reward 0.7, γ = 0.9: N(0.7 + γ, γ²(1 − h²) + h²), since noise of variance h²(1 − γ²) is added."""
+    rep = GaussianFields(-6, 8, nodes=60, learn=learn, bandwidth=bandwidth)
+    w = fitted(rep, 1.0, 1.0)
+    assert max(distance(rep, w, 1.0, 1.0)) < tolerance
+    after = rep.read(rep.target(w[None], torch.tensor([0.7]), torch.tensor([0.9])))[0]
+    sd = math.sqrt(0.81 * (1 - rep.h**2) + rep.h**2)
+    assert max(distance(rep, after, 1.6, sd)) < tolerance
+    assert float(rep.mean(after)) == pytest.approx(1.6, abs=1e-3)
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_several_steps_are_one_with_their_discount(learn):
+    """Three backups of one step, and one with r + γr + γ²r and γ³, are N(…) alike."""
+    rep = GaussianFields(-6, 8, nodes=60, learn=learn, bandwidth=1.0)
+    w, r, gamma = fitted(rep, 1.0, 1.0)[None], torch.tensor([0.3]), torch.tensor([0.8])
+    once = rep.read(rep.target(w, r * (1 + 0.8 + 0.64), gamma**3))
+    thrice = w
+    for _ in range(3):
+        thrice = rep.read(rep.target(thrice, r, gamma))
+    sd = math.sqrt(0.8**6 * (1 - rep.h**2) + rep.h**2)
+    assert max(distance(rep, once[0], 0.3 * 2.44 + 0.512, sd)) < 5e-3
+    assert max(distance(rep, thrice[0], 0.3 * 2.44 + 0.512, sd)) < 1e-2
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_terminal_target_is_the_kernel_at_the_reward(learn):
+    rep = GaussianFields(-1, 2, learn=learn)
+    w = fitted(rep, 0.5, 0.4)
+    target = rep.target(w[None], torch.tensor([0.31]), torch.tensor([0.0]))[0] + rep.start
+    u = rep.points - 0.31
+    kernel = normal_cdf(u / rep.h) if learn == "cumulative" else normal(u, rep.h**2) * rep.spacing
+    assert torch.allclose(target, kernel, atol=1e-5)
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_targets_and_values_are_linear_in_mixtures(learn):
+    """Mixtures of returns, and of transition models: with negative weights too."""
+    rep = GaussianFields(-3, 3, learn=learn)
+    w = torch.stack([fitted(rep, m, 0.5) for m in (-1.0, 0.2, 1.1)])
+    a = torch.tensor([0.7, 0.9, -0.6])
+    r, gamma = torch.full((1,), 0.25), torch.full((1,), 0.9)
+    whole = rep.target((a @ w)[None], r, gamma)[0]
+    parts = rep.target(w, r.expand(3), gamma.expand(3))
+    assert torch.allclose(whole, a @ parts, atol=1e-5)
+    assert torch.allclose(rep.mean(a @ w), a @ rep.mean(w), atol=1e-5)
+    assert torch.allclose(rep.read(whole), a @ rep.read(parts), atol=1e-4)
+
+
+def test_positive_part_is_not_linear_and_has_mass_one():
+    rep = GaussianFields(-3, 3, positive=True)
+    y = 0.1 * torch.randn(20, rep.outputs, generator=torch.Generator().manual_seed(0))
+    w = rep.read(y)
+    assert torch.allclose(w.sum(1), torch.ones(20), atol=1e-4)
+    assert float((w @ rep.gram).min()) > -1e-4
+    assert not torch.allclose(rep.read(y.mean(0)), w.mean(0), atol=1e-3)
+
+
+def test_mass_is_one_whatever_the_network_says():
+    for options in ({"learn": "cumulative"}, {"learn": "density"}):
+        rep = GaussianFields(-3, 3, **options)
+        w = rep.read(torch.randn(50, rep.outputs, generator=torch.Generator().manual_seed(0)))
+        assert torch.allclose(w.sum(1), torch.ones(50), atol=1e-3)
+    free = GaussianFields(-3, 3, learn="density", mass=False)
+    assert (free.read(torch.ones(1, free.outputs)).sum(1) - 1).abs() > 0.5
+
+
+def two_states(rep, w, backups):
+    """Backups of a chain 0 → 0 or 1 with equal chances, reward 0.4; 1 → end, reward −0.5; γ = 0.8."""
+    for _ in range(backups):
+        following = torch.stack([w.mean(0), w[1]])
+        w = rep.read(rep.target(following, torch.tensor([0.4, -0.5]), torch.tensor([0.8, 0.0])))
+    return w
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_backups_contract_to_the_returns_of_a_chain(learn):
+    """Successive differences in Cramér's distance shrink by √γ at least, and the fixed point has the exact returns."""
+    rep = GaussianFields(-2, 4, nodes=120, learn=learn)
+    x = rep.grid()
+    w, differences = torch.stack([fitted(rep, m, 0.5) for m in (0.0, 1.0)]), []
+    for _ in range(12):
+        new = two_states(rep, w, 1)
+        differences.append(float((rep.cdf(new - w, x)).square().sum().sqrt()))
+        w = new
+    assert all(b < math.sqrt(0.8) * a + 1e-3 for a, b in zip(differences[1:], differences[2:]))
+    w = two_states(rep, w, 200)
+    # T visits of state 0, T geometric: G = 0.4 (1 − 0.8^T)/0.2 − 0.5·0.8^T
+    generator = torch.Generator().manual_seed(0)
+    visits = torch.empty(200_000).geometric_(0.5, generator=generator)
+    returns = 2 * (1 - 0.8**visits) - 0.5 * 0.8**visits
+    smoothed = returns + rep.h * torch.randn(len(returns), generator=generator)
+    assert float(rep.mean(w[0])) == pytest.approx(float(returns.mean()), abs=0.01)
+    assert float(wasserstein1(x, rep.cdf(w[0], x), smoothed)) < 0.01
+
+
+def test_categorical_projection_against_the_algorithm_of_the_paper():
+    """Algorithm 1 of arXiv 1707.06887, atom by atom."""
+    rep = Categorical(-2, 3, atoms=11)
+    generator = torch.Generator().manual_seed(0)
+    p = torch.rand(6, 11, generator=generator).softmax(1)
+    reward = torch.tensor([0.3, -1.7, 2.5, 0.0, 0.5, 9.0])
+    discount = torch.tensor([0.9, 0.9, 0.9, 0.0, 1.0, 0.9])
+    expected = torch.zeros_like(p)
+    for i in range(6):
+        for j in range(11):
+            moved = min(3.0, max(-2.0, float(reward[i] + discount[i] * rep.x[j])))
+            b = (moved + 2) / 0.5
+            low, high = math.floor(b + 1e-6), math.ceil(b - 1e-6)
+            if low == high:
+                expected[i, low] += p[i, j]
+            else:
+                expected[i, low] += p[i, j] * (high - b)
+                expected[i, high] += p[i, j] * (b - low)
+    for size in (1, 20):  # both ways of multiplying
+        found = rep.target(p.repeat(size, 1), reward.repeat(size), discount.repeat(size))
+        assert torch.allclose(found, expected.repeat(size, 1), atol=1e-5)
+
+
+def test_policies_mix_and_targets_follow():
+    values = torch.tensor([[0.1, 0.5, 0.2], [0.3, 0.0, 0.1]])
+    assert mixed_policy(values, 0.3).tolist() == [
+        pytest.approx([0.1, 0.8, 0.1]),
+        pytest.approx([0.8, 0.1, 0.1]),
+    ]
+    rep = GaussianFields(-1, 2)
+    y = 0.05 * torch.randn(4, 3, rep.outputs, generator=torch.Generator().manual_seed(0))
+    r, gamma = torch.full((4,), 0.1), torch.full((4,), 0.9)
+    greedy, uniform, mixed = (bellman_target(rep, y, r, gamma, share) for share in (0.0, 1.0, 0.25))
+    assert torch.allclose(mixed, 0.75 * greedy + 0.25 * uniform, atol=1e-5)
+    best = rep.mean(rep.read(y)).argmax(1)
+    assert torch.allclose(greedy, rep.target(rep.read(y)[range(4), best], r, gamma), atol=1e-6)
+
+
+def test_risk_measures_of_a_gaussian():
+    rep = GaussianFields(-6, 8, nodes=60)
+    w, x = fitted(rep, 1.0, 1.2), rep.grid()
+    cdf = rep.cdf(w, x)
+    assert quantile(x, cdf, torch.tensor([0.05, 0.5])).tolist() == pytest.approx([1 - 1.6449 * 1.2, 1.0], abs=0.01)
+    shortfall = 1 - 1.2 * math.exp(-(1.6449**2) / 2) / math.sqrt(2 * math.pi) / 0.05
+    assert float(conditional_value_at_risk(x, cdf, 0.05)) == pytest.approx(shortfall, abs=0.01)
+    assert float(conditional_value_at_risk(x, cdf, 1.0)) == pytest.approx(1.0, abs=0.01)
+    assert float(ruin(x, cdf, -0.2)) == pytest.approx(float(normal_cdf(torch.tensor(-1.0))), abs=0.003)
+
+
+def test_wasserstein_of_shifted_samples():
+    x = torch.linspace(-6, 6, 4001)
+    samples = torch.randn(3, 50_000, generator=torch.Generator().manual_seed(0)) + torch.tensor([[0.0], [0.3], [-1.0]])
+    assert wasserstein1(x, normal_cdf(x), samples).tolist() == pytest.approx([0.0, 0.3, 1.0], abs=0.015)
+
+
+def test_categorical_density_integrates_to_its_distribution_function():
+    rep = Categorical(-2, 3, atoms=11)
+    w = torch.rand(11, generator=torch.Generator().manual_seed(0)).softmax(0)
+    x = torch.linspace(-3, 4, 70_001)
+    s, g = rep.fields(w, x)
+    assert float(s.sum() * (x[1] - x[0])) == pytest.approx(1, abs=2e-3)
+    assert float((x * s).sum() * (x[1] - x[0])) == pytest.approx(float(rep.mean(w)), abs=2e-3)
+    slope = (s[2:] - s[:-2]) / (x[2] - x[0])
+    assert float((slope - g[1:-1]).abs().median()) < 1e-2
+
+
+def test_sde_with_an_annealed_width_draws_the_returns():
+    """Two modes far apart, weights .3 and .7: the dynamics at the kernel's own width freeze from a uniform start."""
+    rep = GaussianFields(0, 10, nodes=57)
+    w = 0.3 * fitted(rep, 2.0, 0.4) + 0.7 * fitted(rep, 7.0, 0.6)
+    grid, n = rep.grid(), 2000
+    cdf = rep.cdf(w, grid)
+    annealed = sample_by_sde(rep, w, SampleNoise(range(n), (1,), seed=0))
+    assert float((annealed < 4.5).float().mean()) == pytest.approx(0.3, abs=0.03)
+    assert float(wasserstein1(grid, cdf, annealed)) < 0.15
+    inverse = quantile(grid, cdf, torch.rand(n, generator=torch.Generator().manual_seed(0)))
+    assert float(wasserstein1(grid, cdf, inverse)) < 0.15
+    plain = BellmanDynamics(steps=500, step_size=0.01, scale=3.0, start="uniform")
+    frozen = 5 + plain(ReturnFields(rep, w, 5.0), SampleNoise(range(n), (1,), seed=0))[:, 0]
+    assert float(wasserstein1(grid, cdf, frozen)) > 0.5
+
+
+def test_mass_outside_the_range_is_counted():
+    rep = GaussianFields(0, 10)
+    w = fitted(rep, 9.0, 0.5)[None]
+    inside, outside, at_the_edge = (
+        float(rep.outside(w, torch.tensor([r]), torch.tensor([0.9]))) for r in (0.0, 5.0, 10.0 - 0.9 * 9.0)
+    )
+    assert inside < 0.01 and outside > 0.99 and 0.2 < at_the_edge < 0.8
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GaussianFields(1, 1), "v_min must be below v_max"),
+        (lambda: Categorical(2, -1), "v_min must be below v_max, both finite; got 2 and -1"),
+        (lambda: Categorical(0, math.inf), "both finite"),
+        (lambda: GaussianFields(0, 1, learn="score"), "learn must be one of cumulative, density; got 'score'"),
+        (lambda: GaussianFields(0, 1, nodes=6), "nodes must lie between 8"),
+        (lambda: GaussianFields(0, 1, bandwidth=4.0), "bandwidth must lie between 0.3 and 1.5"),
+        (lambda: Categorical(0, 1, atoms=1), "atoms must lie between 2"),
+    ],
+)
+def test_values_out_of_range_are_refused(make, message):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+        make()
