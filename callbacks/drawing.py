@@ -130,9 +130,11 @@ def append_record(trainer: L.Trainer, name: str, row: dict[str, Any]) -> None:
     path = run_folder(trainer) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = json.loads(path.read_text()) if path.is_file() else []
-    rows = [
-        old for old in rows if (old["step"], old["protocol"], old.keys()) != (row["step"], row["protocol"], row.keys())
-    ]
+
+    def place(one: dict[str, Any]) -> tuple:
+        return one["step"], one.get("protocol"), set(one)
+
+    rows = [old for old in rows if place(old) != place(row)]
     part = Path(f"{path}.part")
     part.write_text(json.dumps([*rows, row], indent=1))
     part.replace(path)
