@@ -13,13 +13,6 @@ term is U. A mixture has
 and any positive mobility makes dynamics of it that leave it unchanged (see `kernels`): m = ρ, the field itself
 (s = ρ, g = ½ρ(∇log p_σ + U)), or m = 1, which needs the fewest steps (s = 1, g = ½∇log p_σ).
 
-The logit starts from what the gradient field says about it, so that the two agree: for a point mass and σ_d = 0
-
-    log ρ_c = −½σ² (‖∇log p_c,σ‖² − ‖∇log r_σ‖²)
-
-exactly, and at small σ it is the distance to the data, which no network of x would extrapolate. `RelativeFields` adds
-it to the network's output a; no gradient passes through it.
-
 Training (`BellmanDiffusion` with the kernel `Relative`): the denoising loss of U_c at points of class c and of U at all
 points, half each, and the logistic loss of the ρ_c, `divergences.ratio_loss`.
 
@@ -91,10 +84,7 @@ class RelativeFields(nn.Module):
         out, a = out.to(x.dtype), a.to(x.dtype)  # from the lower precision of autocast, if it is on
         if a.ndim == 1:
             out, a = out[:, None], a[:, None]
-        slope = bcast(self.sigma_data / (sigma * total.sqrt()), out) * out
-        center = (bcast(2 / total, x) * x)[:, None]
-        difference = (slope * (slope - center)).detach().flatten(2).sum(2)  # ‖∇log p_c‖² − ‖∇log r‖²
-        return a - sigma.square()[:, None] / 2 * difference, slope
+        return a, bcast(self.sigma_data / (sigma * total.sqrt()), out) * out
 
     def reference(self, sigma: Tensor) -> Tensor:
         """Typical mobility, one; shape of sigma."""
