@@ -173,7 +173,8 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(root):
 def test_two_processes_resume_alike(root):
     """With a batch that is not finite on one of them, which both leave out."""
     poison = "callbacks.poison={_target_: faults.Poison, steps: [3], rank: 1}"
-    both = "trainer=ddp_cpu", "data.batch_size=125", poison, "callbacks.diagnostics.nonfinite=skip"
+    skip = "callbacks.diagnostics.nonfinite=skip"
+    both = "trainer=ddp_cpu", "data.batch_size=125", f"data.root={root / 'fresh'}", poison, skip
     assert start(root, "two", *both).returncode == 0
     killer = f"callbacks.killer={{_target_: faults.KillAt, step: {EPOCH + 3}}}"
     assert start(root, "two-killed", *both, killer).returncode != 0
