@@ -21,8 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lightning as L
 import torch
@@ -32,6 +31,7 @@ from bd_lightning.build import instantiate
 from bd_lightning.config import compose, parse
 from bd_lightning.modules import BellmanDiffusion
 
+ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {"digits": [], "mnist": ["experiment=mnist"]}
 FACTS = {
     "digits": {"shape": (1, 8, 8), "num_classes": 10, "sigma_data": 0.7514},
@@ -71,11 +71,8 @@ class Clock(L.Callback):
         self._around(BellmanDiffusion, "compute", "forward")
         self._around(torch.Tensor, "backward", "backward")
         self._around(torch.optim.adam, "adam", "optimiser")
-        self._around(torch.optim.adamw, "adam", "optimiser") if hasattr(torch.optim.adamw, "adam") else None
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Start to count after the first fifth."""
         if trainer.global_step == trainer.max_steps // 5:
             self.begun = time.perf_counter()
@@ -114,7 +111,7 @@ def training(name: str, options: argparse.Namespace, place: str) -> None:
             child(
                 "--worker", *EXPERIMENTS[name], f"trainer={trainer}", *PLAIN, f"steps={options.steps}",
                 f"eval_every={options.steps}", f"root={place}/runs", f"data.root={options.data_root}",
-                f"callbacks.clock={{_target_: scaling.Clock, out: {out}}}",
+                f"callbacks.clock={{_target_: benchmarks.scaling.Clock, out: {out}}}",
             )  # fmt: skip
             rows[processes].append(json.loads(Path(out).read_text()))
     print(f"\n| {name} | images/s | forward | backward | optimiser | outside |\n|---|---|---|---|---|---|")
@@ -206,9 +203,8 @@ def main() -> None:
     parser.add_argument("experiments", nargs="*", default=list(EXPERIMENTS))
     options = parser.parse_args()
     options.data_root = str(Path(options.data_root).resolve())
-    print(
-        f"torch {torch.__version__}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}"
-    )
+    load = f"load {os.getloadavg()[0]:.1f}"
+    print(f"torch {torch.__version__}, {os.cpu_count()} cores, {load}, {time.strftime('%Y-%m-%d')}")
     with tempfile.TemporaryDirectory() as place:
         for name in options.experiments:
             training(name, options, place)
