@@ -77,7 +77,7 @@ def locate(path: str, key: str) -> Any:
     module, _, name = str(path).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError) as error:  # TypeError: a path that begins with a dot
         raise ConfigError(f"'{key}._target_': cannot import {path!r} ({error})") from error
     if not callable(found):
         offers = [n for n, v in vars(importlib.import_module(module)).items() if inspect.isclass(v)]
