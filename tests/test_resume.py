@@ -98,9 +98,9 @@ def test_any_step_can_be_resumed_from(whole, tmp_path, step):
     assert_same(whole, copy)
 
 
-def start(root: Path, run_id: str, *more: str) -> subprocess.CompletedProcess:
+def start(root: Path, run_id: str, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """A run as a process of its own."""
-    command = [sys.executable, "train.py", *words(root, run_id, *more)]
+    command = [sys.executable, *launcher, "train.py", *words(root, run_id, *more)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -171,11 +171,13 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(root):
 
 
 def test_two_processes_resume_alike(root):
-    """With a batch that is not finite on one of them, which both leave out."""
+    """Started by torchrun or by Lightning; with a batch that is not finite on one of them, which both leave out."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     poison = "callbacks.poison={_target_: faults.Poison, steps: [3], rank: 1}"
     skip = "callbacks.diagnostics.nonfinite=skip"
     both = "trainer=ddp_cpu", "data.batch_size=125", f"data.root={root / 'fresh'}", poison, skip
-    assert start(root, "two", *both).returncode == 0
+    done = start(root, "two", *both, launcher=torchrun)
+    assert done.returncode == 0, done.stdout + done.stderr
     killer = f"callbacks.killer={{_target_: faults.KillAt, step: {EPOCH + 3}}}"
     assert start(root, "two-killed", *both, killer).returncode != 0
     last = folder(root, "two-killed") / "checkpoints" / "last.ckpt"
