@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import train
+from callbacks import LastCheckpoint
 from conftest import ROOT
 
 EPOCH, EVERY, STEPS = 6, 4, 16  # batches of an epoch, steps between validations, steps
@@ -96,6 +99,20 @@ def test_any_step_can_be_resumed_from(whole, tmp_path, step):
     (copy / "checkpoints" / f"at-{step}.ckpt").rename(copy / "checkpoints" / "last.ckpt")
     assert train.main([f"ckpt_path={copy}/checkpoints/last.ckpt", "callbacks.every=null"]) == 0
     assert_same(whole, copy)
+
+
+def test_the_best_score_moves_with_the_folder(tmp_path):
+    def best(folder):
+        return ModelCheckpoint(dirpath=str(tmp_path / folder / "checkpoints"), filename="best", monitor="val/fid")
+
+    old, new = best("old"), best("new")
+    old.best_model_score = torch.tensor(3.0)
+    old.best_model_path = f"{old.dirpath}/best.ckpt"
+    old.best_k_models = {old.best_model_path: old.best_model_score}
+    checkpoint = {"callbacks": {old.state_key: old.state_dict()}}
+    LastCheckpoint().on_load_checkpoint(SimpleNamespace(checkpoint_callbacks=[new]), None, checkpoint)
+    new.load_state_dict(checkpoint["callbacks"][new.state_key])
+    assert new.best_model_score == 3 and list(new.best_k_models) == [f"{new.dirpath}/best.ckpt"]
 
 
 def start(root: Path, run_id: str, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
