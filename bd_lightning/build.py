@@ -37,6 +37,8 @@ def check(config: Mapping[str, Any]) -> None:
     for key in ("steps", "eval_every", "n"):
         if config[key] < 1:
             raise ConfigError(f"'{key}' must be at least 1, got {config[key]}")
+    if not 0 <= config["seed"] < 2**32:
+        raise ConfigError(f"'seed' must lie between 0 and {2**32 - 1}, got {config['seed']}")
     if config["calibrate"] < 0:
         raise ConfigError(f"'calibrate' must not be negative, got {config['calibrate']}")
     if config["steps"] % config["eval_every"]:
@@ -77,7 +79,7 @@ def locate(path: str, key: str) -> Any:
     module, _, name = str(path).rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError) as error:
+    except (ImportError, ValueError, TypeError) as error:  # TypeError: a path that begins with a dot
         raise ConfigError(f"'{key}._target_': cannot import {path!r} ({error})") from error
     if not callable(found):
         offers = [n for n, v in vars(importlib.import_module(module)).items() if inspect.isclass(v)]

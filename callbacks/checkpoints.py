@@ -78,6 +78,17 @@ class LastCheckpoint(ModelCheckpoint):
             progress["current"] = dict(progress["total"])
             progress["is_last_batch"] = False
 
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Carry paths over to a run folder that was moved, without which Lightning forgets the best score."""
+        for callback in trainer.checkpoint_callbacks:
+            state = checkpoint["callbacks"].get(callback.state_key, {})
+            old, new = state.get("dirpath"), getattr(callback, "dirpath", None)
+            if old and new and old != new:
+                state["dirpath"] = new
+                for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+                    state[name] = state[name].replace(old, str(new), 1)
+                state["best_k_models"] = {p.replace(old, str(new), 1): v for p, v in state["best_k_models"].items()}
+
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:

@@ -71,7 +71,8 @@ class TrainingDiagnostics(L.Callback):
             return
         path = run_folder(trainer) / f"nonfinite-batch-rank{trainer.global_rank}.pt"
         torch.save({"batch": self.batch, "step": trainer.global_step, "loss": self.loss}, path)
-        what = f"the loss is {self.loss.item():g} and the gradient's norm {norm.item():g} at step {trainer.global_step}"
+        what, value = ("the gradient's norm", norm) if self.loss.isfinite() else ("the loss", self.loss)
+        what = f"{what} is {value.item():g} at step {trainer.global_step}"
         if self.nonfinite == "stop":
             raise NonFiniteLoss(
                 f"{what}; the batch is kept in {path}. Look for broken data, or lower model.lr or set "

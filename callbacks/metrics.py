@@ -19,6 +19,9 @@ from callbacks.features import ImageFeatures
 from datamodules.cache import cache_path, load_cached, save_cached
 from datamodules.images import ImageDataModule, to_uint8
 
+KEPT = 10_000
+"""Features of so many samples are kept, for KID's subsets and for precision and recall. FID keeps sums alone."""
+
 
 class Given(nn.Module):
     """Stands where torchmetrics expects a feature extractor, so that features are computed once for all metrics."""
@@ -34,7 +37,7 @@ class Given(nn.Module):
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
     """FID between two sets of features, (N, F) and (M, F), by torchmetrics in double precision."""
-    fid = FrechetInceptionDistance(feature=Given(a.shape[1]))
+    fid = FrechetInceptionDistance(feature=Given(a.shape[1]), sync_on_compute=False)  # one rank may call it alone
     fid.update(a.double(), real=True)
     fid.update(b.double(), real=False)
     return float(fid.compute())
@@ -168,11 +171,13 @@ class ImageMetrics(L.Callback):
         subset = min(self.kid_subset, n, len(real))
         kid = KernelInceptionDistance(feature=Given(real.shape[1]), subsets=50, subset_size=subset)
         kid.to(pl_module.device)
-        for rows in real[trainer.global_rank :: trainer.world_size].split(5000):  # states of all ranks are added up
+        share = len(range(trainer.global_rank, KEPT, trainer.world_size))
+        mine = real[trainer.global_rank :: trainer.world_size]
+        for rows in mine.split(5000):  # states of all ranks are added up
             fid.update(rows.to(pl_module.device).double(), real=True)
-            kid.update(rows.to(pl_module.device) / self.features.kid_scale, real=True)
+        kid.update(mine[:share].to(pl_module.device) / self.features.kid_scale, real=True)
         sampler = self.sampler or pl_module.sampler
-        few = min(self.manifold, n, len(real))
+        few = min(self.manifold, KEPT, n, len(real))
         kept: list[Tensor] = []
         try:
             with isolate_rng():
@@ -180,9 +185,10 @@ class ImageMetrics(L.Callback):
                     for x in draw(trainer, pl_module, n, self.batch_size, self.seed, sampler):
                         rows = self.features(to_uint8(x))
                         fid.update(rows.double(), real=False)
-                        kid.update(rows / self.features.kid_scale, real=False)
-                        if sum(map(len, kept)) < few // trainer.world_size:
-                            kept.append(rows)
+                        part = rows[: max(0, share - sum(map(len, kept)))]
+                        if len(part):
+                            kid.update(part / self.features.kid_scale, real=False)
+                            kept.append(part)
                 torch.manual_seed(0)  # KID draws subsets
                 values = {f"{stage}/fid": fid.compute().float()}
                 if subset == self.kid_subset:
@@ -195,7 +201,8 @@ class ImageMetrics(L.Callback):
         except UserError as error:
             rank_zero_info(f"no FID at step {trainer.global_step}: {error}")
             values = {f"{stage}/fid": torch.tensor(float("inf"), device=pl_module.device)}
-        pl_module.log_dict(values, sync_dist=True)  # the same on every rank
+        facts = {"fid/floor": reference["floor"], "fid/noise": reference["noise"], **self.features.facts}
+        pl_module.log_dict(values | facts, sync_dist=True)  # the same on every rank
         if trainer.is_global_zero:
             self._record(trainer, pl_module, stage, n, sampler, {k: float(v) for k, v in values.items()})
 
@@ -203,7 +210,7 @@ class ImageMetrics(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, n: int, sampler: str, values: dict
     ) -> None:
         reference = self.references[stage]
-        manifold = min(self.manifold, n, len(reference["features"])) // trainer.world_size * trainer.world_size
+        manifold = min(self.manifold, KEPT, n, len(reference["features"])) // trainer.world_size * trainer.world_size
         row = {
             "step": step_of(trainer),
             **values,
@@ -225,9 +232,6 @@ class ImageMetrics(L.Callback):
             f"{row['protocol']}"
         )
         append_record(trainer, "fid.json", row)
-        facts = {"fid/floor": reference["floor"], "fid/noise": reference["noise"], **self.features.facts}
-        for logger in trainer.loggers:
-            logger.log_metrics(facts, step=step_of(trainer))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """FID and KID of the validation samples."""

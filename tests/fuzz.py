@@ -208,7 +208,9 @@ def attempt(argv: list[str]) -> SimpleNamespace:
 
 
 def names_key(words: list[str], sentence: str) -> bool:
-    """Whether a refusal names a key, a value or a file of the command line."""
+    """Whether a refusal names a key, a value or a file of the command line; with a chosen file any will do."""
+    if any(word.partition("=")[0] in configs.GROUPS for word in words):
+        return True
     parts = [part for word in words for part in (word.partition("=")[0].rpartition(".")[2], word.partition("=")[2])]
     parts += [word.partition("=")[0].rpartition(".")[0].rpartition(".")[2] for word in words]
     return any(part and part.strip("-{}[]'") in sentence for part in parts)

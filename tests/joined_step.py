@@ -55,9 +55,9 @@ def gradient(words: list[str], rank: int, world: int, gather: bool = True) -> to
 
 
 if __name__ == "__main__":
-    rank, store, out, *words = sys.argv[1:]
+    rank, store, out, *settings = sys.argv[1:]
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
-    gradients = {gather: gradient(words, int(rank), 2, gather) for gather in (True, False)}
+    gradients = [[gradient(words.split(), int(rank), 2, gather) for gather in (True, False)] for words in settings]
     if rank == "0":
         torch.save(gradients, out)
     distributed.destroy_process_group()

@@ -3,35 +3,68 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from bd_lightning.build import instantiate
+from bd_lightning.config import compose, parse
 from conftest import ROOT
-from joined_step import gradient
+from datamodules.base import ShuffledShare
+from joined_step import FACTS, gradient
 
 ONE = "model=mlp model.network.width=16 model.network.depth=1 model.network.dropout=0"
-SETTINGS = {
-    "denoising": ONE,
-    "divergence": f"{ONE} model.estimator=divergence model.kernel.epsilon=0.5",
-}
+SETTINGS = [ONE, f"{ONE} model.estimator=divergence model.kernel.epsilon=0.5"]
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_a_step_of_two_ranks_is_the_step_of_the_joined_batch(setting, tmp_path):
-    words = SETTINGS[setting].split()
+def test_a_step_of_two_ranks_is_the_step_of_the_joined_batch(tmp_path):
+    """For denoising and for the divergence form."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "tests/joined_step.py"]
     files = [str(tmp_path / name) for name in ("store", "gradients")]
     workers = [
-        subprocess.Popen([*command, str(rank), *files, *words], cwd=ROOT, env=environment, stderr=subprocess.PIPE)
+        subprocess.Popen(
+            [sys.executable, "tests/joined_step.py", str(rank), *files, *SETTINGS],
+            cwd=ROOT, env=environment, stderr=subprocess.PIPE,
+        )
         for rank in range(2)
-    ]
+    ]  # fmt: skip
     for worker in workers:
-        _, text = worker.communicate(timeout=200)
+        _, text = worker.communicate(timeout=300)
         assert worker.returncode == 0, text.decode()
-    two = torch.load(files[1], weights_only=True)
-    joined = gradient(words, 0, 1)
-    scale = joined.norm()
-    assert scale > 0 and (two[True] - joined).norm() / scale < 1e-5
-    assert (two[False] - joined).norm() / scale > 1e-3  # without gathering the ranks' estimates are their own
+    for words, (shared, own) in zip(SETTINGS, torch.load(files[1], weights_only=True)):
+        joined = gradient(words.split(), 0, 1)
+        scale = joined.norm()
+        assert scale > 0 and (shared - joined).norm() / scale < 1e-5
+        assert (own - joined).norm() / scale > 1e-3  # without gathering the ranks' estimates are their own
+
+
+@pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("sqrt", 6**0.5), ("linear", 6)])
+def test_the_learning_rate_follows_the_effective_batch(scaling, factor):
+    words = [
+        *ONE.split(),
+        "model.lr=0.01",
+        "model.lr_decay=none",
+        "model.warmup_steps=0",
+        f"model.lr_scaling={scaling}",
+    ]
+    module = instantiate(compose(parse(words))["model"], "model", FACTS)
+    module._trainer = SimpleNamespace(world_size=2, accumulate_grad_batches=3)  # Lightning's setter wants its own kind
+    (group,) = module.configure_optimizers()["optimizer"].param_groups
+    assert group["lr"] == pytest.approx(0.01 * factor)
+
+
+def test_ranks_share_the_batches_of_one_process():
+    """Batch k of two ranks together is batch k of one process with the joined batch, from any place in the epoch."""
+    data = list(range(103))
+
+    def batches(world, rank, size, seen=0):
+        sampler = ShuffledShare(data, world, rank, lambda: seen)
+        sampler.set_epoch(3)
+        order = list(sampler)
+        return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
+
+    joined, shares = batches(1, 0, 10), [batches(2, rank, 5) for rank in range(2)]
+    assert len(joined) == len(shares[0]) == 10
+    assert [set(batch) for batch in joined] == [set(a) | set(b) for a, b in zip(*shares)]
+    assert batches(2, 1, 5, seen=35) == shares[1][7:]

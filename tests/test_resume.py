@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import train
+from callbacks import LastCheckpoint
 from conftest import ROOT
 
 EPOCH, EVERY, STEPS = 6, 4, 16  # batches of an epoch, steps between validations, steps
@@ -98,9 +101,23 @@ def test_any_step_can_be_resumed_from(whole, tmp_path, step):
     assert_same(whole, copy)
 
 
-def start(root: Path, run_id: str, *more: str) -> subprocess.CompletedProcess:
+def test_the_best_score_moves_with_the_folder(tmp_path):
+    def best(folder):
+        return ModelCheckpoint(dirpath=str(tmp_path / folder / "checkpoints"), filename="best", monitor="val/fid")
+
+    old, new = best("old"), best("new")
+    old.best_model_score = torch.tensor(3.0)
+    old.best_model_path = f"{old.dirpath}/best.ckpt"
+    old.best_k_models = {old.best_model_path: old.best_model_score}
+    checkpoint = {"callbacks": {old.state_key: old.state_dict()}}
+    LastCheckpoint().on_load_checkpoint(SimpleNamespace(checkpoint_callbacks=[new]), None, checkpoint)
+    new.load_state_dict(checkpoint["callbacks"][new.state_key])
+    assert new.best_model_score == 3 and list(new.best_k_models) == [f"{new.dirpath}/best.ckpt"]
+
+
+def start(root: Path, run_id: str, *more: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess:
     """A run as a process of its own."""
-    command = [sys.executable, "train.py", *words(root, run_id, *more)]
+    command = [sys.executable, *launcher, "train.py", *words(root, run_id, *more)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
@@ -171,10 +188,13 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(root):
 
 
 def test_two_processes_resume_alike(root):
-    """With a batch that is not finite on one of them, which both leave out."""
+    """Started by torchrun or by Lightning; with a batch that is not finite on one of them, which both leave out."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     poison = "callbacks.poison={_target_: faults.Poison, steps: [3], rank: 1}"
-    both = "trainer=ddp_cpu", "data.batch_size=125", poison, "callbacks.diagnostics.nonfinite=skip"
-    assert start(root, "two", *both).returncode == 0
+    skip = "callbacks.diagnostics.nonfinite=skip"
+    both = "trainer=ddp_cpu", "data.batch_size=125", f"data.root={root / 'fresh'}", poison, skip
+    done = start(root, "two", *both, launcher=torchrun)
+    assert done.returncode == 0, done.stdout + done.stderr
     killer = f"callbacks.killer={{_target_: faults.KillAt, step: {EPOCH + 3}}}"
     assert start(root, "two-killed", *both, killer).returncode != 0
     last = folder(root, "two-killed") / "checkpoints" / "last.ckpt"

@@ -140,6 +140,10 @@ class BellmanDiffusion(Module):
         self.shape, self.num_classes = tuple(shape), num_classes
         self.dim = math.prod(self.shape)
         self.conditional = bool(getattr(network, "conditional", False))
+        if scalar_network is not None and bool(getattr(scalar_network, "conditional", False)) != self.conditional:
+            raise ValueError(
+                "network.conditional and scalar_network.conditional must be the same: set both, or neither"
+            )
         if gather_partners and self.relative:
             raise ValueError("gather_partners=true has no meaning with kernel=Relative, which has no partners")
         self.gather_partners = gather_partners

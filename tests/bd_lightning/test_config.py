@@ -126,6 +126,9 @@ MISTAKES = [
     ("fit --config", "--config needs the path of a YAML file"),
     ("steps=many", "'steps' must be int, got 'many'"),
     ("steps=0", "'steps' must be at least 1, got 0"),
+    ("seed=-1", "'seed' must lie between 0 and 4294967295, got -1"),
+    ("model._target_=builtins.int", "'model._target_' must be a Module, got 'builtins.int'"),
+    ("callbacks.grid._target_=.callbacks.SampleGrid", "'callbacks.grid._target_': cannot import"),
     ("steps=10 eval_every=4", "'steps' must be a multiple of 'eval_every'"),
     ("model.lr=[1", "cannot read the value of 'model.lr': '[1' is not valid YAML"),
     ("model.lr=${nothing}", "cannot resolve 'model.lr': Interpolation key 'nothing' not found"),
@@ -181,6 +184,7 @@ def test_facts_reach_nested_nodes_and_explicit_values_win():
         ("model.samplers.ode.steps=0", "'model.samplers.ode' (ProbabilityFlow): steps must be positive, got 0"),
         ("model.sampler=od", "sampler must be one of sde, ode; got 'od'"),
         ("model.multi_scale=false", "multi_scale=false needs estimator=divergence or regression"),
+        ("model.scalar_network={_target_: bd_lightning.networks.MLP, conditional: true}", "must be the same: set both"),
         ("model.estimator=score", "estimator must be one of denoising, divergence, regression; got 'score'"),
     ],
 )

@@ -1,0 +1,26 @@
+"""A few of the mistakes of `fuzz.py` in every shipped config."""
+
+import pytest
+
+import fuzz
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fuzz")
+    fuzz.prepare(folder)
+    return folder
+
+
+@pytest.mark.parametrize("config", fuzz.shipped())
+def test_mistakes_are_refused_by_one_sentence_or_train(config, place):
+    results = fuzz.check(config, place, 3)
+    assert len(results) == 3
+    for words, result in results:
+        assert result.outcome in ("refused", "runs"), f"{' '.join(words)}: {result.note}"
+
+
+def test_shipped_configs_train(place):
+    """They are what the mistakes are made in."""
+    for config in ("experiment=mnist", "data=folder", "model=relative", "callbacks=points"):
+        assert fuzz.attempt(fuzz.needed(config, place)).outcome == "runs"
