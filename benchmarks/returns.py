@@ -25,9 +25,11 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -42,6 +44,7 @@ from bd_lightning.dynamics import BellmanDynamics, SampleNoise
 from bd_lightning.modules import ReturnLearner
 from bd_lightning.modules.returns import td_loss
 from bd_lightning.returns import (
+    Categorical,
     GaussianFields,
     ReturnFields,
     bellman_target,
@@ -406,6 +409,36 @@ def examples(gamma: float = 0.9) -> None:
 PEER_STEPS, PEER_WINDOW = 20_000, 2000
 
 
+def same_update(script: Path) -> tuple[float, float]:
+    """Largest difference between the gradients of our C51 and those of the update in cleanrl's script, and their size.
+
+    The script's network and the lines of its update, from the target to the loss, are run on random transitions.
+    """
+    source = script.read_text()
+    network = source[source.index("class QNetwork") : source.index("def linear_schedule")]
+    first = source.index("with torch.no_grad():\n                    _, next_pmfs")
+    update = " " * 16 + source[first : source.index("if global_step % 100 == 0", first)]
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {"nn": torch.nn, "torch": torch, "np": np}
+    exec(network, scope)
+    spaces = {"single_action_space": SimpleNamespace(n=2), "single_observation_space": SimpleNamespace(shape=(4,))}
+    theirs, target = (scope["QNetwork"](SimpleNamespace(**spaces), 51, 0.0, 100.0) for _ in range(2))
+    observation, following = torch.randn(64, 4), torch.randn(64, 4)
+    action, reward, done = torch.randint(2, (64,)), 3 * torch.rand(64) - 1, (torch.rand(64) < 0.2).float()
+    data = {"observations": observation, "next_observations": following, "actions": action[:, None]}
+    scope["data"] = SimpleNamespace(**data, rewards=reward[:, None], dones=done[:, None])
+    scope["args"] = SimpleNamespace(gamma=0.99, v_min=0.0, v_max=100.0, n_atoms=51)
+    scope |= {"q_network": theirs, "target_network": target}
+    exec(textwrap.dedent(update), scope)
+    scope["loss"].backward()
+    ours = ReturnLearner((4,), 2, Categorical(0, 100), hidden=[120, 84])
+    ours.network.load_state_dict(theirs.network.state_dict())
+    ours.target_network.load_state_dict(target.network.state_dict())
+    ours.compute((observation, action, reward, 0.99 * (1 - done), following), None)[0]["loss"].backward()
+    gradients = [(a.grad, b.grad) for a, b in zip(ours.network.parameters(), theirs.network.parameters())]
+    return max(float((a - b).abs().max()) for a, b in gradients), max(float(b.abs().max()) for _, b in gradients)
+
+
 def peer(script: Path, python: str, seed: int) -> list[tuple[int, float]]:
     """(environment step, return) of the training episodes of cleanrl's c51.py on CartPole, run as it is."""
     options = {
@@ -622,6 +655,10 @@ def main() -> None:
         examples()
     elif options.part == "peer":
         names = ("ours", "cleanrl") if options.script else ("ours",)
+        if options.script:
+            print(
+                "gradients of one update differ by {:.1e}, the largest is {:.1e}".format(*same_update(options.script))
+            )
         jobs = [("peer", (name, seed, str(options.script), options.python)) for seed in range(5) for name in names]
         run(jobs, options.out / "peer.jsonl", options.jobs)
     else:
