@@ -3,6 +3,7 @@
     uv run benchmarks/returns.py control [--envs …] [--jobs 2] [--out runs/returns]
     uv run benchmarks/returns.py evaluate [--jobs 2] [--out runs/returns]
     uv run benchmarks/returns.py peer --script FOLDER/c51.py [--python …] [--out runs/returns]
+    uv run benchmarks/returns.py examples
     uv run benchmarks/returns.py table [--out runs/returns] [--figure docs/returns.png]
 
 `control` trains `train.py experiment=rl_… model=returns|c51` for ten seeds, at the common rate of 2.5e-4 and at the
@@ -24,9 +25,11 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -37,9 +40,20 @@ from torch import Tensor
 
 from bd_lightning import build as builder
 from bd_lightning import config as configs
+from bd_lightning.dynamics import BellmanDynamics, SampleNoise
 from bd_lightning.modules import ReturnLearner
 from bd_lightning.modules.returns import td_loss
-from bd_lightning.returns import bellman_target, wasserstein1
+from bd_lightning.returns import (
+    Categorical,
+    GaussianFields,
+    ReturnFields,
+    bellman_target,
+    conditional_value_at_risk,
+    quantile,
+    ruin,
+    sample_by_sde,
+    wasserstein1,
+)
 from datamodules.replay import Environment, play
 
 METHODS = ("returns", "c51")
@@ -196,15 +210,17 @@ class RewardProcess:
     Args:
         rewards: "continuous", N(μ_k, 0.5²) in state k, or "discrete", ±1 with P(+1) = 1/(1 + e^{−2μ_k}); μ_k ~ N(0, 1).
         gamma: discount.
+        backwards: share of another transition model, which stays or steps back with equal chances.
     """
 
     states = 8
 
-    def __init__(self, rewards: str, gamma: float) -> None:
+    def __init__(self, rewards: str, gamma: float, backwards: float = 0.0) -> None:
         self.rewards, self.gamma = rewards, gamma
         self.mu = torch.randn(self.states, generator=torch.Generator().manual_seed(0))
         eye = torch.eye(self.states)
-        self.moves = 0.6 * eye.roll(1, 1) + 0.3 * eye.roll(3, 1) + 0.1 * eye
+        forward = 0.6 * eye.roll(1, 1) + 0.3 * eye.roll(3, 1) + 0.1 * eye
+        self.moves = (1 - backwards) * forward + backwards * (0.5 * eye.roll(-1, 1) + 0.5 * eye)
 
     def step(self, state: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Rewards and next states (B,)."""
@@ -290,9 +306,137 @@ def evaluate(rewards: str, gamma: float, learner: str, seeds: range, rate: float
     return rows
 
 
+# ---- examples of what linearity gives
+
+
+def backup(rep: GaussianFields, process: RewardProcess, w: Tensor) -> Tensor:
+    """The Bellman operator of a process with continuous rewards, all expectations taken exactly; weights (S, N)."""
+    points, shares = np.polynomial.hermite_e.hermegauss(8)
+    states = process.states
+    total = torch.zeros(states, rep.outputs)
+    for t, share in zip(points, shares / shares.sum()):
+        reward = process.mu + 0.5 * float(t)
+        total += float(share) * rep.target(process.moves @ w, reward, torch.full((states,), process.gamma))
+    return rep.read(total)
+
+
+def examples(gamma: float = 0.9) -> None:
+    """Print a Markdown table: what fields give without learning anything anew, against simulation."""
+    forward, back, both = (RewardProcess("continuous", gamma, share) for share in (0.0, 1.0, 0.3))
+    returns = {name: p.simulate(20_000, 5) for name, p in (("forward", forward), ("back", back), ("both", both))}
+    low, high = min(r.min() for r in returns.values()), max(r.max() for r in returns.values())
+    rep = GaussianFields(float(low), float(high), nodes=78)
+    x, spread = rep.grid(), float(returns["forward"].std(1).mean())
+
+    def solve(operator) -> Tensor:
+        w = rep.read(torch.zeros(8, rep.outputs))
+        for _ in range(80):
+            w = operator(w)
+        return w
+
+    def off(w: Tensor, sample: Tensor) -> str:
+        return f"W1 {float(wasserstein1(x, rep.cdf(w, x), sample).mean()) / spread:.3f} sd"
+
+    rows = []
+    w, other = solve(lambda w: backup(rep, forward, w)), solve(lambda w: backup(rep, back, w))
+    rows.append(("the process itself", off(w, returns["forward"])))
+    mixed = solve(lambda w: 0.7 * backup(rep, forward, w) + 0.3 * backup(rep, back, w))
+    rows.append(
+        ("transition models mixed .7/.3 by their backups, against the mixed process", off(mixed, returns["both"]))
+    )
+    once = torch.cat([returns["forward"][:, :14_000], returns["back"][:, :6_000]], 1)
+    rows.append(
+        ("policies mixed .7/.3 at the first step, by the sum of their fields", off(0.7 * w + 0.3 * other, once))
+    )
+    generator, start = torch.Generator().manual_seed(1), torch.arange(8).repeat_interleave(4000)
+    state, reward = start, torch.zeros(len(start))
+    for k in range(3):
+        r, state = forward.step(state, generator)
+        reward += gamma**k * r
+    begin = rep.read(torch.zeros(8, rep.outputs))
+    parts = [rep.target(begin[s], r, torch.full_like(r, gamma**3)) for s, r in zip(state.split(400), reward.split(400))]
+    sampled = rep.read(torch.stack([p.mean(0) for p in parts]).reshape(8, 10, -1).mean(1))
+    exact = begin
+    for _ in range(3):
+        exact = backup(rep, forward, exact)
+    gap = (rep.cdf(sampled - exact, x).abs().sum(1) * (x[1] - x[0])).mean() / spread
+    rows.append(("three steps at once, 4,000 sampled paths, against three backups", f"W1 {float(gap):.3f} sd"))
+    both_ways = torch.stack([backup(rep, p, w) for p in (forward, back)])
+    policy = torch.tensor([0.7, 0.3])[:, None, None]
+    mean = (policy * both_ways).sum(0)
+    noise = torch.zeros(())
+    for s in range(8):
+        draws = torch.full((1000,), s)
+        r, following = forward.step(draws, generator)
+        target = rep.target(w[following], r, torch.full((1000,), gamma))
+        noise += target.var(0).sum()
+    action = sum((p * (rep.cdf(b - mean, rep.points)).square().sum()) for p, b in zip((0.7, 0.3), both_ways))
+    share = float(action / (action + noise))
+    rows.append(
+        ("variance of a target that is due to drawing the action, gone when all are summed", f"{100 * share:.0f} %")
+    )
+    cdf, sample = rep.cdf(w, x)[0], returns["forward"][0].sort().values
+    tail = sample[: len(sample) // 20]
+    for name, value, true in (
+        ("5 % quantile, state 0", quantile(x, cdf, torch.tensor([0.05]))[0], tail[-1]),
+        ("CVaR at 5 %, state 0", conditional_value_at_risk(x, cdf, 0.05), tail.mean()),
+        (
+            "P(G ≤ mean − 1), state 0",
+            ruin(x, cdf, float(sample.mean()) - 1),
+            (sample <= sample.mean() - 1).float().mean(),
+        ),
+    ):
+        rows.append((name, f"{float(value):.3f}, simulated {float(true):.3f}"))
+    draw = torch.rand(2000, generator=generator)
+    plain = BellmanDynamics(steps=500, step_size=0.01, scale=(rep.v_max - rep.v_min) / 12**0.5, start="uniform")
+    center = (rep.v_max + rep.v_min) / 2
+    for name, drawn in (
+        ("2,000 draws by inverse CDF", quantile(x, cdf, draw)),
+        ("by the SDE, width annealed, 60 calls", sample_by_sde(rep, w[0], SampleNoise(range(2000), (1,), 0))),
+        (
+            "by the SDE at width h from a uniform start, 500 calls",
+            center + plain(ReturnFields(rep, w[0], center), SampleNoise(range(2000), (1,), 0))[:, 0],
+        ),
+    ):
+        rows.append((name, f"W1 {float(wasserstein1(x, cdf, drawn)) / spread:.3f} sd"))
+    print("| example | result |\n|---|---|")
+    for name, value in rows:
+        print(f"| {name} | {value} |")
+
+
 # ---- an independent C51
 
 PEER_STEPS, PEER_WINDOW = 20_000, 2000
+
+
+def same_update(script: Path) -> tuple[float, float]:
+    """Largest difference between the gradients of our C51 and those of the update in cleanrl's script, and their size.
+
+    The script's network and the lines of its update, from the target to the loss, are run on random transitions.
+    """
+    source = script.read_text()
+    network = source[source.index("class QNetwork") : source.index("def linear_schedule")]
+    first = source.index("with torch.no_grad():\n                    _, next_pmfs")
+    update = " " * 16 + source[first : source.index("if global_step % 100 == 0", first)]
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {"nn": torch.nn, "torch": torch, "np": np}
+    exec(network, scope)
+    spaces = {"single_action_space": SimpleNamespace(n=2), "single_observation_space": SimpleNamespace(shape=(4,))}
+    theirs, target = (scope["QNetwork"](SimpleNamespace(**spaces), 51, 0.0, 100.0) for _ in range(2))
+    observation, following = torch.randn(64, 4), torch.randn(64, 4)
+    action, reward, done = torch.randint(2, (64,)), 3 * torch.rand(64) - 1, (torch.rand(64) < 0.2).float()
+    data = {"observations": observation, "next_observations": following, "actions": action[:, None]}
+    scope["data"] = SimpleNamespace(**data, rewards=reward[:, None], dones=done[:, None])
+    scope["args"] = SimpleNamespace(gamma=0.99, v_min=0.0, v_max=100.0, n_atoms=51)
+    scope |= {"q_network": theirs, "target_network": target}
+    exec(textwrap.dedent(update), scope)
+    scope["loss"].backward()
+    ours = ReturnLearner((4,), 2, Categorical(0, 100), hidden=[120, 84])
+    ours.network.load_state_dict(theirs.network.state_dict())
+    ours.target_network.load_state_dict(target.network.state_dict())
+    ours.compute((observation, action, reward, 0.99 * (1 - done), following), None)[0]["loss"].backward()
+    gradients = [(a.grad, b.grad) for a, b in zip(ours.network.parameters(), theirs.network.parameters())]
+    return max(float((a - b).abs().max()) for a, b in gradients), max(float(b.abs().max()) for _, b in gradients)
 
 
 def peer(script: Path, python: str, seed: int) -> list[tuple[int, float]]:
@@ -492,7 +636,7 @@ def curves(drawn: list[tuple], path: Path) -> None:
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("control", "evaluate", "peer", "table"))
+    parser.add_argument("part", choices=("control", "evaluate", "peer", "examples", "table"))
     parser.add_argument("--script", type=Path, help="peer: cleanrl's c51.py, beside its cleanrl_utils")
     parser.add_argument("--python", default=sys.executable, help="peer: an interpreter that has what the script needs")
     parser.add_argument("--envs", nargs="+", default=list(ENVS))
@@ -506,8 +650,15 @@ def main() -> None:
     elif options.part == "control":
         for env in options.envs:
             control(env, options.out / "control.jsonl", options.jobs)
+    elif options.part == "examples":
+        torch.set_num_threads(1)
+        examples()
     elif options.part == "peer":
         names = ("ours", "cleanrl") if options.script else ("ours",)
+        if options.script:
+            print(
+                "gradients of one update differ by {:.1e}, the largest is {:.1e}".format(*same_update(options.script))
+            )
         jobs = [("peer", (name, seed, str(options.script), options.python)) for seed in range(5) for name in names]
         run(jobs, options.out / "peer.jsonl", options.jobs)
     else:

@@ -133,6 +133,19 @@ def test_the_benchmark_trains_as_train_py_does(method, benchmark, tmp_path):
     assert found["env_steps"] == [100 + 4 * 30, 100 + 4 * 60]
 
 
+@pytest.mark.parametrize(
+    ("experiment", "steps", "level"), [("rl_cartpole", 500, 60.0), ("rl_frozen_lake_slippery", 1600, 0.3)]
+)
+def test_the_other_experiments_learn_and_a_broken_target_does_not(experiment, steps, level, benchmark, monkeypatch):
+    words = [f"experiment={experiment}", "model.lr=2e-3"]
+    assert benchmark.learn(words, [0], steps, steps)["returns"][0][-1] > level
+    whole = benchmark.bellman_target
+    monkeypatch.setattr(
+        benchmark, "bellman_target", lambda rep, y, r, discount, share: whole(rep, y, r, 0 * discount, share)
+    )
+    assert benchmark.learn(words, [0], 300, 300)["returns"][0][-1] < level
+
+
 def test_seeds_reproduce(tmp_path):
     words = ["experiment=rl_cartpole", "steps=40", "eval_every=40", "data.warmup=100", "logger=none", "seed=5"]
     stored = []
