@@ -178,7 +178,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(root):
     )
     run = folder(root, "skip")
     counts = {int(row["step"]): row["train/skipped_steps"] for row in table(run) if "train/skipped_steps" in row}
-    assert counts == {3: 1.0, 5: 2.0}
+    assert (counts[3], counts[5], max(counts.values())) == (1, 2, 2)
     logged = dict(losses(run))
     assert [step for step, loss in logged.items() if not math.isfinite(loss)] == [3, 5]
     kept = torch.load(run / "nonfinite-batch-rank0.pt", weights_only=True)
