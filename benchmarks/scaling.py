@@ -10,6 +10,7 @@ Without a GPU the last part is left out.
 """
 
 import argparse
+import importlib
 import json
 import os
 import resource
@@ -70,7 +71,7 @@ class Clock(L.Callback):
         """Put the clocks in."""
         self._around(BellmanDiffusion, "compute", "forward")
         self._around(torch.Tensor, "backward", "backward")
-        self._around(torch.optim.adam, "adam", "optimiser")
+        self._around(importlib.import_module("torch.optim.adam"), "adam", "optimiser")
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Start to count after the first fifth."""

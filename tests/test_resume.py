@@ -101,6 +101,14 @@ def test_any_step_can_be_resumed_from(whole, tmp_path, step):
     assert_same(whole, copy)
 
 
+@pytest.fixture
+def heard():
+    """Ctrl-C reaches Python, also where the tests run in the background of a shell."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def test_the_best_score_moves_with_the_folder(tmp_path):
     def best(folder):
         return ModelCheckpoint(dirpath=str(tmp_path / folder / "checkpoints"), filename="best", monitor="val/fid")
@@ -144,7 +152,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(where, whole, root, tmp
     ("signum", "where"),
     [("SIGTERM", "batch"), ("SIGTERM", "validation"), ("SIGINT", "batch"), ("SIGINT", "validation")],
 )
-def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, root, capsys):
+def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, root, capsys, heard):
     name = f"{signum}-{where}"
     killer = f"callbacks.killer={{_target_: faults.KillAt, step: {2 * EVERY}, where: {where}, signum: {signum}}}"
     with pytest.raises(SystemExit):
@@ -178,7 +186,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(root):
     )
     run = folder(root, "skip")
     counts = {int(row["step"]): row["train/skipped_steps"] for row in table(run) if "train/skipped_steps" in row}
-    assert counts == {3: 1.0, 5: 2.0}
+    assert (counts[3], counts[5], max(counts.values())) == (1, 2, 2)
     logged = dict(losses(run))
     assert [step for step, loss in logged.items() if not math.isfinite(loss)] == [3, 5]
     kept = torch.load(run / "nonfinite-batch-rank0.pt", weights_only=True)
