@@ -221,6 +221,10 @@ def instantiate(node: Any, key: str, facts: Mapping[str, Any] | None = None, **e
         if name in built:
             raise ConfigError(f"'{key}.{name}' is set by train.py; leave it out (steps and eval_every say how long)")
     known = {name: value for name, value in (facts or {}).items() if name in signature and name not in built}
+    lacking = [name for name, (_, required) in signature.items() if required and name in FACTS]
+    lacking = [name for name in lacking if name not in {*built, *known, *extra}]
+    if lacking:
+        raise ConfigError(f"'{key}' ({cls.__name__}) needs {' and '.join(lacking)}, which this data does not have")
     try:
         return cls(**built, **known, **extra)
     except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:

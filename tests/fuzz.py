@@ -95,6 +95,12 @@ def needed(config: str, place: Path) -> list[str]:
         words += ["callbacks=points"] if group == "data" else ["data=wine"]
     if group == "model" and name in ("points", "regression"):
         words += ["data=gaussians_2d", "callbacks=points"]
+    if name.startswith(("returns", "c51", "rl_", "frozen_lake", "cart_pole")):
+        words = [w for w in words if not w.startswith(("model", "callbacks", "data=", "data.val_size"))]
+        if group != "experiment":
+            words += {"model": [], "data": ["model=returns"], "callbacks": ["model=returns"]}[group]
+            words += [] if group == "data" else ["data=frozen_lake"]
+            words += [] if group == "callbacks" else ["callbacks=returns"]
     if name == "folder":
         words += [f"data.folder={place / 'pictures'}", "data.batch_size=20"]
     if name == "table":
