@@ -73,7 +73,7 @@ def needed(config: str, place: Path) -> list[str]:
     if group != "logger":
         words.append("logger=none")
     if "latent" in name:
-        words.append(f"data.autoencoder.ckpt_path={place / name.split('_')[0]}.ckpt")
+        words.append(f"data.autoencoder.ckpt_path={place / ('mnist' if 'mnist' in name else 'digits')}.ckpt")
     if "mnist" in name or "cifar" in name or name == "autoencoder" and group == "experiment":
         words += ["data.val_size=50"] if "latent" not in name else ["data.images.val_size=50"]
         words += ["data.batch_size=20", "data.num_workers=0"]
@@ -180,9 +180,11 @@ def fit(trainer: L.Trainer, model: Any, datamodule: Any, **_: Any) -> None:
         if not hasattr(callback, "features") and type(callback).__module__.startswith("callbacks."):
             with mock.patch.object(trainer.strategy, "broadcast", lambda value, src=0: value):
                 callback.setup(trainer, model, "fit")
-    x, label = next(iter(datamodule.train_dataloader()))
+    batch = next(iter(datamodule.train_dataloader()))
+    if len(batch) == 2:
+        batch = tuple(part[:8] for part in batch)
     model.train()
-    values, _vectors = model.compute((x[:8], label[:8]), None)
+    values, _vectors = model.compute(batch, None)
     values["loss"].backward()
     raise SystemExit(0)
 

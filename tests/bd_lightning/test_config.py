@@ -82,6 +82,7 @@ def test_interpolations_are_resolved():
 
 
 LATENT = {"digits_latent": ((1, 8, 8), "Digits"), "mnist_latent": ((1, 28, 28), "MNIST")}
+LATENT["paper_mnist_latent"] = LATENT["mnist_latent"]
 
 
 def needed(name: str, folder) -> list[str]:
@@ -173,7 +174,9 @@ def test_facts_reach_nested_nodes_and_explicit_values_win():
     model = instantiate(composed()["model"], "model", facts)
     assert model.fields.sigma_data == 0.75 and model.shape == (1, 8, 8)
     model = instantiate(composed("model.sigma_data=0.5", "model.network.conditional=true")["model"], "model", facts)
-    assert model.fields.sigma_data == 0.5 and model.fields.network.embed.classes.num_embeddings == 10
+    assert (
+        model.fields.sigma_data == 0.5 and model.fields.network.embed.classes.num_embeddings == 11
+    )  # ten, and no class
 
 
 @pytest.mark.parametrize(
