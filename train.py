@@ -188,6 +188,7 @@ def run(request: configs.Request) -> None:
     build.check(config)
 
     import lightning as L
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
     from omegaconf import OmegaConf
 
     from bd_lightning.checkpoints import WholeCheckpoints
@@ -245,6 +246,8 @@ def run(request: configs.Request) -> None:
             loop = trainer.validate if request.command == "validate" else trainer.test
             loop(model, datamodule=data, ckpt_path=config["ckpt_path"], weights_only=True)
         failed = False
+    except MisconfigurationException as error:  # e.g. a monitor that is never logged
+        raise UserError(" ".join(str(error).split())) from error
     finally:
         last = run_dir / "checkpoints" / "last.ckpt"
         if failed and trainer.is_global_zero and last.is_file():

@@ -1,7 +1,7 @@
 """Image generation at equal cost: Bellman Diffusion, score matching, DDPM and flow matching.
 
     uv run --group benchmarks benchmarks/images.py [--experiment mnist_latent] [--seeds 1] [--out runs/images]
-        [KEY=VALUE ...]
+        [--only METHOD] [KEY=VALUE ...]
 
 Everything is trained with the same network, data, batches, optimiser, schedule, clipping and averaging, those of the
 experiment's config, and sampled with the same number of network calls (35; the paper's own dynamics take 300). Two
@@ -42,7 +42,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning import build as builder
 from bd_lightning import config as configs
-from bd_lightning.dynamics import SampleNoise
+from bd_lightning.dynamics import SampleNoise, SamplingDiverged
 from callbacks.drawing import grid_image
 from callbacks.metrics import Given, frechet_distance, precision_recall
 from datamodules import to_uint8
@@ -247,7 +247,7 @@ class Suite:
         """FID of n samples; with options.n of them KID, precision and recall too."""
         try:
             found = torch.cat([self.features(x.to(self.device)).cpu() for x in self.draw(method, sampler, n)])
-        except Exception as error:  # chains were lost
+        except SamplingDiverged as error:
             print(f"{sampler}: {error}", file=sys.stderr)
             return {"fid": math.inf}
         values = {"fid": frechet_distance(self.real, found)}
@@ -286,7 +286,7 @@ def speed(suite: Suite, rounds: int = 30) -> dict[str, dict[str, float]]:
                 label = torch.zeros(1000, dtype=torch.long, device=suite.device) if method.conditional else None
                 try:
                     method.samplers[method.main](method, range(1000), label)
-                except Exception:  # an untrained model may lose chains; its time is not known then
+                except SamplingDiverged:  # an untrained model may lose chains; its time is not known then
                     break
                 seconds.append(_now(suite.device) - start)
         found[name] = {
@@ -341,6 +341,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--habits", action="store_true")
+    parser.add_argument("--only", action="append", choices=NAMES, help="a method to train; may be repeated")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("words", nargs="*", help="settings of the config, as in train.py")
     options = parser.parse_args()
@@ -361,7 +362,7 @@ def main() -> None:
     if not known(kind="speed"):
         keep(kind="speed", values=speed(suite))
     for seed in range(options.seeds):
-        for name in NAMES:
+        for name in options.only or NAMES:
             if known(kind="score", name=name, seed=seed, steps=suite.steps):
                 continue
             averaged: Any = None
@@ -382,6 +383,11 @@ def main() -> None:
     report(suite, rows)
     if options.figure:
         draw(suite, rows, options.figure)
+
+
+def _trained(rows: list[dict[str, Any]]) -> list[str]:
+    """Methods that have a score."""
+    return [name for name in NAMES if any(row["kind"] == "score" and row["name"] == name for row in rows)]
 
 
 def report(suite: Suite, rows: list[dict[str, Any]]) -> None:
@@ -407,7 +413,7 @@ def report(suite: Suite, rows: list[dict[str, Any]]) -> None:
             print(f"| {name} | {sampler} | {' | '.join(cells)} | {tail} |")
     print(f"\nFID of {suite.options.n_curve} samples after each quarter of {suite.steps} steps:\n")
     print("| method | ¼ | ½ | ¾ | 1 |\n|---|---|---|---|---|")
-    for name in NAMES:
+    for name in _trained(rows):
         curve = [row for row in rows if row["kind"] == "curve" and row["name"] == name]
         cells = [mean([r["fid"] for r in curve if r["done"] == done]) for done in sorted({r["done"] for r in curve})]
         print(f"| {name} | {' | '.join(cells)} |")
@@ -422,18 +428,15 @@ def draw(suite: Suite, rows: list[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     pictures = []
-    for name in NAMES:
-        method = AveragedModel(suite.build(name, 0))
-        method.load_state_dict(
-            {f"module.{k}": v for k, v in torch.load(suite.options.out / f"{name.replace(' ', '-')}-0.pt").items()},
-            strict=False,
-        )
-        pictures.append(next(suite.draw(method.module.eval(), method.module.main, 16)))
+    for name in _trained(rows):
+        method = suite.build(name, 0)
+        method.load_state_dict(torch.load(suite.options.out / f"{name.replace(' ', '-')}-0.pt", weights_only=True))
+        pictures.append(next(suite.draw(method.eval(), method.main, 16)))
     grid_image(torch.cat(pictures), columns=16).save(path)
     costs = next(row for row in rows if row["kind"] == "speed")["values"]
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name in NAMES:
+    for name in _trained(rows):
         curve = [row for row in rows if row["kind"] == "curve" and row["name"] == name and row["seed"] == 0]
         axes.plot([row["done"] * costs[name]["step"] for row in curve], [row["fid"] for row in curve], "o-", label=name)
     axes.set(xlabel="training time, in steps of DDPM", ylabel=f"FID of {suite.options.n_curve} samples", yscale="log")

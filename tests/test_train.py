@@ -159,6 +159,14 @@ def test_fid_is_the_same_on_one_and_two_processes(copied):
     assert values[0] == pytest.approx(values[1], rel=1e-3)
 
 
+def test_a_monitor_that_is_never_logged_is_one_sentence(root, capsys):
+    assert launch(root, *TINY, "run_id=monitor", "logger=none", "steps=2", "callbacks.best.monitor=val/nothing") == 2
+    said = capsys.readouterr()
+    (sentence,) = [line for line in said.err.splitlines() if line.startswith("error: ")]
+    assert "val/nothing" in sentence and "Traceback" not in said.err
+    assert "to resume: train.py ckpt_path=" in said.out  # what was trained is kept
+
+
 def test_training_on_two_processes(root):
     command = [
         sys.executable, "train.py", *TINY, "trainer=ddp_cpu", "steps=12", "eval_every=6", "run_id=ddp",
