@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,6 +36,7 @@ examples
   train.py data=mnist model=unet trainer.devices=4 trainer.strategy=ddp logger.project=mine
   train.py data=folder data.folder=~/pictures data.size=64 steps=20000
   train.py ckpt_path=runs/…/checkpoints/last.ckpt steps=2400
+  train.py run_id=mine ckpt_path=last       # start, or go on if there is something to go on from
   train.py predict ckpt_path=runs/…/checkpoints/best.ckpt n=64 model.sampler=sde
 """
 
@@ -176,6 +178,10 @@ def run(request: configs.Request) -> None:
     config = configs.compose(request)
     stored: dict[str, Any] | None = None
     resumed_at: int | None = None
+    if config["ckpt_path"] == "last":
+        last = choose_run_dir({**config, "ckpt_path": None}) / "checkpoints" / "last.ckpt"
+        config["ckpt_path"] = str(last) if last.is_file() else None
+        request.values.append(("ckpt_path", config["ckpt_path"]))
     if config["ckpt_path"]:
         from bd_lightning import checkpoints
 
@@ -189,6 +195,7 @@ def run(request: configs.Request) -> None:
 
     import lightning as L
     from lightning.fabric.utilities.exceptions import MisconfigurationException
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
     from omegaconf import OmegaConf
 
     from bd_lightning.checkpoints import WholeCheckpoints
@@ -246,6 +253,9 @@ def run(request: configs.Request) -> None:
             loop = trainer.validate if request.command == "validate" else trainer.test
             loop(model, datamodule=data, ckpt_path=config["ckpt_path"], weights_only=True)
         failed = False
+    except SIGTERMException as stop:
+        stop.code = 128 + signal.SIGTERM  # not the 0 of a run that is finished
+        raise
     except MisconfigurationException as error:  # e.g. a monitor that is never logged
         raise UserError(" ".join(str(error).split())) from error
     finally:

@@ -75,7 +75,8 @@ class WandB(WandbLogger):
 
     Without an API key, or when the server does not answer within `timeout`, the run is kept offline in the run folder
     and one line says how to sync it. The x-axis is the trainer's global step; val/fid and val/w2 are summarised by
-    their minimum. Only rank 0 starts a run.
+    their minimum. Only rank 0 starts a run. A run that is resumed online repeats the steps after its checkpoint; what
+    W&B has of them is not sent again.
 
     Args:
         project: W&B project.
@@ -120,6 +121,7 @@ class WandB(WandbLogger):
             entity=entity,
         )
         self.mode, self.timeout, self.run_dir = mode, timeout, Path(run_dir)
+        self.known = -1  # the last step that W&B has from an earlier part of the run
 
     def _choose_mode(self) -> str:
         import wandb
@@ -156,6 +158,9 @@ class WandB(WandbLogger):
                 rank_zero_info(f"W&B is offline; to upload this run later: wandb sync {folder}")
             elif mode == "online":
                 rank_zero_info(f"W&B: {run.url}")
+            if mode == "online" and run.resumed:
+                self.known = int(run.summary.get("trainer/global_step", -1))
+                rank_zero_info(f"W&B has this run up to step {self.known}; it gets what comes after that.")
             if mode != "disabled":
                 run.define_metric("trainer/global_step")
                 run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
@@ -163,6 +168,12 @@ class WandB(WandbLogger):
                     run.define_metric(metric, step_metric="trainer/global_step", summary="min")
             self._experiment = run
         return self._experiment
+
+    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+        """Log, unless W&B has a later step already."""
+        _ = self.experiment  # known is known once the run is
+        if step is None or step >= self.known:
+            super().log_metrics(metrics, step)
 
     def close(self, failed: bool = False) -> None:
         """End the W&B run, so that the process can start another."""

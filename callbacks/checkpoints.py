@@ -1,9 +1,13 @@
 """What goes into a checkpoint when a run does not end as planned."""
 
+import signal
+from types import FrameType
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bd_lightning.checkpoints import SavingFailed
 from bd_lightning.checks import in_range
@@ -51,6 +55,9 @@ class LastCheckpoint(ModelCheckpoint):
 
     A non-finite loss does not overwrite it: the weights that led there are of no use.
 
+    With several processes SIGTERM and Ctrl-C may reach any of them, at any point of a step. They agree before each
+    batch whether one was asked to stop, and then all stop there, so that none waits for another while saving.
+
     Args:
         dirpath: the folder; `train.py` gives the run's.
         every: optimiser steps between saves; 0 saves at validations alone. It is what a killed run loses at most.
@@ -61,6 +68,23 @@ class LastCheckpoint(ModelCheckpoint):
         super().__init__(dirpath=dirpath, filename="last", enable_version_counter=False, save_on_exception=True)
         self.every = every
         self.interrupted, self.begun = False, 0
+        self.together, self.asked = False, 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """With several processes, take signals over from Lightning, whose handler communicates at once and may hang.
+
+        Lightning puts the handlers of before the run back when it ends.
+        """
+        self.together = trainer.world_size > 1 and torch.distributed.is_initialized()
+        if self.together:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        """Remember the signal; a second Ctrl-C does not wait for the others."""
+        if self.asked == number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.asked = number
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """In a checkpoint of an interrupted run, put Lightning's counters back to what was finished.
@@ -92,8 +116,13 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the step that the batch begins at."""
+        """Remember the step that the batch begins at; stop if any process was asked to."""
         self.begun = trainer.global_step
+        if self.together:
+            asked = torch.tensor(self.asked, device=pl_module.device)
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+            if asked:
+                raise KeyboardInterrupt if asked == signal.SIGINT else SIGTERMException
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

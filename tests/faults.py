@@ -20,12 +20,15 @@ class KillAt(L.Callback):
         where: "batch" (between forward and backward pass), "validation" (in the middle), or "saving" (when half of a
             checkpoint is written).
         signum: "SIGINT" and "SIGTERM" are other signals to send.
+        rank: the process that it is sent to; None is all of them.
     """
 
-    def __init__(self, step: int, where: str = "batch", signum: str = "SIGKILL") -> None:
-        self.step, self.where, self.signum = step, where, signum
+    def __init__(self, step: int, where: str = "batch", signum: str = "SIGKILL", rank: int | None = None) -> None:
+        self.step, self.where, self.signum, self.rank = step, where, signum, rank
 
     def _strike(self, trainer, where):
+        if self.rank not in (None, trainer.global_rank):
+            return
         if self.where == where and trainer.global_step >= self.step and self.signum:
             signum, self.signum = self.signum, ""
             os.kill(os.getpid(), getattr(signal, signum))

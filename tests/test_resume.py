@@ -155,12 +155,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(where, whole, root, tmp
 def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, root, capsys, heard):
     name = f"{signum}-{where}"
     killer = f"callbacks.killer={{_target_: faults.KillAt, step: {2 * EVERY}, where: {where}, signum: {signum}}}"
-    with pytest.raises(SystemExit):
-        train.main(words(root, name, "trainer=cpu", killer, "callbacks.last.every=0"))
+    with pytest.raises(SystemExit) as stop:
+        train.main(words(root, name, "trainer=cpu", killer, "callbacks.last.every=0", "ckpt_path=last"))
+    assert stop.value.code == (143 if signum == "SIGTERM" else 1)
     last = folder(root, name) / "checkpoints" / "last.ckpt"
     assert f"to resume: train.py ckpt_path={train.short(last)}" in capsys.readouterr().out
     assert torch.load(last, weights_only=True)["global_step"] >= 2 * EVERY
-    assert train.main([f"ckpt_path={last}", "callbacks.killer=null"]) == 0
+    where = f"root={root / 'runs'}", f"run_id={name}"
+    assert train.main([*where, "ckpt_path=last", "callbacks.killer=null"]) == 0  # what a requeued job does
     assert_same(whole, folder(root, name))
 
 
@@ -196,7 +198,7 @@ def test_steps_that_are_not_finite_are_left_out_and_counted(root):
 
 
 def test_two_processes_resume_alike(root):
-    """Started by torchrun or by Lightning; with a batch that is not finite on one of them, which both leave out."""
+    """Killed, then asked to stop, each by a signal to one of them; with a batch on one that both leave out."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     poison = "callbacks.poison={_target_: faults.Poison, steps: [3], rank: 1}"
     skip = "callbacks.diagnostics.nonfinite=skip"
@@ -206,6 +208,10 @@ def test_two_processes_resume_alike(root):
     killer = f"callbacks.killer={{_target_: faults.KillAt, step: {EPOCH + 3}}}"
     assert start(root, "two-killed", *both, killer).returncode != 0
     last = folder(root, "two-killed") / "checkpoints" / "last.ckpt"
-    done = start(root, "two-killed", f"ckpt_path={last}", "callbacks.killer=null", *both)
+    killer = f"callbacks.killer={{_target_: faults.KillAt, step: {3 * EVERY}, signum: SIGTERM, rank: 1}}"
+    done = start(root, "two-killed", f"ckpt_path={last}", killer, "callbacks.last.every=0", *both, launcher=torchrun)
+    assert done.returncode != 0 and "to resume: train.py" in done.stdout, done.stdout + done.stderr
+    assert torch.load(last, weights_only=True)["global_step"] == 3 * EVERY + 1
+    done = start(root, "two-killed", f"ckpt_path={last}", "callbacks.killer=null", "callbacks.last.every=2", *both)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same(folder(root, "two"), folder(root, "two-killed"))

@@ -1,5 +1,6 @@
 import csv
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,3 +47,15 @@ def test_disabled_by_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "disabled")
     log_one(WandB(tmp_path / "run-9"))
     assert not list((tmp_path / "run-9").rglob("*.wandb"))
+
+
+def test_steps_that_the_server_has_are_not_sent_twice(tmp_path, monkeypatch):
+    """There is no server here: a stand-in for what W&B gives when a run is resumed."""
+    sent = []
+    summary = {"trainer/global_step": 30}
+    run = SimpleNamespace(url="", resumed=True, summary=summary, log=sent.append, define_metric=lambda *a, **k: None)
+    monkeypatch.setattr(WandB, "_start", lambda self, mode: run)
+    logger = WandB(tmp_path / "run-10", mode="online")
+    for step in (10, 20, 30, 40):
+        logger.log_metrics({"train/loss": 1.0}, step=step)
+    assert [row["trainer/global_step"] for row in sent] == [30, 40]
