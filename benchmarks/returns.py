@@ -62,12 +62,12 @@ COMMON_RATE = 2.5e-4
 ENVS: dict[str, tuple[tuple[float, ...], int, int]] = {  # thresholds, optimiser steps, steps between evaluations
     "rl_frozen_lake": ((0.95,), 6000, 50),
     "rl_frozen_lake_slippery": ((0.6, 0.7), 12_000, 600),
-    "rl_cartpole": ((195.0, 475.0), 10_000, 250),
+    "rl_cartpole": ((195.0, 475.0), 30_000, 500),
 }
 RATES = {
     "rl_frozen_lake": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
     "rl_frozen_lake_slippery": (1e-3, 4e-3),
-    "rl_cartpole": (1e-3, 4e-3),
+    "rl_cartpole": (5e-4, 1e-3, 2e-3, 4e-3),
 }
 
 
