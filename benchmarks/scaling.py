@@ -3,10 +3,11 @@
     uv run benchmarks/scaling.py [--steps 100] [--repetitions 3] [--data-root data] [digits] [mnist]
 
 Every process has one thread. Runs of `train.py` on one and two processes (`trainer=ddp_cpu`) take turns; each process
-has the config's batch. The first fifth of the steps is not counted. "Outside" is the share of a step that is not
-spent in forward, backward and optimiser, measured around `compute`, `Tensor.backward` (with DDP's communication) and
-Adam's update. Prints Markdown tables; figures are medians over repetitions, ratios are medians of ratios of neighbours.
-Without a GPU the last part is left out.
+has the config's batch. Two runs of one process at once, which do not communicate, show what the machine itself allows.
+The first fifth of the steps is not counted. "Outside" is the share of a step that is not spent in forward, backward and
+optimiser, measured around `compute`, `Tensor.backward` (with DDP's communication) and Adam's update. Prints Markdown
+tables; figures are medians over repetitions, ratios are medians of ratios of neighbours. Without a GPU the last part
+is left out.
 """
 
 import argparse
@@ -95,33 +96,50 @@ def build(name: str, *words: str) -> BellmanDiffusion:
     return instantiate(compose(parse([*EXPERIMENTS[name], *words]))["model"], "model", FACTS[name])
 
 
-def child(*words: str) -> None:
-    """This script again, as a process of its own with one thread."""
+def child(*words: str, at_once: int = 1) -> None:
+    """This script again, as a process of its own with one thread, or as several that know nothing of each other.
+
+    "{k}" in a word is the number of the process.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
-    done = subprocess.run([sys.executable, __file__, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stdout + done.stderr)
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, *(w.replace("{k}", str(k)) for w in words)], cwd=ROOT, env=environment, **options
+        )
+        for k in range(at_once)
+    ]
+    for process in started:
+        printed, _ = process.communicate()
+        if process.returncode:
+            raise SystemExit(printed)
+
+
+RUNS = {"1 process": ("cpu", 1), "2 processes": ("ddp_cpu", 1), "2 runs at once": ("cpu", 2)}
 
 
 def training(name: str, options: argparse.Namespace, place: str) -> None:
-    """Print images per second and shares of a step on one and two processes."""
-    rows: dict[int, list[dict[str, float]]] = {1: [], 2: []}
+    """Print images per second and shares of a step on one and two processes, and on two that share nothing."""
+    rows: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
     for _ in range(options.repetitions):
-        for processes, trainer in ((1, "cpu"), (2, "ddp_cpu")):
-            out = f"{place}/clock.json"
+        for run, (trainer, at_once) in RUNS.items():
             child(
                 "--worker", *EXPERIMENTS[name], f"trainer={trainer}", *PLAIN, f"steps={options.steps}",
-                f"eval_every={options.steps}", f"root={place}/runs", f"data.root={options.data_root}",
-                f"callbacks.clock={{_target_: benchmarks.scaling.Clock, out: {out}}}",
+                f"eval_every={options.steps}", f"root={place}/runs{{k}}", f"data.root={options.data_root}",
+                f"callbacks.clock={{_target_: benchmarks.scaling.Clock, out: '{place}/clock{{k}}.json'}}",
+                at_once=at_once,
             )  # fmt: skip
-            rows[processes].append(json.loads(Path(out).read_text()))
-    print(f"\n| {name} | images/s | forward | backward | optimiser | outside |\n|---|---|---|---|---|---|")
-    for processes, found in rows.items():
+            found = [json.loads(Path(f"{place}/clock{k}.json").read_text()) for k in range(at_once)]
+            row = {key: statistics.mean(one[key] for one in found) for key in found[0]}
+            rows[run].append(row | {"rate": sum(one["rate"] for one in found)})
+    print(f"\n| {name} | images/s | forward | backward | optimiser | outside | against 1 process |")
+    print("|---|---|---|---|---|---|---|")
+    for run, found in rows.items():
         middle = {key: statistics.median(row[key] for row in found) for key in found[0]}
         shares = " | ".join(f"{middle[key]:.1%}" for key in ("forward", "backward", "optimiser", "outside"))
-        print(f"| {processes} process{'es' * (processes > 1)} | {middle['rate']:.0f} | {shares} |")
-    ratios = [two["rate"] / one["rate"] for one, two in zip(rows[1], rows[2])]
-    print(f"\nTwo processes against one: {statistics.median(ratios):.2f} × ({min(ratios):.2f} to {max(ratios):.2f}).")
+        ratios = [row["rate"] / one["rate"] for row, one in zip(found, rows["1 process"])]
+        spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(f"| {run} | {middle['rate']:.0f} | {shares} | {spread} |")
 
 
 def sampling(name: str) -> None:

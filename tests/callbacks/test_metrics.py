@@ -1,11 +1,14 @@
 """FID, its features and its caches."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import UserError
-from callbacks import ClassifierFeatures, InceptionFeatures
+from callbacks import ClassifierFeatures, ImageMetrics, InceptionFeatures
 from callbacks.features import load_cached, save_cached
 from callbacks.memorisation import memorisation, nearest_two
 from callbacks.metrics import frechet_distance, precision_recall
@@ -52,6 +55,56 @@ def test_copies_of_training_images_are_found(tmp_path):
     values = memorisation(test[::2], test[1::2])
     assert values["copies"] < 0.05 and values["close"] < 0.05
     assert values["distance_ratio"] == pytest.approx(1, abs=0.1)
+
+
+class Drawn:
+    """What ImageMetrics needs of a model: uniform noise stands for its samples."""
+
+    device, sampler, loaded_step = torch.device("cpu"), "noise", 0
+    samplers = {"noise": SimpleNamespace(calls=1)}
+
+    def __init__(self):
+        self.logged = {}
+
+    def log_dict(self, values, sync_dist):
+        self.logged |= {key: float(value) for key, value in values.items()}
+
+    def all_gather(self, x):
+        return x[None]
+
+
+def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypatch):
+    """FID uses every sample and keeps none; at most KEPT features stay for the other metrics."""
+    kept, batches = [], []
+
+    class Watched(KernelInceptionDistance):
+        def update(self, imgs, real):
+            super().update(imgs, real)
+            kept.append(sum(map(len, self.real_features)) + sum(map(len, self.fake_features)))
+
+    def noise(trainer, model, n, batch_size, seed, sampler):
+        generator = torch.Generator().manual_seed(seed)
+        for start in range(0, n, batch_size):
+            batches.append(torch.rand(min(batch_size, n - start), 1, 8, 8, generator=generator) * 2 - 1)
+            yield batches[-1]
+
+    monkeypatch.setattr("callbacks.metrics.KernelInceptionDistance", Watched)
+    monkeypatch.setattr("callbacks.metrics.draw", noise)
+    monkeypatch.setattr("callbacks.metrics.KEPT", 300)
+    data, model = Digits(root=str(tmp_path)), Drawn()
+    strategy = SimpleNamespace(barrier=lambda name: None, reduce_boolean_decision=lambda done, all: done)
+    trainer = SimpleNamespace(
+        datamodule=data, lightning_module=model, global_rank=0, world_size=1, global_step=0, is_global_zero=True,
+        strategy=strategy, sanity_checking=False, default_root_dir=str(tmp_path), loggers=[],
+    )  # fmt: skip
+    metrics = ImageMetrics(ClassifierFeatures(steps=50), n=5000, batch_size=100, kid_subset=100)
+    metrics.setup(trainer, model, "test")
+    metrics.on_test_epoch_end(trainer, model)
+    assert max(kept) <= 600 and sum(map(len, batches)) == 5000
+    rows = torch.cat([metrics.features(to_uint8(x)) for x in batches])
+    expected = frechet_distance(metrics.references["test"]["features"], rows)
+    assert model.logged["test/fid"] == pytest.approx(expected, rel=1e-5)
+    assert model.logged["test/kid"] > 0 and model.logged["test/precision"] < 0.5
 
 
 def test_classifier_is_trained_once_and_cached(tmp_path, monkeypatch):
