@@ -42,6 +42,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bd_lightning.checks import in_range, one_of, positive
 
@@ -191,11 +192,14 @@ def probe_jacobian(
         v: directions, shape (K, B, *), from `probes`.
 
     Returns:
-        The field at x, the function's second output, and the quadratic form Σ_k v_kᵀ J v_k, shape (B,): the trace,
-        exactly or in expectation.
+        The field at x, the function's second output without its tangent, and the quadratic form Σ_k v_kᵀ J v_k,
+        shape (B,): the trace, exactly or in expectation.
     """
     total = x.new_zeros(len(x))
     for direction in v:
-        value, tangent, aux = torch.func.jvp(function, (x,), (direction,), has_aux=True)  # type: ignore[misc]
+        with forward_ad.dual_level():
+            value, aux = function(forward_ad.make_dual(x, direction))
+            value, tangent = forward_ad.unpack_dual(value)
+            aux = forward_ad.unpack_dual(aux).primal
         total = total + inner(tangent, direction)
     return value, aux, total

@@ -65,9 +65,9 @@ ENVS: dict[str, tuple[tuple[float, ...], int, int]] = {  # thresholds, optimiser
     "rl_cartpole": ((195.0, 475.0), 30_000, 500),
 }
 RATES = {
-    "rl_frozen_lake": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2),
-    "rl_frozen_lake_slippery": (1e-3, 4e-3),
-    "rl_cartpole": (5e-4, 1e-3, 2e-3, 4e-3),
+    "rl_frozen_lake": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
+    "rl_frozen_lake_slippery": (1e-3, 2e-3, 4e-3, 8e-3),
+    "rl_cartpole": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
 }
 
 

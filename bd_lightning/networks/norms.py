@@ -1,8 +1,9 @@
-"""Normalisation layers whose forward-mode derivative can itself be differentiated.
+"""Normalisations whose forward-mode derivative can itself be differentiated.
 
 The divergence estimator takes a Jacobian–vector product in forward mode and then gradients of it. PyTorch's fused
 normalisations treat the saved statistics as constants in that second step, which gives wrong gradients without an
-error. These layers use the fused kernels, and plain operations while a forward-mode tangent is carried through them.
+error, and its softmax stops there with one. A network for that estimator uses these instead: the fused kernels, and
+plain operations while a forward-mode tangent is carried through them.
 """
 
 import torch.nn.functional as F
@@ -17,6 +18,15 @@ def _carries_tangent(x: Tensor) -> bool:
 def _standardise(x: Tensor, eps: float) -> Tensor:
     centred = x - x.mean(-1, keepdim=True)
     return centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+
+
+def softmax(x: Tensor) -> Tensor:
+    """Softmax over the last dimension of x (*, n)."""
+    value, tangent = forward_ad.unpack_dual(x)
+    y = value.softmax(-1)
+    if tangent is None:
+        return y
+    return forward_ad.make_dual(y, y * (tangent - (y * tangent).sum(-1, keepdim=True)))
 
 
 class LayerNorm(nn.LayerNorm):

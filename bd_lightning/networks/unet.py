@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, positive
 from bd_lightning.networks.embedding import ConditionEmbedding, heads, zero_init
-from bd_lightning.networks.norms import GroupNorm
+from bd_lightning.networks.norms import GroupNorm, softmax
 
 
 def _norm(channels: int) -> GroupNorm:
@@ -33,7 +33,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
-        weights = (q.transpose(-1, -2) @ k / math.sqrt(c // self.heads)).softmax(-1)
+        weights = softmax(q.transpose(-1, -2) @ k / math.sqrt(c // self.heads))
         return x + self.out((v @ weights.transpose(-1, -2)).reshape(b, c, h, w))
 
 
