@@ -455,7 +455,8 @@ def peer(script: Path, python: str, seed: int) -> list[tuple[int, float]]:
 def own(seed: int) -> list[tuple[int, float]]:
     """The same of our C51, with the same network, schedule and replay."""
     words = ["experiment=rl_cartpole", "model=c51", "model.hidden=[120,84]", "model.lr=1e-3", "model.target_every=100"]
-    words += ["data.num_envs=1", "data.collect=4", "data.n_step=1", "data.size=20000", "data.decay=4000"]
+    words += ["data.num_envs=1", "data.collect=4", "data.n_step=1", "data.size=20000"]
+    words += ["data.epsilon=[0.81,0.05]", "data.decay=4000"]  # from step 1,000: cleanrl's line from 1 at step 0
     _, data, models = build(words, [seed])
     runs, stream = Seeds(models), data[0].open(seed)
     episodes: list[tuple[int, float]] = []
