@@ -82,7 +82,7 @@ def test_interpolations_are_resolved():
 
 
 LATENT = {"digits_latent": ((1, 8, 8), "Digits"), "mnist_latent": ((1, 28, 28), "MNIST")}
-LATENT["paper_mnist_latent"] = LATENT["mnist_latent"]
+LATENT["paper_mnist_latent"] = LATENT["mnist_latent_cond"] = LATENT["mnist_latent"]
 
 
 def needed(name: str, folder) -> list[str]:
