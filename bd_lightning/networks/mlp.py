@@ -7,21 +7,21 @@ import torch
 from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, positive
+from bd_lightning.networks.dual import LayerNorm, Linear, modulate
 from bd_lightning.networks.embedding import ConditionEmbedding, heads, zero_init
-from bd_lightning.networks.norms import LayerNorm
 
 
 class _Block(nn.Module):
     def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.norm = LayerNorm(width)
-        self.inner = nn.Linear(width, width)
+        self.inner = Linear(width, width)
         self.condition = nn.Linear(width, 2 * width)
-        self.outer = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), nn.Linear(width, width))
+        self.outer = nn.Sequential(nn.SiLU(), nn.Dropout(dropout), Linear(width, width))
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         scale, shift = self.condition(emb).chunk(2, dim=1)
-        return x + self.outer(self.inner(self.norm(x)) * (1 + scale) + shift)
+        return x + self.outer(modulate(self.inner(self.norm(x)), 1 + scale, shift))
 
 
 class MLP(nn.Module):
@@ -61,12 +61,12 @@ class MLP(nn.Module):
         self.conditional, self.fourier = conditional, tuple(fourier)
         self.embed = ConditionEmbedding(width, num_classes, conditional)
         self.act = nn.SiLU()
-        self.enter = nn.Linear(dim * (1 + 2 * len(self.fourier)), width)
+        self.enter = Linear(dim * (1 + 2 * len(self.fourier)), width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
         self.norm = LayerNorm(width)
         self.heads = heads(num_classes, per_class)
-        self.gradient_head = zero_init(nn.Linear(width, dim * math.prod(self.heads)))
-        self.scalar_head = zero_init(nn.Linear(width, math.prod(self.heads)))
+        self.gradient_head = zero_init(Linear(width, dim * math.prod(self.heads)))
+        self.scalar_head = zero_init(Linear(width, math.prod(self.heads)))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x (B, *shape), c_noise (B,) and label (B,) or None to F (B, *shape) and a (B,).

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, positive
+from bd_lightning.networks.dual import Conv2d, GroupNorm, Linear, modulate, softmax
 from bd_lightning.networks.embedding import ConditionEmbedding, heads, zero_init
-from bd_lightning.networks.norms import GroupNorm, softmax
 
 
 def _norm(channels: int) -> GroupNorm:
@@ -27,8 +27,8 @@ class _Attention(nn.Module):
         super().__init__()
         self.heads = max(1, channels // 64)
         self.norm = _norm(channels)
-        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
-        self.out = zero_init(nn.Conv2d(channels, channels, 1))
+        self.qkv = Conv2d(channels, 3 * channels, 1)
+        self.out = zero_init(Conv2d(channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
@@ -43,17 +43,17 @@ class _Block(nn.Module):
     def __init__(self, c_in: int, c_out: int, width: int, dropout: float, attention: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = _norm(c_in), _norm(c_out)
-        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
-        self.conv2 = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
+        self.conv1 = Conv2d(c_in, c_out, 3, padding=1)
+        self.conv2 = zero_init(Conv2d(c_out, c_out, 3, padding=1))
         self.condition = nn.Linear(width, 2 * c_out)
         self.dropout = nn.Dropout(dropout)
-        self.skip = nn.Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
+        self.skip = Conv2d(c_in, c_out, 1) if c_in != c_out else nn.Identity()
         self.attention = _Attention(c_out) if attention else nn.Identity()
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         scale, shift = self.condition(emb)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(self.norm2(h) * (1 + scale) + shift)
+        h = F.silu(modulate(self.norm2(h), 1 + scale, shift))
         return self.attention(self.skip(x) + self.conv2(self.dropout(h)))
 
 
@@ -106,7 +106,7 @@ class UNet(nn.Module):
         def block(c_in: int, c_out: int, level: int) -> _Block:
             return _Block(c_in, c_out, width, dropout, level in attention)
 
-        self.enter = nn.Sequential(nn.PixelUnshuffle(patch), nn.Conv2d(folded, channels[0], 3, padding=1))
+        self.enter = nn.Sequential(nn.PixelUnshuffle(patch), Conv2d(folded, channels[0], 3, padding=1))
         self.down, self.pool = nn.ModuleList(), nn.ModuleList()
         skips, c = [channels[0]], channels[0]
         for level, c_out in enumerate(channels):
@@ -117,10 +117,10 @@ class UNet(nn.Module):
                 skips.append(c)
             self.down.append(stage)
             if level < len(channels) - 1:
-                self.pool.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
+                self.pool.append(Conv2d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
         self.middle = block(c, c, len(channels) - 1)
-        self.scalar_head = nn.Sequential(_norm(c), nn.SiLU(), zero_init(nn.Linear(c, math.prod(self.heads))))
+        self.scalar_head = nn.Sequential(_norm(c), nn.SiLU(), zero_init(Linear(c, math.prod(self.heads))))
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for level, c_out in reversed(list(enumerate(channels))):
             stage = nn.ModuleList()
@@ -129,11 +129,11 @@ class UNet(nn.Module):
                 c = c_out
             self.up.append(stage)
             if level > 0:
-                self.grow.append(nn.Conv2d(c, c, 3, padding=1))
+                self.grow.append(Conv2d(c, c, 3, padding=1))
         self.gradient_head = nn.Sequential(
             _norm(c),
             nn.SiLU(),
-            zero_init(nn.Conv2d(c, folded * math.prod(self.heads), 3, padding=1)),
+            zero_init(Conv2d(c, folded * math.prod(self.heads), 3, padding=1)),
             nn.PixelShuffle(patch),
         )
         self.memory = torch.channels_last if channels_last else torch.contiguous_format
