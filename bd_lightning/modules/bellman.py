@@ -12,6 +12,7 @@ from bd_lightning.checks import in_range, interval, one_of, positive
 from bd_lightning.dynamics import SampleNoise, Sampler
 from bd_lightning.fields import AnalyticFields, Fields, Guided
 from bd_lightning.modules.base import Module
+from bd_lightning.networks.dual import refuse_fused
 from bd_lightning.relative import Mixture, RelativeFields, calibrated
 from bd_lightning.targets import Density
 
@@ -176,6 +177,8 @@ class BellmanDiffusion(Module):
         self.proposal = proposal or divergences.Proposal()
         self.multi_scale, self.noise_mean, self.noise_std = multi_scale, noise_mean, noise_std
         self.scalar_weight = scalar_weight
+        if estimator == "divergence":
+            refuse_fused(network)
         if compile and estimator == "divergence":
             raise ValueError("compile=true needs estimator=denoising or regression: forward mode cannot be compiled")
         for one in (network, scalar_network) if compile else ():

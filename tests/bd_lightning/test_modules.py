@@ -245,6 +245,7 @@ def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
         ({"guidance": 2.0}, "guidance needs a class-conditional model"),
         ({"guidance_interval": (3.0, 1.0)}, "guidance_interval must be .low, high."),
         ({"compile": True, "estimator": "divergence"}, "forward mode cannot be compiled"),
+        ({"network": torch.nn.LayerNorm(2), "estimator": "divergence"}, "second derivatives of it are wrong"),
         ({"queries": 0}, "queries must be at least 1"),
         ({"estimator": "regression"}, "needs kernel=Exact and parametrisation=direct"),
         ({"proposal": Proposal()}, "proposal belongs to estimator=regression"),
