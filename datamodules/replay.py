@@ -32,7 +32,8 @@ def make_envs(name: str, count: int, options: dict[str, Any] | None = None) -> A
         mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
         envs = gymnasium.make_vec(name, count, vectorization_mode="sync", vector_kwargs=mode, **(options or {}))
     except (gymnasium.error.Error, TypeError, ModuleNotFoundError) as error:
-        raise DataError(f"cannot make the environment '{name}': {' '.join(str(error).split())}") from error
+        given = f" with options {options}" if options else ""
+        raise DataError(f"cannot make the environment '{name}'{given}: {' '.join(str(error).split())}") from error
     actions, states = envs.single_action_space, envs.single_observation_space
     if not isinstance(actions, gymnasium.spaces.Discrete):
         raise DataError(
@@ -282,6 +283,7 @@ class Environment(DataModule):
             raise ValueError(f"v_min must be below v_max, got {v_min} and {v_max}")
         positive(num_envs=num_envs, collect=collect, n_step=n_step, size=size, warmup=warmup, decay=decay)
         positive(held_out=held_out)
+        in_range(0, np.inf, seed=seed)
         for i, value in enumerate(epsilon):
             in_range(0, 1, **{f"epsilon[{i}]": value})
         if self.num_workers:

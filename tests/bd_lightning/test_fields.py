@@ -105,6 +105,19 @@ def test_gradients_of_the_probed_jacobian(build):
 
 
 @pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
+def test_the_probed_jacobian_in_half_precision(build):
+    network, x, c, v = excite(build()), torch.randn(8, 1, 8, 8), torch.zeros(8), torch.randn(1, 8, 1, 8, 8)
+    weights = [p for name, p in network.gradient_head.named_parameters() if name.endswith("weight")]
+    found = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            _, _, form = probe_jacobian(lambda p: network(p, c), x, v)
+        found.append((form.detach().float(), *torch.autograd.grad(form.sum(), weights)))
+    for full, half in zip(*found):
+        assert 0 < (full - half).norm() < 0.05 * full.norm()
+
+
+@pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
 def test_class_conditioning(build):
     network = excite(build(num_classes=3, conditional=True))
     x, c = torch.randn(2, 1, 8, 8), torch.zeros(2)
