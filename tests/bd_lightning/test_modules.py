@@ -216,7 +216,8 @@ def test_guidance_of_a_conditional_model():
 
 def test_compiled_networks_compute_the_same(monkeypatch):
     compile_ = torch.nn.Module.compile
-    monkeypatch.setattr(MLP, "compile", lambda self: compile_(self, backend="eager"))  # traced, and not translated to C
+    whole = {"backend": "eager", "fullgraph": True}  # traced as one graph, and not translated to C
+    monkeypatch.setattr(MLP, "compile", lambda self: compile_(self, **whole))
     plain, compiled = build(), build(compile=True)
     assert list(plain.state_dict()) == list(compiled.state_dict())
     x = square().sample(32).float()
