@@ -1,11 +1,12 @@
 """Image generation at equal cost: Bellman Diffusion, score matching, DDPM and flow matching.
 
     uv run --group benchmarks benchmarks/images.py [--experiment mnist_latent] [--seeds 1] [--out runs/images]
-        [--only METHOD] [KEY=VALUE ...]
+        [--habits] [--only NAME] [KEY=VALUE ...]
 
 Everything is trained with the same network, data, batches, optimiser, schedule, clipping and averaging, those of the
 experiment's config, and sampled with the same number of network calls (35; the paper's own dynamics take 300). Two
-cores: `--experiment mnist_latent data.autoencoder.ckpt_path=…`; a GPU: `--experiment mnist_gpu` or `cifar10_gpu`.
+cores: `--experiment mnist_latent data.autoencoder.ckpt_path=…`, or `mnist` for pixels; a GPU: `--experiment mnist_gpu`
+or `cifar10_gpu`.
 
 - Bellman Diffusion: the default; the same by the divergence estimator; and as the paper writes it (`model=paper`).
 - Score matching: the constant kernel, all else equal.
@@ -16,9 +17,10 @@ cores: `--experiment mnist_latent data.autoencoder.ckpt_path=…`; a GPU: `--exp
 A finished row is kept in OUT/rows.jsonl and not computed again. Prints Markdown tables: FID, KID, precision and recall
 of n samples against the test split, mean over seeds; FID of --n-curve samples at each quarter of the training; the time
 of a training step relative to DDPM's (all take turns, step by step; median over rounds), memory (on a GPU the peak of a
-training step; on a CPU what autograd keeps for its backward pass), and sampling time per 1,000 images. With --habits it
-also trains the default without clipping, warm-up or decay, and reads FID without averaging. --figure draws grids
-and curves.
+training step; on a CPU what autograd keeps for its backward pass), and sampling time per 1,000 images. FID without
+averaging comes beside; --habits also trains the default with each other habit switched: clipping, warm-up, decay,
+bf16, and where they apply mirrored images, channels-last and compilation. --only takes methods or habits. --figure
+draws grids and curves.
 """
 
 import argparse
@@ -57,7 +59,6 @@ OURS = {
 }
 DDPM_NAME, FLOW_NAME = "DDPM", "flow matching"
 NAMES = ["Bellman Diffusion", "score matching", DDPM_NAME, FLOW_NAME, *list(OURS)[2:]]
-HABITS = {"no clipping": {"clip": None}, "no warm-up": {"warmup": 0}, "no decay": {"decay": False}}
 
 
 class Bellman(nn.Module):
@@ -167,6 +168,24 @@ class Suite:
         )
         self.real = torch.cat([self.features(to_uint8(x).to(self.device)).cpu() for x, _ in split])
         self.steps = options.steps or self.config["steps"]
+        self.flip = getattr(self.data, "flip", False)
+
+    def habits(self) -> dict[str, dict[str, Any]]:
+        """Arguments of `train` that switch one habit each, of those that the experiment can have."""
+
+        def name(on: bool, habit: str) -> str:
+            return f"no {habit}" if on else habit
+
+        bf16, network = self.options.bf16, self.config["model"]["network"]
+        found: dict[str, dict[str, Any]] = {"no clipping": {"clip": None}, "no warm-up": {"warmup": 0}}
+        found |= {"no decay": {"decay": False}, name(bf16, "bf16"): {"bf16": not bf16}}
+        if hasattr(self.data, "flip"):
+            found[name(self.flip, "mirrored images")] = {"flip": not self.flip}
+        if network["_target_"].endswith("UNet"):
+            found["no channels-last"] = {"words": ["model.network.channels_last=false"]}
+        if self.device.type == "cuda":
+            found["compiled"] = {"words": ["model.compile=true"]}
+        return found
 
     def _compose(self, words: list[str]) -> dict[str, Any]:
         first = [f"experiment={self.options.experiment}", *self.options.words]
@@ -174,25 +193,27 @@ class Suite:
         builder.check(config)
         return config
 
-    def build(self, name: str, seed: int) -> Any:
-        """An untrained method."""
+    def build(self, name: str, seed: int, words: list[str] | None = None) -> Any:
+        """An untrained method; `words` are more settings of one of ours."""
         torch.manual_seed(seed)
         if name in OURS:
-            made: Any = Bellman(self._compose(OURS[name]), self.facts)
+            made: Any = Bellman(self._compose([*OURS[name], *(words or [])]), self.facts)
         else:
             made = (DDPM if name == DDPM_NAME else Flow)(self.config, self.facts)
         return made.to(self.device)
 
-    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Training batches without end."""
+    def batches(self, seed: int, flip: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training batches without end, half of the images mirrored if `flip`."""
         torch.manual_seed(seed)
         while True:
             for x, label in self.data.train_dataloader():
+                if flip:
+                    x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
                 yield x.to(self.device), label.to(self.device)
 
-    def step(self, method: Any, optimizer: Any, x: Tensor, label: Tensor, clip: float | None) -> None:
+    def step(self, method: Any, optimizer: Any, x: Tensor, label: Tensor, clip: float | None, bf16: bool) -> None:
         """One step of training."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             loss = method.loss(x, label)
         optimizer.zero_grad()
         loss.backward()
@@ -208,10 +229,20 @@ class Suite:
         return torch.optim.AdamW(parameters, lr=model["lr"], betas=betas, weight_decay=model.get("weight_decay", 0.0))
 
     def train(
-        self, name: str, seed: int, clip: float | None = 1.0, warmup: int = 100, decay: bool = True
+        self,
+        name: str,
+        seed: int,
+        clip: float | None = 1.0,
+        warmup: int = 100,
+        decay: bool = True,
+        bf16: bool | None = None,
+        flip: bool | None = None,
+        words: list[str] | None = None,
     ) -> Iterator[tuple[int, Any, Any]]:
-        """Trains, and yields (steps, averaged, raw) at each quarter."""
-        method = self.build(name, seed).train()
+        """Trains, and yields (steps, averaged, raw) at each quarter. None is what the experiment and options say."""
+        method = self.build(name, seed, words).train()
+        bf16 = self.options.bf16 if bf16 is None else bf16
+        flip = self.flip if flip is None else flip
         averaged = AveragedModel(
             method, multi_avg_fn=get_ema_multi_avg_fn(self.config["callbacks"]["ema"]["decay"]), use_buffers=True
         )
@@ -223,8 +254,8 @@ class Suite:
 
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
         quarters = [round(self.steps * k / 4) for k in (1, 2, 3, 4)]
-        for done, (x, label) in zip(range(1, self.steps + 1), self.batches(seed)):
-            self.step(method, optimizer, x, label, clip)
+        for done, (x, label) in zip(range(1, self.steps + 1), self.batches(seed, flip)):
+            self.step(method, optimizer, x, label, clip, bf16)
             schedule.step()
             averaged.update_parameters(method)
             if done in quarters:
@@ -262,17 +293,17 @@ class Suite:
         return values
 
 
-def speed(suite: Suite, rounds: int = 30) -> dict[str, dict[str, float]]:
-    """Step time relative to DDPM's, memory, and sampling time per 1,000 images of every method."""
-    methods = {name: suite.build(name, 0).train() for name in NAMES}
+def speed(suite: Suite, names: list[str], rounds: int = 30) -> dict[str, dict[str, float]]:
+    """Step time relative to DDPM's (which must be there), memory, and sampling time per 1,000 images of methods."""
+    methods = {name: suite.build(name, 0).train() for name in names}
     optimizers = {name: suite.optimizer(method) for name, method in methods.items()}
-    times: dict[str, list[float]] = {name: [] for name in NAMES}
-    source = suite.batches(0)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    source = suite.batches(0, suite.flip)
     for i in range(rounds + 3):
         x, label = next(source)
         for name, method in methods.items():
             start = _now(suite.device)
-            suite.step(method, optimizers[name], x, label, 1.0)
+            suite.step(method, optimizers[name], x, label, 1.0, suite.options.bf16)
             if i >= 3:
                 times[name].append(_now(suite.device) - start)
     found = {}
@@ -289,6 +320,8 @@ def speed(suite: Suite, rounds: int = 30) -> dict[str, dict[str, float]]:
                 except SamplingDiverged:  # an untrained model may lose chains; its time is not known then
                     break
                 seconds.append(_now(suite.device) - start)
+                if sum(seconds) > 60:
+                    break
         found[name] = {
             "step": statistics.median(ratios),
             "milliseconds": 1000 * statistics.median(times[name]),
@@ -341,12 +374,17 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--habits", action="store_true")
-    parser.add_argument("--only", action="append", choices=NAMES, help="a method to train; may be repeated")
+    parser.add_argument("--only", action="append", help="a method or a habit to train; may be repeated")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("words", nargs="*", help="settings of the config, as in train.py")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     suite = Suite(options)
+    habits = suite.habits()
+    if unknown := set(options.only or ()) - {*NAMES, *habits}:
+        parser.error(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join([*NAMES, *habits])}")
+    methods = [name for name in NAMES if not options.only or name in options.only]
+    chosen = [name for name in habits if (name in options.only if options.only else options.habits)]
     path = options.out / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
@@ -359,10 +397,10 @@ def main() -> None:
             file.write(json.dumps(row) + "\n")
         print(row, file=sys.stderr, flush=True)
 
-    if not known(kind="speed"):
-        keep(kind="speed", values=speed(suite))
+    if set(methods) - set(_costs(rows)):
+        keep(kind="speed", values=speed(suite, [name for name in NAMES if name in (*methods, DDPM_NAME)]))
     for seed in range(options.seeds):
-        for name in options.only or NAMES:
+        for name in methods:
             if known(kind="score", name=name, seed=seed, steps=suite.steps):
                 continue
             averaged: Any = None
@@ -376,9 +414,9 @@ def main() -> None:
             for sampler in averaged.samplers:
                 values = suite.score(averaged, sampler, options.n)
                 keep(kind="score", name=name, sampler=sampler, seed=seed, steps=suite.steps, **values)
-        for name, switches in HABITS.items() if options.habits else ():
+        for name in chosen:
             if not known(kind="habit", name=name, seed=seed):
-                *_, (_, averaged, _) = suite.train("Bellman Diffusion", seed, **switches)
+                *_, (_, averaged, _) = suite.train("Bellman Diffusion", seed, **habits[name])
                 keep(kind="habit", name=name, seed=seed, **suite.score(averaged, averaged.main, options.n))
     report(suite, rows)
     if options.figure:
@@ -390,6 +428,11 @@ def _trained(rows: list[dict[str, Any]]) -> list[str]:
     return [name for name in NAMES if any(row["kind"] == "score" and row["name"] == name for row in rows)]
 
 
+def _costs(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """What each method costs, by the newest measurement."""
+    return {name: cost for row in rows if row["kind"] == "speed" for name, cost in row["values"].items()}
+
+
 def report(suite: Suite, rows: list[dict[str, Any]]) -> None:
     """Print the tables."""
 
@@ -398,7 +441,7 @@ def report(suite: Suite, rows: list[dict[str, Any]]) -> None:
         spread = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
         return f"{statistics.fmean(found):.{digits}f}{spread}" if found else "–"
 
-    costs = next(row for row in rows if row["kind"] == "speed")["values"]
+    costs = _costs(rows)
     print(f"{suite.features.description}; {suite.options.n} samples against {len(suite.real)} test images\n")
     print("| method | sampler | FID | KID × 1000 | precision | recall | step time / DDPM | memory, MiB | s per 1,000 |")
     print("|---|---|---|---|---|---|---|---|---|")
@@ -433,7 +476,7 @@ def draw(suite: Suite, rows: list[dict[str, Any]], path: Path) -> None:
         method.load_state_dict(torch.load(suite.options.out / f"{name.replace(' ', '-')}-0.pt", weights_only=True))
         pictures.append(next(suite.draw(method.eval(), method.main, 16)))
     grid_image(torch.cat(pictures), columns=16).save(path)
-    costs = next(row for row in rows if row["kind"] == "speed")["values"]
+    costs = _costs(rows)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for name in _trained(rows):
