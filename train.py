@@ -194,6 +194,7 @@ def run(request: configs.Request) -> None:
     build.check(config)
 
     import lightning as L
+    import torch
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch.utilities.exceptions import SIGTERMException
     from omegaconf import OmegaConf
@@ -202,6 +203,12 @@ def run(request: configs.Request) -> None:
     from bd_lightning.loggers import MetricsCSV, WandB
 
     quiet()
+    gpus = torch.cuda.is_available() or torch.backends.mps.is_available()
+    if config["trainer"].get("accelerator") in ("gpu", "cuda", "mps") and not gpus:
+        raise UserError(
+            f"'trainer.accelerator' is {config['trainer']['accelerator']}, and PyTorch finds no GPU here; "
+            "set trainer=cpu, and to train choose an experiment of that size, e.g. experiment=mnist_small"
+        )
     L.seed_everything(config["seed"], workers=True, verbose=False)
     run_dir = choose_run_dir(config)
     if request.command == "predict" and stored is not None:

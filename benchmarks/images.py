@@ -5,8 +5,8 @@
 
 Everything is trained with the same network, data, batches, optimiser, schedule, clipping and averaging, those of the
 experiment's config, and sampled with the same number of network calls (35; the paper's own dynamics take 300). Two
-cores: `--experiment mnist_latent data.autoencoder.ckpt_path=…`, or `mnist` for pixels; a GPU: `--experiment mnist_gpu`
-or `cifar10_gpu`.
+cores: `--experiment mnist_latent data.autoencoder.ckpt_path=…`, or `mnist_small` for pixels; a GPU: `--experiment
+mnist` or `cifar10`.
 
 - Bellman Diffusion: the default; the same by the divergence estimator; and as the paper writes it (`model=paper`).
 - Score matching: the constant kernel, all else equal.

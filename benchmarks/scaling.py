@@ -34,7 +34,7 @@ from bd_lightning.config import compose, parse
 from bd_lightning.modules import BellmanDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPERIMENTS = {"digits": [], "mnist": ["experiment=mnist"]}
+EXPERIMENTS = {"digits": [], "mnist": ["experiment=mnist_small"]}
 FACTS = {
     "digits": {"shape": (1, 8, 8), "num_classes": 10, "sigma_data": 0.7514},
     "mnist": {"shape": (1, 28, 28), "num_classes": 10, "sigma_data": 0.6162},

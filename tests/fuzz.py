@@ -1,6 +1,6 @@
 """Every shipped config with a mistake in it: refused by one sentence that names the key, or good enough to train.
 
-    uv run python tests/fuzz.py [-n 200] [config …]        e.g. experiment=mnist data=wine
+    uv run python tests/fuzz.py [-n 200] [config …]        e.g. experiment=mnist_small data=wine
 
 Mutations are drawn from a seed that is the config's name. Each goes through `train.main`, with `Trainer.fit` replaced
 by one that loads the data, sets the callbacks up (all but features, which would be trained or downloaded) and computes
@@ -77,12 +77,9 @@ def needed(config: str, place: Path) -> list[str]:
     if "mnist" in name or "cifar" in name or name == "autoencoder" and group == "experiment":
         words += ["data.val_size=50"] if "latent" not in name else ["data.images.val_size=50"]
         words += ["data.batch_size=20", "data.num_workers=0"]
-    if name in ("unet", "unet_patch", "unet_large", "mnist", "mnist_gpu", "cifar10_gpu", "score_matching") and (
-        group in ("model", "experiment")
-    ):
-        words.append("model.network.channels=[8, 8, 8]" if name != "unet" else "model.network.channels=[8, 8]")
-    if name == "score_matching":
-        words[-1] = "model.network.channels=[8, 8]"
+    three = name in ("unet_patch", "unet_large", "mnist", "mnist_small", "cifar10", "cifar10_cond")
+    if (three or name in ("unet", "score_matching")) and group in ("model", "experiment"):
+        words.append(f"model.network.channels={[8, 8, 8] if three else [8, 8]}")
     if name == "relative" or name == "autoencoder" and group in ("model", "callbacks"):
         words += ["callbacks.metrics.n=50"]
     if group == "callbacks" and name == "autoencoder":

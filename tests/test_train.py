@@ -277,6 +277,16 @@ def test_mistakes_are_one_sentence(words, message, root, tmp_path, capsys):
     assert "Traceback" not in printed
 
 
+def test_a_machine_without_gpu_is_one_sentence(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert train.main(["experiment=mnist", f"root={tmp_path}", f"data.root={tmp_path}", "logger=none"]) == 2
+    assert (
+        "error: 'trainer.accelerator' is gpu, and PyTorch finds no GPU here; set trainer=cpu" in capsys.readouterr().err
+    )
+    assert not list(tmp_path.iterdir())
+
+
 def test_checkpoint_of_other_data_is_refused(finished, root, tmp_path, capsys):
     folder = write_folder(tmp_path / "f", n=40)
     words = ["test", f"ckpt_path={finished}/checkpoints/best.ckpt", "data=folder", f"data.folder={folder}"]

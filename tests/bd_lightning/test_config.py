@@ -37,8 +37,8 @@ def test_layers_apply_in_order(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("steps: 40\neval_every: 20\ndata: {batch_size: 32}\nmodel: {lr: 0.5}\n")
     assert composed()["data"]["batch_size"] == 128
-    assert composed("experiment=mnist")["steps"] == 5000
-    config = composed("experiment=mnist", "--config", str(file), "model.lr=0.25")
+    assert composed("experiment=mnist_small")["steps"] == 5000
+    config = composed("experiment=mnist_small", "--config", str(file), "model.lr=0.25")
     assert config["data"]["_target_"] == "datamodules.MNIST"  # experiment
     assert config["data"]["batch_size"] == 32  # file over experiment
     assert config["model"]["lr"] == 0.25  # command line over file
@@ -55,7 +55,7 @@ def test_group_files_set_values_over_the_base():
 
 
 def test_choosing_a_group_starts_it_afresh():
-    config = composed("experiment=mnist", "data=digits", "trainer=ddp_cpu")
+    config = composed("experiment=mnist_small", "data=digits", "trainer=ddp_cpu")
     assert config["data"] == {"root": "data", "_target_": "datamodules.Digits", "batch_size": 128}
     assert config["steps"] == 5000 and config["trainer"]["devices"] == 2
 
