@@ -384,7 +384,7 @@ def main() -> None:
     if unknown := set(options.only or ()) - {*NAMES, *habits}:
         parser.error(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join([*NAMES, *habits])}")
     methods = [name for name in NAMES if not options.only or name in options.only]
-    chosen = [name for name in habits if (name in options.only if options.only else options.habits)]
+    chosen = [name for name in habits if options.habits or name in (options.only or ())]
     path = options.out / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
