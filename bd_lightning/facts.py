@@ -28,6 +28,11 @@ class Facts:
         return len(self.class_names)
 
     @property
+    def space(self) -> str | None:
+        """What the samples are codes of, as a key; None for the data themselves."""
+        return None
+
+    @property
     def columns(self) -> tuple[str, ...] | None:
         """Names of the columns of a drawn table; None numbers them."""
         return None
