@@ -98,7 +98,7 @@ def _bellman(model: dict[str, Any]) -> dict[str, Any]:
     model["noise"] = {"_target_": OBJECTIVE + "NoiseLevels", **noise} if model.pop("multi_scale", True) else None
     model["samplers"] = {name: _sampler(node) for name, node in (model.get("samplers") or {}).items()}
     if _target(model.get("kernel")) == "bd_lightning.kernels.Relative":
-        for key in ("kernel", "parametrisation", "scalar_network"):
+        for key in ("kernel", "parametrisation", "scalar_network", "label_dropout"):
             model.pop(key, None)
         model["_target_"] = MODULE + "RelativeDensities"
         model["objective"] = {"_target_": OBJECTIVE + "DensityRatio", "scalar_weight": weight}

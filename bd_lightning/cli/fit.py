@@ -16,7 +16,6 @@ from bd_lightning.cli.folders import short
 from bd_lightning.cli.plan import Plan
 from bd_lightning.facts import Facts
 from bd_lightning.loggers import MetricsCSV, WandB
-from callbacks.evaluation import Evaluation
 
 
 def run(plan: Plan) -> None:
@@ -61,7 +60,7 @@ def build_loggers(plan: Plan, callbacks: list[Any]) -> list[Any]:
     every = plan.config["trainer"].get("log_every_n_steps") or 50
     loggers: list[Any] = [MetricsCSV(plan.run_dir, every, plan.resumed_at)]
     if plan.config["logger"]:
-        known = {"run_dir": plan.run_dir, "summaries": objects.metrics(callbacks)}
+        known = {"run_dir": plan.run_dir, "summaries": objects.metrics(objects.evaluations(callbacks))}
         loggers.append(build.instantiate(plan.config["logger"], "logger", known))
     return loggers
 
@@ -114,8 +113,8 @@ def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
 
 def finish(plan: Plan, callbacks: list[Any]) -> None:
     """Say how good it is, where everything is and how to sample from it."""
-    for callback in callbacks:
-        if isinstance(callback, Evaluation) and callback.record and (plan.run_dir / callback.record).is_file():
+    for callback in objects.evaluations(callbacks):
+        if callback.record and (plan.run_dir / callback.record).is_file():
             print(json.loads((plan.run_dir / callback.record).read_text())[-1]["summary"])
     best, last = (plan.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     checkpoint = best if best.is_file() else last

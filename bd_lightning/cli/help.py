@@ -1,5 +1,7 @@
 """The text of --help, from the config files; torch is not imported."""
 
+import json
+
 from bd_lightning.cli import config as configs
 
 HELP = """Bellman Diffusion: train, evaluate and sample.
@@ -37,8 +39,8 @@ def help_text() -> str:
     base, notes = configs.load(configs.CONFIG_DIR / "train.yaml"), _notes()
     keys = []
     for key in configs.TOP_LEVEL:
-        value = {None: "null", False: "false"}.get(base[key], str(base[key]))
-        keys.append(f"  {key + '=' + value:<31}{notes.get(key, '')}".rstrip())
+        word = f"{key}={json.dumps(base[key])}".replace('"', "")
+        keys.append(f"  {word:<31}{notes.get(key, '')}".rstrip())
     return HELP.format(groups="\n".join(groups), keys="\n".join(keys))
 
 

@@ -78,7 +78,7 @@ def callbacks(plan: Plan) -> list[Any]:
 
 def _check_monitors(built: list[Any]) -> None:
     """Refuse to choose a checkpoint by a metric that a callback of the suite would measure, and none here does."""
-    here = metrics(built)
+    here = metrics(evaluations(built))
     for monitor in (callback.monitor for callback in built if isinstance(callback, ModelCheckpoint)):
         able = [cls.__name__ for cls in _subclasses(Evaluation) if monitor in metrics([cls])]
         if able and monitor not in here:
@@ -88,15 +88,15 @@ def _check_monitors(built: list[Any]) -> None:
             )
 
 
+def evaluations(built: list[Any]) -> list[Evaluation]:
+    """The callbacks that evaluate."""
+    return [callback for callback in built if isinstance(callback, Evaluation)]
+
+
 def metrics(evaluations: list[Any]) -> dict[str, str]:
-    """ "min" or "max", which is better, for the name of every metric that callbacks log."""
-    return {
-        f"{stage}/{metric.name}": metric.mode
-        for one in evaluations
-        if isinstance(one, type) or isinstance(one, Evaluation)
-        for metric in one.metrics
-        for stage in ("val", "test")
-    }
+    """Whether "min" or "max" is better, for the name of every metric that callbacks, or classes of them, log."""
+    declared = [metric for one in evaluations for metric in one.metrics]
+    return {f"{stage}/{metric.name}": metric.mode for metric in declared for stage in ("val", "test")}
 
 
 def _subclasses(cls: type) -> list[Any]:
