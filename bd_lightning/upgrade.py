@@ -31,7 +31,7 @@ MOVED = {
 
 ESTIMATORS = {
     "denoising": "objective.trace=stein",
-    "divergence": "objective.trace=hutchinson (or gaussian, exact, sliced)",
+    "divergence": "objective.trace=hutchinson",
     "regression": f"objective._target_={OBJECTIVE}KernelRegression",
 }
 """What `model.estimator` is called now."""
@@ -158,9 +158,7 @@ def refuse_old(config: Mapping[str, Any]) -> None:
             if _target(node) in CLASSES:
                 raise UserError(f"'model.{key}' {_target(node)} is now {CLASSES[_target(node)]}")
         if "estimator" in model:
-            estimator = str(model["estimator"])
-            now = ESTIMATORS.get(estimator) or "one of " + " | ".join(ESTIMATORS.values())
-            raise UserError(f"'model.estimator={estimator}' is now model.{now.replace(' | ', ' | model.')}")
+            raise UserError(_new_estimator(str(model["estimator"])))
         if "multi_scale" in model:
             raise UserError("'model.multi_scale' is now 'model.noise': model.noise=null is a single scale")
         for old, new in MOVED.items():
@@ -169,6 +167,12 @@ def refuse_old(config: Mapping[str, Any]) -> None:
     if kind in ("ReturnLearner", "FreeReturnLearner") and "uniform" in model:
         raise UserError("'model.uniform' is now 'model.uniform_policy'")
     _refuse_old_parts(model)
+
+
+def _new_estimator(old: str) -> str:
+    if old in ESTIMATORS:
+        return f"'model.estimator={old}' is now 'model.{ESTIMATORS[old]}'"
+    return f"'model.estimator' is now 'model.objective': {', '.join(f'model.{new}' for new in ESTIMATORS.values())}"
 
 
 def _refuse_old_parts(model: Mapping[str, Any]) -> None:

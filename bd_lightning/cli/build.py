@@ -36,7 +36,7 @@ SHIPPED = (
 )
 """Classes of others that the configs of this suite name."""
 
-PLAIN = (object, dict, list, tuple, str, int, float, bool)
+PLAIN = (Any, type(None), object, dict, list, tuple, str, int, float, bool)
 """Types of plain values, where no class can be named."""
 
 
@@ -130,9 +130,10 @@ def check_kind(node: Any, key: str, kind: str) -> None:
     Raises:
         ConfigError: as `check`.
     """
-    cls, base = _check_node(node, key), locate(kind, key)
+    cls, base = _class_of(node, key), locate(kind, key)
     if not issubclass(cls, base):
         raise ConfigError(f"'{key}._target_' must be a {base.__name__}, got {node['_target_']!r}")
+    _check_arguments(cls, node, key)
 
 
 def _try(node: Any, key: str) -> None:
@@ -181,12 +182,15 @@ def signature_of(cls: type) -> dict[str, tuple[Any, bool]]:
     return known
 
 
-def _check_node(node: Any, key: str) -> Any:
+def _class_of(node: Any, key: str) -> type:
     if not isinstance(node, Mapping):
         raise ConfigError(f"'{key}' must be a mapping with a _target_, got {node!r}")
     if "_target_" not in node:
         raise ConfigError(f"'{key}' has no _target_: name the class it configures, or choose a file with {key}=name")
-    cls = locate(node["_target_"], key)
+    return locate(node["_target_"], key)
+
+
+def _check_arguments(cls: type, node: Mapping[str, Any], key: str) -> None:
     signature = signature_of(cls)
     for name, value in node.items():
         if name == "_target_":
@@ -197,7 +201,6 @@ def _check_node(node: Any, key: str) -> Any:
     for name, (_, required) in signature.items():
         if required and name not in node and name not in FACTS:
             raise ConfigError(f"'{key}.{name}' is missing: {cls.__name__} needs it")
-    return cls
 
 
 def _check_value(value: Any, hint: Any, key: str) -> None:
@@ -215,7 +218,12 @@ def _fits(value: Any, hint: Any, key: str) -> bool:
     if hint is typing.Annotated or origin is typing.Annotated:
         return _fits(value, args[0], key)
     if isinstance(value, Mapping) and "_target_" in value:
-        return inspect.isclass(hint) and hint not in PLAIN and issubclass(_check_node(value, key), hint)
+        if origin is not None or not inspect.isclass(hint) or hint in PLAIN:
+            return False
+        cls = _class_of(value, key)
+        if issubclass(cls, hint):
+            _check_arguments(cls, value, key)
+        return issubclass(cls, hint)
     if hint is Any:
         return not targets(value)
     if hint is None or hint is type(None):
