@@ -83,8 +83,8 @@ def _check_monitors(built: list[Any]) -> None:
         able = [cls.__name__ for cls in _subclasses(Evaluation) if monitor in metrics([cls])]
         if able and monitor not in here:
             raise UserError(
-                f"no callback measures {monitor} to choose the best checkpoint by, as {able[0]} in callbacks.metrics "
-                "would: set callbacks.best=null too, or callbacks.best.monitor=val/loss"
+                f"no callback measures {monitor}, to choose the best checkpoint by ({able[0]} does): "
+                "set callbacks.best=null too, or callbacks.best.monitor=val/loss"
             )
 
 
