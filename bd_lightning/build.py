@@ -10,11 +10,11 @@ from typing import Any
 
 from bd_lightning.config import GROUPS, TOP_LEVEL, ConfigError, suggest
 
-FACTS = ("shape", "num_classes", "sigma_data", "v_min", "v_max", "run_dir")
+FACTS = ("shape", "num_classes", "sigma_data", "actions", "v_min", "v_max", "run_dir")
 """Arguments that a config leaves out: the data module knows all but the last, `train.py` that one."""
 
 KINDS = {
-    "data": "datamodules.base.DataModule",
+    "data": "datamodules.base.Data",
     "model": "bd_lightning.modules.base.Module",
     "trainer": "lightning.Trainer",
     "logger": "lightning.pytorch.loggers.Logger",

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from bd_lightning.checks import UserError, in_range, positive
+from bd_lightning.facts import Facts
 
 
 class DataError(UserError):
@@ -70,7 +71,24 @@ class _Late(DataLoader):
         yield from super().__iter__()
 
 
-class DataModule(L.LightningDataModule):
+class Data(L.LightningDataModule):
+    """Base of all that a run may learn from.
+
+    Attributes:
+        name: what caches and protocols call it.
+        batch_size: batch size of one device.
+    """
+
+    name: str
+    batch_size: int
+
+    @property
+    @abstractmethod
+    def facts(self) -> Facts:
+        """What models are built from and told apart by."""
+
+
+class DataModule(Data):
     """Base of the data modules.
 
     Sub-classes set the facts below, download in `prepare_data` (which Lightning calls once per node), and return the
