@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from bd_lightning.fields import FieldPair
+
 
 def normal(u: Tensor, variance: Tensor | float) -> Tensor:
     """N(u; 0, variance); shape of u."""
@@ -16,7 +18,7 @@ def normal_cdf(u: Tensor) -> Tensor:
     return torch.special.ndtr(u)
 
 
-class ReturnFields:
+class ReturnFields(FieldPair):
     """The fields of one return distribution as the suite's samplers take them (`bd_lightning.dynamics`).
 
     They are those of Σ_j w_j N(x; x_j, h² + σ²) at noise level σ, in double precision.
@@ -27,6 +29,8 @@ class ReturnFields:
         w: their weights, shape (N,), of any sign; they sum to one.
         origin: what points are counted from, in units of reward.
     """
+
+    mobility_is_density = True
 
     def __init__(self, x: Tensor, h: float, w: Tensor, origin: float = 0.0) -> None:
         self.x, self.h, self.w = x.double() - origin, h, w.double()

@@ -40,7 +40,7 @@ def sample_by_sde(
     for row in w:
         origin = float(representation.mean(row))
         fields = representation.field_pair(row, origin)
-        dynamics = MultistepDynamics(levels=levels, churn=1.0, sigma_max=2 * width, sigma_min=fields.h / 10)
+        dynamics = MultistepDynamics(levels=levels, relaxation=1.0, sigma_max=2 * width, sigma_min=fields.h / 10)
         draws.append(origin + dynamics(fields, SampleNoise(indices, (1,), seed, w.device))[:, 0])
     return torch.stack(draws, 1)
 
