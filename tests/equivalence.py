@@ -44,8 +44,8 @@ def excite(module: torch.nn.Module) -> None:
 
 def batches(data: Any) -> list[Any]:
     """Three batches of training data; of an environment, transitions under random actions."""
-    if data.facts.num_classes == 0 and data.facts.arguments.get("actions"):
-        rows = data.load_split("val")
+    if "actions" in data.facts.arguments:
+        rows = data.held_out_transitions("val")
         return [rows[torch.arange(64 * k, 64 * k + 64).numpy() % len(rows)] for k in range(3)]
     split = data.load_split("train")
     torch.manual_seed(2)
@@ -62,8 +62,9 @@ def draw(data: Any, module: torch.nn.Module) -> dict[str, Any]:
     samples: dict[str, Any] = {}
     if "actions" in data.facts.arguments:
         w = module.weights(data.probes[:1])[0]
-        draws = {name: lambda name=name: module.sample(w, range(8), 3, name) for name in ("inverse_cdf", "sde")}
-        return {name: attempt(lambda: one().flatten()[:8].tolist()) for name, one in draws.items()}
+        for name in ("inverse_cdf", "sde"):
+            samples[name] = attempt(lambda name=name: module.sample(w, range(8), 3, name).flatten()[:8].tolist())
+        return samples
     if "Autoencoder" in type(module).__name__:
         x = torch.stack([data.load_split("val")[i][0] for i in range(8)])
         return {"reconstruction": module.decode(module.encode(x)).flatten(1).norm(dim=1).tolist()}
