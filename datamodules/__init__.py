@@ -2,10 +2,10 @@
 
 from datamodules.base import Data, DataModule
 from datamodules.digits import Digits
+from datamodules.environments import Environment
 from datamodules.folder import ImageFolder
 from datamodules.images import ImageDataModule, to_uint8
 from datamodules.latents import Latents
-from datamodules.replay import Environment
 from datamodules.requests import SampleRequests
 from datamodules.synthetic import Synthetic
 from datamodules.table import Table
