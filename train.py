@@ -15,17 +15,19 @@ def main(argv: list[str] | None = None) -> int:
         print(help_text(), end="")
         return 0
     try:
-        resolved = plan.resolve(argv)
-        if resolved.command == "predict":
-            from bd_lightning.cli import predict as command
-        else:
-            from bd_lightning.cli import fit as command
-        command.run(resolved)
+        carry_out(plan.resolve(argv))
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def carry_out(resolved: plan.Plan) -> None:
+    """Do what was planned; torch is imported by now."""
+    from bd_lightning.cli import fit, predict
+
+    {"predict": predict.run}.get(resolved.command, fit.run)(resolved)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Reading and writing checkpoints: tensors and plain data only, with the config that rebuilds the model."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,13 @@ def read(path: str | Path) -> dict[str, Any]:
     return {**checkpoint, "hyper_parameters": stored}
 
 
-def restore(module: Module, checkpoint: dict[str, Any], path: str | Path) -> None:
+def restore(module: Module, checkpoint: Mapping[str, Any], path: str | Path) -> None:
     """Give a module the (averaged) weights of a checkpoint.
 
     Raises:
         UserError: if they are not those of such a module.
     """
-    module.on_load_checkpoint(checkpoint)
+    module.on_load_checkpoint(dict(checkpoint))
     try:
         module.load_state_dict(checkpoint["state_dict"])
     except RuntimeError as error:

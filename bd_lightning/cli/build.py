@@ -15,7 +15,7 @@ from bd_lightning.checks import suggest
 from bd_lightning.cli.config import GROUPS, TOP_LEVEL, ConfigError
 from bd_lightning.upgrade import refuse_old
 
-FACTS = ("shape", "num_classes", "actions", "sigma_data", "v_min", "v_max", "run_dir")
+FACTS = ("shape", "num_classes", "sigma_data", "actions", "v_min", "v_max", "run_dir")
 """Arguments that a config leaves out: the data module knows all but the last, `train.py` that one."""
 
 KINDS = {

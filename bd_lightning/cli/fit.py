@@ -92,7 +92,7 @@ def announce(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
 
 def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
     """Run the trainer; close the loggers and say how to go on however it ends."""
-    loop = {"fit": trainer.fit, "validate": trainer.validate, "test": trainer.test}[plan.command]
+    loop: Any = {"fit": trainer.fit, "validate": trainer.validate, "test": trainer.test}[plan.command]
     failed = True
     try:  # given the path, Lightning restores the states of callbacks, loops and optimisers too
         loop(model, datamodule=data, ckpt_path=plan.config["ckpt_path"], weights_only=True)

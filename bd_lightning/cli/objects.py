@@ -70,7 +70,7 @@ def callbacks(plan: Plan) -> list[Any]:
         saves = issubclass(cls, ModelCheckpoint)
         if plan.command != "fit" and (saves or issubclass(cls, WeightAveraging)):
             continue
-        extra = {"dirpath": str(plan.run_dir / "checkpoints")} if saves and "dirpath" not in node else {}
+        extra: Any = {"dirpath": str(plan.run_dir / "checkpoints")} if saves and "dirpath" not in node else {}
         built.append(build.instantiate(node, f"callbacks.{name}", **extra))
     _check_monitors(built)
     return sorted(built, key=lambda callback: isinstance(callback, WeightAveraging))
@@ -100,7 +100,8 @@ def metrics(evaluations: list[Any]) -> dict[str, str]:
 
 
 def _subclasses(cls: type) -> list[Any]:
-    return [deep for sub in cls.__subclasses__() for deep in (sub, *_subclasses(sub))]
+    found: list[type] = cls.__subclasses__()
+    return [deep for sub in found for deep in (sub, *_subclasses(sub))]
 
 
 def trainer(plan: Plan, **extra: Any) -> L.Trainer:
