@@ -151,7 +151,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(where, whole, root, tmp
 
 @pytest.mark.parametrize(
     ("signum", "where"),
-    [("SIGTERM", "batch"), ("SIGTERM", "validation"), ("SIGINT", "batch"), ("SIGINT", "validation")],
+    [
+        *(("SIGTERM", where) for where in ("batch", "step", "validation")),
+        *(("SIGINT", where) for where in ("batch", "step", "validation")),
+    ],
 )
 def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, root, capsys, heard):
     name = f"{signum}-{where}"
