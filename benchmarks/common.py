@@ -135,7 +135,8 @@ class Training:
     """
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
-        self.model, self.recipe = model.train(), recipe
+        self.model: Any = model.train()
+        self.recipe = recipe
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True)
         self.optimizer, self.schedule = adam(
             model.parameters(), recipe.lr, recipe.betas, recipe.weight_decay, recipe.warmup_steps,

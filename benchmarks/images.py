@@ -145,7 +145,7 @@ class Suite:
                 x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
             yield x.to(self.device), label.to(self.device)
 
-    def train(self, name: str, seed: int, habit: Habit = Habit()) -> Iterator[tuple[int, Any, Any]]:  # noqa: B008 (frozen)
+    def train(self, name: str, seed: int, habit: Habit = Habit()) -> Iterator[tuple[int, Any, Any]]:
         """Trains, and yields (steps, averaged, raw) at each quarter."""
         method = self.build(name, seed, habit.words)
         training = Training(method, replace(self.recipe, **habit.recipe))
