@@ -7,6 +7,7 @@ validation. Resident memory and open file handles of both processes are read fro
 the last fifth of the run is compared with that of the fifth after the first (medians). Linux only.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -15,8 +16,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-
-from benchmarks import common
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -54,7 +53,7 @@ def resident(pid: int) -> int:
 
 def main() -> None:
     """Run, watch, report."""
-    parser = common.parser(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=50)
     options, words = parser.parse_known_args()
@@ -110,4 +109,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    common.run(main)
+    main()
