@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bd_lightning.build import instantiate
-from bd_lightning.config import compose, parse
+from bd_lightning.cli.build import instantiate
+from bd_lightning.cli.config import compose, parse
 from conftest import ROOT
 from datamodules.base import ShuffledShare
 from joined_step import FACTS, gradient
