@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from bd_lightning import facts
-from bd_lightning.checks import UserError
+from bd_lightning.checks import UserError, reason_of
 from bd_lightning.cli import build
 from bd_lightning.modules.base import Module
 from bd_lightning.upgrade import upgrade
@@ -42,10 +42,10 @@ class WholeCheckpoints(TorchCheckpointIO):
             part.replace(path)
         except (OSError, RuntimeError) as error:  # torch turns some failures to write into a RuntimeError
             part.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
             kept = "the one that was there before is intact" if path.is_file() else "there is none yet"
             raise SavingFailed(
-                f"cannot write the checkpoint {path} ({reason}), {kept}: make room, then resume or start again"
+                f"cannot write the checkpoint {path} ({reason_of(error)}), {kept}: make room, then resume "
+                "or start again"
             ) from error
 
 

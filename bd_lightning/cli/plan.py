@@ -22,6 +22,7 @@ class Plan:
         config: the config, resolved and checked.
         run_dir: the run folder.
         named: classes beside the suite's own that configs of checkpoints may name; None allows any.
+        new: whether the run begins in a folder of its own, which must not be there yet.
         checkpoint: the checkpoint that `config["ckpt_path"]` names, as `checkpoints.read` gives it.
     """
 
@@ -29,6 +30,7 @@ class Plan:
     config: Mapping[str, Any]
     run_dir: Path
     named: frozenset[str] | None
+    new: bool = False
     checkpoint: Mapping[str, Any] | None = None
 
     @property
@@ -38,8 +40,10 @@ class Plan:
 
     @property
     def resumed_at(self) -> int | None:
-        """The step that a run goes on from; None for a new one."""
-        return self.checkpoint["global_step"] if self.checkpoint and self.command == "fit" else None
+        """The step that training goes on from, 0 for a new run; None for other commands."""
+        if self.command != "fit":
+            return None
+        return self.checkpoint["global_step"] if self.checkpoint else 0
 
     @property
     def record(self) -> dict[str, Any]:
@@ -69,12 +73,28 @@ def resolve(argv: Sequence[str]) -> Plan:
             build.refuse_strangers(config, path, named)
     elif request.command != "fit":
         raise UserError(f"{request.command} needs ckpt_path=<run folder>/checkpoints/best.ckpt")
-    config["ckpt_path"] = path
+    repeated, config["ckpt_path"] = config["ckpt_path"] == "last", path
     build.check(config)
-    return Plan(request.command, config, folders.run_folder(config), named, checkpoint)
+    run_dir = folders.run_folder(config, request.command == "fit")
+    new = request.command == "fit" and not repeated and (not path or folders.folder_of(path) != run_dir)
+    if new:
+        folders.refuse_existing(run_dir)
+    if path and checkpoint and request.command == "fit":
+        folders.refuse_lost_steps(run_dir, Path(path), checkpoint["global_step"], config["steps"])
+    return Plan(request.command, config, run_dir, named, new, checkpoint)
 
 
 def _existing(config: Mapping[str, Any]) -> str | None:
-    """The last checkpoint of the run id, if it has one."""
-    last = folders.new_folder(config) / "checkpoints" / "last.ckpt"
-    return str(last) if last.is_file() else None
+    """The last checkpoint of the run id, if it has one.
+
+    Raises:
+        UserError: if it has others alone.
+    """
+    folder = folders.new_folder(config) / "checkpoints"
+    last = folder / "last.ckpt"
+    if last.is_file():
+        return str(last)
+    others = sorted(path.name for path in folder.glob("*.ckpt")) if folders.first_process() else []
+    if others:
+        raise UserError(f"{folders.short(folder)} has no last.ckpt but {', '.join(others)}: name one with ckpt_path=")
+    return None
