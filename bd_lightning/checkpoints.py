@@ -58,7 +58,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing, broken, not one of ours, or written by a later version.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # False also for a path that is too long to ask for
         raise UserError(f"checkpoint not found: {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)

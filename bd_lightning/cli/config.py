@@ -156,6 +156,10 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
     """
     base = load(CONFIG_DIR / "train.yaml")
     config = _choose({}, base, {key: value for key, value in base.items() if key not in GROUPS}, "train.yaml")
+    if stored is not None and _interpolates(dict(stored)):
+        raise ConfigError(
+            "the config of the checkpoint refers to something outside it by '${': it is not one of this suite's"
+        )
     if stored is not None:  # a callback that is not among the stored ones was not part of the run
         config = _repeat(config, stored)
     if "experiment" in request.choices:
@@ -210,6 +214,15 @@ def _normalised(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config["steps"], int) and isinstance(config["eval_every"], int):
         config["eval_every"] = min(config["steps"], config["eval_every"])
     return config
+
+
+def _interpolates(node: Any) -> bool:
+    """Whether a config has references left, to environment variables say; a stored one has none."""
+    if isinstance(node, dict):
+        return any(_interpolates(key) or _interpolates(value) for key, value in node.items())
+    if isinstance(node, (list, tuple)):
+        return any(map(_interpolates, node))
+    return isinstance(node, str) and "${" in node
 
 
 def _at_home(node: Any) -> Any:

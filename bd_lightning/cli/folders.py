@@ -78,7 +78,10 @@ def new_folder(config: Mapping[str, Any]) -> Path:
     _refuse_name(project, "logger.project")
     if logger.get("entity") is not None:
         _refuse_name(logger["entity"], "logger.entity")
-    return Path(config["root"]).resolve() / project / choose_run_id(config["run_id"])
+    folder = Path(config["root"]).resolve() / project / choose_run_id(config["run_id"])
+    with writing(folder):  # a path may be too long to ask for
+        folder.exists()
+    return folder
 
 
 def _refuse_name(name: Any, key: str) -> None:
@@ -186,7 +189,8 @@ def writing(folder: Path) -> Iterator[None]:
         if error.errno not in UNWRITABLE:
             raise
         place = short(Path(os.fsdecode(error.filename))) if isinstance(error.filename, (str, bytes)) else short(folder)
-        raise UserError(f"cannot write {place} ({os.strerror(error.errno)}): make room there, or set root") from error
+        reason = os.strerror(error.errno)
+        raise UserError(f"cannot write {place} ({reason}): make room there, or set root to another place") from error
 
 
 @contextmanager

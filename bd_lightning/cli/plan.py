@@ -75,6 +75,7 @@ def resolve(argv: Sequence[str]) -> Plan:
         raise UserError(f"{request.command} needs ckpt_path=<run folder>/checkpoints/best.ckpt")
     repeated, config["ckpt_path"] = config["ckpt_path"] == "last", path
     build.check(config)
+    refuse_numbers(config["trainer"])
     run_dir = folders.run_folder(config, request.command == "fit")
     new = request.command == "fit" and not repeated and (not path or folders.folder_of(path) != run_dir)
     if new:
@@ -82,6 +83,30 @@ def resolve(argv: Sequence[str]) -> Plan:
     if path and checkpoint and request.command == "fit":
         folders.refuse_lost_steps(run_dir, Path(path), checkpoint["global_step"], config["steps"])
     return Plan(request.command, config, run_dir, named, new, checkpoint)
+
+
+AT_LEAST = {
+    **dict.fromkeys(("accumulate_grad_batches", "log_every_n_steps", "limit_train_batches", "limit_val_batches"), 1),
+    **dict.fromkeys(("min_steps", "min_epochs", "gradient_clip_val"), 0),
+}
+"""Smallest numbers of `lightning.Trainer` that have a meaning; of batches, a share of one is meant by a fraction."""
+
+
+def refuse_numbers(trainer: Mapping[str, Any]) -> None:
+    """Refuse numbers that Lightning takes and that stop it later, or make it do nothing.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for key, least in AT_LEAST.items():
+        value = trainer.get(key)
+        if isinstance(value, (int, float)) and not (value >= least or isinstance(value, float) and value > 0):
+            raise UserError(f"'trainer.{key}' must be at least {least}, got {value}")
+    devices = trainer.get("devices")
+    if isinstance(devices, int) and devices > 4096:
+        raise UserError(f"'trainer.devices' is the number of devices of one machine, got {devices}")
+    if str(trainer.get("precision")).startswith("64"):
+        raise UserError("'trainer.precision' must be 32-true or lower: data and noise are in single precision")
 
 
 def _existing(config: Mapping[str, Any]) -> str | None:
