@@ -8,24 +8,24 @@ up to a constant,
 with m replaced by its estimate m̂ from pairs of samples. Integration by parts shows the minimisers
 s* = m and g* = ½(m ∇log p + ∇m).
 
-At a noise level σ > 0, where x̃ = x + σn with n ~ N(0, I), the same g* also minimises the *denoising* form, which
-needs no trace (Stein's identity turns one into the other):
+At a noise level σ > 0, where x̃ = x + σn with n ~ N(0, I), Stein's identity takes the trace: the same g* also minimises
+the *denoising* form
 
     E ‖ g(x̃) − ½( m̂(x̃) (−n/σ) + ∇m̂(x̃) ) ‖²,        m̂ independent of (x, n) given x̃.
 
 *Factored* fields put g = ½ m S, so that S* = ∇log p_σ + ∇log m. Training multiplies S by m̂ rather than by a network,
 so the noise of the kernel cancels out of the target:
 
-    denoising    ¼ m̂² ‖ S + n/σ − ∇log m̂ ‖²
-    divergence   ¼ m̂² ‖S‖² + ½ m̂² tr ∇S + ½ m̂ ∇m̂·S        (tr ∇(m̂S) = m̂ tr ∇S + ∇m̂·S)
+    by Stein     ¼ m̂² ‖ S + n/σ − ∇log m̂ ‖²
+    with a trace ¼ m̂² ‖S‖² + ½ m̂² tr ∇S + ½ m̂ ∇m̂·S        (tr ∇(m̂S) = m̂ tr ∇S + ∇m̂·S)
 
 *Kernel field regression*, for low dimension. With the exact kernel, m and ∇m are conditional means of k(x, y) and
 ∇_x k(x, y) given x, whatever the density of x, so that the squared errors
 
     E_x ( s(x) − m̂(x) )²,        E_x ‖ g(x) − ∇m̂(x) ‖²
 
-reach s = m and g = ∇m wherever a `Proposal` sends x, off the data too. These are the fields of m itself, p smoothed by
-the kernel: g m − ½∇(m m) = 0.
+reach s = m and g = ∇m wherever an `objectives.Proposal` sends x, off the data too. These are the fields of m itself, p
+smoothed by the kernel: g m − ½∇(m m) = 0.
 
 All functions return one loss per sample, shape (B,), without weights; x, fields and ∇m̂ have shape (B, *), m̂ (B,).
 
@@ -37,16 +37,15 @@ References:
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bd_lightning.checks import in_range, one_of, positive
+from bd_lightning.checks import one_of
 
-TRACES = ("hutchinson", "gaussian", "sliced", "exact")
+PROBES = ("hutchinson", "gaussian", "sliced", "exact")
 
 
 def bcast(a: Tensor, like: Tensor) -> Tensor:
@@ -79,14 +78,14 @@ def factored_divergence_loss(S: Tensor, trace: Tensor, m: Tensor, grad_m: Tensor
     return m.square() * (inner(S, S) / 4 + trace / 2) + m * inner(grad_m, S) / 2
 
 
-def denoising_loss(g: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, grad_m: Tensor) -> Tensor:
-    """‖g − ½(m̂(−n/σ) + ∇m̂)‖² per sample, for x̃ = x + σn."""
+def stein_loss(g: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, grad_m: Tensor) -> Tensor:
+    """L_grad with its trace by Stein's identity, per sample: ‖g − ½(m̂(−n/σ) + ∇m̂)‖², for x̃ = x + σn."""
     residual = g - 0.5 * (grad_m - bcast(m / sigma, g) * noise)
     return inner(residual, residual)
 
 
-def factored_denoising_loss(S: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, grad_m: Tensor) -> Tensor:
-    """The denoising form for g = ½ m̂ S per sample: ¼ ‖m̂(S + n/σ) − ∇m̂‖²."""
+def factored_stein_loss(S: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, grad_m: Tensor) -> Tensor:
+    """By Stein's identity for g = ½ m̂ S, per sample: ¼ ‖m̂(S + n/σ) − ∇m̂‖²."""
     residual = bcast(m, S) * (S + noise / bcast(sigma, S)) - grad_m
     return inner(residual, residual) / 4
 
@@ -113,49 +112,6 @@ def ratio_loss(data: Tensor, reference: Tensor, label: Tensor) -> Tensor:
     ) + torch.nn.functional.cross_entropy(torch.cat([reference, zero], 1), other, reduction="none")
 
 
-@dataclass(frozen=True)
-class Proposal:
-    """Query points of kernel field regression: some near the data, the others all over its surroundings.
-
-    Args:
-        uniform: share of points drawn uniformly from the bounding box of the pool, widened by `margin`.
-        margin: by how much the box is widened on each side, as a share of its side.
-        spread: the other points are data with noise of this standard deviation, in widths √(ε + σ²) of the kernel.
-    """
-
-    uniform: float = 0.5
-    margin: float = 0.3
-    spread: float = 1.5
-
-    def __post_init__(self) -> None:
-        in_range(0, 1, uniform=self.uniform)
-        positive(spread=self.spread)
-        in_range(0, 10, margin=self.margin)
-
-    def __call__(self, x: Tensor, pool: Tensor, width: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Draw one query point per data point.
-
-        Args:
-            x: data, shape (B, *).
-            pool: data that spans the box, shape (N, *).
-            width: kernel width at each point, shape (B,).
-            generator: source of randomness.
-
-        Returns:
-            Points, shape (B, *).
-        """
-
-        def uniform(*size: int) -> Tensor:
-            return torch.rand(size, device=x.device, dtype=x.dtype, generator=generator)
-
-        noise = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
-        near = x + self.spread * bcast(width, x) * noise
-        low, high = pool.amin(0), pool.amax(0)
-        side = high - low
-        anywhere = low - self.margin * side + (1 + 2 * self.margin) * side * uniform(*x.shape)
-        return torch.where(bcast(uniform(len(x)) < self.uniform, x), anywhere, near)
-
-
 def probes(x: Tensor, method: str, generator: torch.Generator | None = None) -> Tensor:
     """Directions v in which the Jacobian is probed, with Σ_k E v_k v_kᵀ = I.
 
@@ -171,7 +127,7 @@ def probes(x: Tensor, method: str, generator: torch.Generator | None = None) -> 
     Raises:
         ValueError: for another method.
     """
-    one_of(TRACES, trace=method)
+    one_of(PROBES, trace=method)
     if method == "exact":
         d = x[0].numel()
         eye = torch.eye(d, device=x.device, dtype=x.dtype)

@@ -26,7 +26,7 @@ References:
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -102,9 +102,13 @@ class Kernel(ABC):
 
     Args:
         epsilon: variance ε of the kernel at σ = 0, in squared data units.
+
+    Attributes:
+        mobility_is_density: whether m is a density on R^d, p smoothed by the kernel, as in the paper.
     """
 
     epsilon: float = 1e-3
+    mobility_is_density: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive(epsilon=self.epsilon)
@@ -144,7 +148,7 @@ class Kernel(ABC):
         """The dimension of the Gaussian density that k stands for: d, 1 for slices, 0 for a constant."""
 
     def reference(self, sigma: Tensor, sigma_data: float, dim: int) -> Tensor:
-        r"""A typical mobility m_ref(σ), by which networks and step sizes are scaled.
+        r"""The typical mobility m_ref(σ), by which networks and step sizes are scaled.
 
         It is E[k(x̃, y)] for data from N(0, σ_data² I): (2π(ε + σ² + 2σ_data² + σ²))^{−k/2} with k = `order(dim)`.
 
@@ -182,6 +186,8 @@ class Exact(_Radial):
     For low dimension. The density under- or overflows single precision in tens of dimensions, and it all but
     vanishes between modes, where the dynamics then stand still.
     """
+
+    mobility_is_density: ClassVar[bool] = True
 
     def order(self, dim):
         return dim
@@ -283,38 +289,6 @@ class Constant(Kernel):
 
     def mobility(self, density, x, sigma):
         return torch.ones_like(x[:, 0]), torch.zeros_like(x)
-
-    def __call__(self, x, y, sigma, weights, generator=None):
-        return torch.ones_like(x[:, 0]), torch.zeros_like(x)
-
-
-@dataclass(frozen=True)
-class Relative(Kernel):
-    """m = p_σ/r_σ, the density relative to a fixed Gaussian, r_σ = N(0, (σ_data² + σ²)I).
-
-    Like the exact kernel's it is linear in p, and it stays in range in a latent space. It is not a mean over pairs but
-    learned by a logistic loss (see `divergences.ratio_loss`), beside a gradient field that is learned as with
-    `Constant`.
-
-    Args:
-        epsilon: not used.
-        sigma_data: standard deviation σ_data of the data, from the data module.
-    """
-
-    sigma_data: float = 1.0
-
-    def order(self, dim):
-        return 0
-
-    def log_ratio(self, density: Smoothable, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """log p_σ/r_σ (B,) and its gradient (B, d) at x (B, d) and noise levels sigma (B,)."""
-        log, score = density.log_and_score(x, sigma)
-        variance = (sigma.square() + self.sigma_data**2)[:, None]
-        return log + (x.square() / variance + (2 * math.pi * variance).log()).sum(1) / 2, score + x / variance
-
-    def mobility(self, density, x, sigma):
-        log, slope = self.log_ratio(density, x, sigma)
-        return log.exp(), log.exp()[:, None] * slope
 
     def __call__(self, x, y, sigma, weights, generator=None):
         return torch.ones_like(x[:, 0]), torch.zeros_like(x)

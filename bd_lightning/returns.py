@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, one_of, positive
 from bd_lightning.dynamics import MultistepDynamics, SampleNoise
+from bd_lightning.fields import FieldPair
 
 GROUP = 8  # as many transitions must share a reward and a discount on average before matrices are shared too
 
@@ -376,7 +377,7 @@ def sample_returns(
     return quantile(x, representation.cdf(w, x), levels)
 
 
-class ReturnFields:
+class ReturnFields(FieldPair):
     """The fields of one return distribution as the suite's samplers take them (`bd_lightning.dynamics`).
 
     Args:
@@ -400,7 +401,7 @@ class ReturnFields:
         s, g = self._fields(x, sigma)
         return s.to(x.dtype), g[:, None].to(x.dtype)
 
-    def log_gradients(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def log_gradients(self, x: Tensor, sigma: Tensor, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """s, S = 2g/s and ∇log s = g/s: the mobility is the density, so that S is twice ∇log s."""
         s, g = self._fields(x, sigma)
         slope = (g / s.clamp_min(1e-30))[:, None].to(x.dtype)
@@ -418,5 +419,5 @@ def sample_by_sde(representation: GaussianFields, w: Tensor, noise: SampleNoise,
     start, the same dynamics stand still in the tails, where both fields vanish.
     """
     width, origin = representation.v_max - representation.v_min, float(representation.mean(w))
-    dynamics = MultistepDynamics(levels=levels, churn=1.0, sigma_max=2 * width, sigma_min=representation.h / 10)
+    dynamics = MultistepDynamics(levels=levels, relaxation=1.0, sigma_max=2 * width, sigma_min=representation.h / 10)
     return origin + dynamics(ReturnFields(representation, w, origin), noise)[:, 0]

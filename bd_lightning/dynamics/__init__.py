@@ -11,26 +11,22 @@ Bellman Diffusion dynamics (arXiv 2410.01796, §4), whose stationary density is 
 | `MultistepDynamics` | multi-scale | the same SDE while σ falls, by a second-order rule that needs few network calls |
 | `ProbabilityFlow` | multi-scale | the deterministic flow dx/dσ = −σ ∇log p_σ |
 
-`fields(x, sigma)` returns (s, g) of shapes (B,) and (B, *) for sigma of shape (B,). It has an attribute
-`reference(sigma)`, the typical mobility m_ref, which turns a dimensionless step into a time step.
+They take any `fields.FieldPair`: `fields(x, sigma)` returns (s, g) of shapes (B,) and (B, *) for sigma of shape (B,),
+and `fields.reference(sigma)`, the typical mobility m_ref, turns a dimensionless step into a time step.
 """
 
 from bd_lightning.dynamics.descent import MultistepDynamics, ProbabilityFlow, edm_grid
 from bd_lightning.dynamics.langevin import AnnealedDynamics, BellmanDynamics, bellman_step, geometric_ladder
 from bd_lightning.dynamics.sampler import (
-    FieldPair,
     MultiScaleSampler,
     SampleNoise,
     Sampler,
     SamplingDiverged,
-    log_gradients,
-    score,
 )
 
 __all__ = [
     "AnnealedDynamics",
     "BellmanDynamics",
-    "FieldPair",
     "MultiScaleSampler",
     "MultistepDynamics",
     "ProbabilityFlow",
@@ -40,6 +36,4 @@ __all__ = [
     "bellman_step",
     "edm_grid",
     "geometric_ladder",
-    "log_gradients",
-    "score",
 ]

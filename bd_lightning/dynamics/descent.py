@@ -25,7 +25,7 @@ from torch import Tensor
 from bd_lightning.checks import in_range, interval, positive
 from bd_lightning.divergences import bcast
 from bd_lightning.dynamics.langevin import geometric_ladder
-from bd_lightning.dynamics.sampler import MultiScaleSampler, log_gradients, score
+from bd_lightning.dynamics.sampler import MultiScaleSampler
 
 
 def edm_grid(sigma_max: float, sigma_min: float, steps: int, rho: float = 7.0) -> Tensor:
@@ -49,17 +49,17 @@ class MultistepDynamics(MultiScaleSampler):
 
     Args:
         levels: number of noise levels, at equal ratios.
-        churn: λ² above, how much the dynamics act beside the flow. More of it corrects errors of the fields and of
-            earlier steps, and needs more levels.
+        relaxation: λ² above, how much the dynamics act beside the flow. More of it corrects errors of the fields and
+            of earlier steps, and needs more levels.
     """
 
     levels: int = 40
-    churn: float = 0.5
+    relaxation: float = 0.5
 
     def __post_init__(self):
         super().__post_init__()
         positive(levels=self.levels)
-        in_range(0, math.inf, churn=self.churn)
+        in_range(0, math.inf, relaxation=self.relaxation)
 
     @property
     def calls(self):
@@ -72,12 +72,12 @@ class MultistepDynamics(MultiScaleSampler):
         before: tuple[Tensor, float] | None = None
         for here, there in zip(ladder, [*ladder[1:], 0.0]):
             sigma = x.new_full((len(x),), here)
-            s, S, slope = log_gradients(fields, x, sigma, self.exact_score)
+            s, S, slope = fields.log_gradients(x, sigma, self.exact_score)
             if there == 0:
                 yield x + here**2 * (S - slope)
                 return
             h = math.log(here / there)
-            rate = bcast(self.churn * s / fields.reference(sigma), x)
+            rate = bcast(self.relaxation * s / fields.reference(sigma), x)
             target = x + here**2 * (S - slope / (1 + rate))
             middle = target if before is None else target + (target - before[0]) * (h / (2 * before[1]))
             before = target, h
@@ -114,7 +114,7 @@ class ProbabilityFlow(MultiScaleSampler):
 
     def path(self, fields, noise):
         def slope(x: Tensor, level: float) -> Tensor:
-            return -level * score(fields, x, x.new_full((len(x),), level), self.exact_score)
+            return -level * fields.score(x, x.new_full((len(x),), level), self.exact_score)
 
         x = self.first(noise)
         yield x

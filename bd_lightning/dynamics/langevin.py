@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bd_lightning.checks import positive
 from bd_lightning.divergences import bcast
-from bd_lightning.dynamics.sampler import MultiScaleSampler, Sampler, score
+from bd_lightning.dynamics.sampler import MultiScaleSampler, Sampler
 
 
 def bellman_step(x: Tensor, s: Tensor, g: Tensor, step: Tensor | float, z: Tensor) -> Tensor:
@@ -111,4 +111,4 @@ class AnnealedDynamics(MultiScaleSampler):
                 s, g = fields(x, sigma)
                 x = bellman_step(x, s, g, step, noise())
                 yield x
-        yield x + bcast(sigma.square(), x) * score(fields, x, sigma, self.exact_score)
+        yield x + bcast(sigma.square(), x) * fields.score(x, sigma, self.exact_score)

@@ -1,29 +1,16 @@
-"""What all samplers share: noise per sample, the guard, and the score of a pair of fields."""
+"""What all samplers share: noise per sample, and the guard."""
 
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from bd_lightning.checks import UserError, in_range, one_of, positive
-from bd_lightning.fields import log_gradient
-
-
-class FieldPair(Protocol):
-    """What a sampler asks of fields; `fields.Fields` is one."""
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The fields (s, g)."""
-        ...
-
-    def reference(self, sigma: Tensor) -> Tensor:
-        """Typical mobility m_ref."""
-        ...
+from bd_lightning.fields import FieldPair
 
 
 class SamplingDiverged(UserError):
@@ -75,39 +62,6 @@ class SampleNoise:
         """The next uniform draw, of mean zero and variance one, shape (B, *shape)."""
         draws = np.stack([stream.random(self.shape, dtype=np.float32) for stream in self.streams])
         return torch.from_numpy((2 * draws - 1) * np.float32(3**0.5)).to(self.device)
-
-
-def log_gradients(fields: FieldPair, x: Tensor, sigma: Tensor, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-    """The scalar field, S = 2g/s = ∇log p_σ + ∇log s, and ∇log s, from one call of the fields.
-
-    Args:
-        fields: the pair of fields. Those that have a method `log_gradients(x, sigma)` are asked for all three.
-        x: points, shape (B, *).
-        sigma: noise levels, shape (B,).
-        exact: differentiate through the scalar field. Where the mobility is a mean over many dimensions ∇log s is about
-            1/(2d) of S; False takes it to be zero, at a third of the cost.
-
-    Returns:
-        s (B,), S (B, *) and ∇log s (B, *).
-    """
-    if hasattr(fields, "log_gradients"):
-        return fields.log_gradients(x, sigma)
-    if not exact:
-        s, g = fields(x, sigma)
-        return s, log_gradient(s, g), torch.zeros_like(x)
-    with torch.inference_mode(False), torch.enable_grad():
-        point = x.clone().requires_grad_(True)
-        s, g = fields(point, sigma.clone())
-        slope = torch.zeros_like(x)
-        if s.requires_grad:  # a constant mobility has no gradient
-            (slope,) = torch.autograd.grad(s.clamp_min(torch.finfo(s.dtype).tiny).log().sum(), point)
-        return s.detach(), log_gradient(s, g).detach(), slope
-
-
-def score(fields: FieldPair, x: Tensor, sigma: Tensor, exact: bool = False) -> Tensor:
-    """∇log p_σ = S − ∇log s at x (B, *) for sigma (B,), shape (B, *); see `log_gradients` for `exact`."""
-    _, S, slope = log_gradients(fields, x, sigma, exact)
-    return S - slope
 
 
 @dataclass(frozen=True)
@@ -189,7 +143,8 @@ class MultiScaleSampler(Sampler):
     Args:
         sigma_max: first noise level, in data units; the start has this standard deviation.
         sigma_min: last noise level above zero, in data units.
-        exact_score: take ∇log s into account wherever a score is needed (see `log_gradients`); for low dimension.
+        exact_score: take ∇log s into account wherever a score is needed (see `FieldPair.log_gradients`); for low
+            dimension.
     """
 
     sigma_max: float = 20.0

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import in_range, one_of, positive
+from bd_lightning.checks import UserError, in_range, one_of, positive
 
 LR_POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
@@ -38,7 +38,10 @@ class Module(L.LightningModule):
 
     Attributes:
         loaded_step: the step at which the checkpoint that was loaded was saved.
+        takes_labels: whether classes can be asked for.
     """
+
+    takes_labels: bool = False
 
     def __init__(
         self,
@@ -59,6 +62,18 @@ class Module(L.LightningModule):
         one_of(tuple(LR_POWERS), lr_scaling=lr_scaling)
         self.warmup_steps, self.lr_decay, self.lr_scaling = warmup_steps, lr_decay, lr_scaling
         self.loaded_step = 0
+
+    def mixture_source(self) -> Any:
+        """The fields that mixtures of classes and models are made of.
+
+        Raises:
+            UserError: where there are none.
+        """
+        raise UserError("mix, remove and merge need fields relative to a base Gaussian: train with model=relative")
+
+    def mixture_identity(self) -> dict[str, Any]:
+        """What has to agree for two models to be merged: names and plain values. Empty where there is no source."""
+        return {}
 
     @abstractmethod
     def compute(self, batch: Any, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

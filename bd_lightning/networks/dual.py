@@ -1,9 +1,9 @@
 """Layers of dual numbers: a value, and the forward-mode tangent that it may carry.
 
-The divergence estimator takes a Jacobian–vector product in forward mode and then gradients of it. PyTorch's own rules
-serve badly there: they give the weights tangents of zero and add them; fused layer, batch and instance normalisation
+A divergence with a probed trace takes a Jacobian–vector product in forward mode and then gradients of it. PyTorch's own
+rules serve badly there: they give the weights tangents of zero and add them; fused layer, batch and instance normalisation
 treat the saved statistics as constants in the second step, which makes its gradients wrong without an error; and
-softmax stops there with one. A network for that estimator uses these layers instead. Without a tangent they are
+softmax stops there with one. A network for it uses these layers instead. Without a tangent they are
 PyTorch's.
 """
 
@@ -140,6 +140,6 @@ def refuse_fused(network: nn.Module) -> None:
     for name, layer in network.named_modules():
         if isinstance(layer, nn.modules.batchnorm._NormBase) or type(layer) is nn.LayerNorm:
             raise ValueError(
-                f"estimator=divergence cannot train the {type(layer).__name__} at network.{name}: PyTorch's second "
+                f"a trace by forward mode cannot train the {type(layer).__name__} at network.{name}: PyTorch's second "
                 "derivatives of it are wrong. Take LayerNorm or GroupNorm of bd_lightning.networks.dual"
             )

@@ -57,7 +57,7 @@ def zero_init(layer: nn.Module) -> nn.Module:
     return layer
 
 
-def heads(num_classes: int, per_class: bool) -> tuple[int, ...]:
+def head_shape(num_classes: int, per_class: bool) -> tuple[int, ...]:
     """Leading shape of a network's outputs: () for one pair of heads, (num_classes,) for a pair for every class.
 
     Raises:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, positive
+from bd_lightning.networks.base import Network
 from bd_lightning.networks.dual import LayerNorm, Linear, modulate
-from bd_lightning.networks.embedding import ConditionEmbedding, heads, zero_init
+from bd_lightning.networks.embedding import ConditionEmbedding, head_shape, zero_init
 
 
 class _Block(nn.Module):
@@ -24,7 +25,7 @@ class _Block(nn.Module):
         return x + self.outer(modulate(self.inner(self.norm(x)), 1 + scale, shift))
 
 
-class MLP(nn.Module):
+class MLP(Network):
     """Residual MLP on the flattened input.
 
     Args:
@@ -64,9 +65,9 @@ class MLP(nn.Module):
         self.enter = Linear(dim * (1 + 2 * len(self.fourier)), width)
         self.blocks = nn.ModuleList(_Block(width, dropout) for _ in range(depth))
         self.norm = LayerNorm(width)
-        self.heads = heads(num_classes, per_class)
-        self.gradient_head = zero_init(Linear(width, dim * math.prod(self.heads)))
-        self.scalar_head = zero_init(Linear(width, math.prod(self.heads)))
+        self.head_shape = head_shape(num_classes, per_class)
+        self.gradient_head = zero_init(Linear(width, dim * math.prod(self.head_shape)))
+        self.scalar_head = zero_init(Linear(width, math.prod(self.head_shape)))
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x (B, *shape), c_noise (B,) and label (B,) or None to F (B, *shape) and a (B,).
@@ -80,5 +81,5 @@ class MLP(nn.Module):
         for block in self.blocks:
             h = block(h, emb)
         h = self.act(self.norm(h))
-        shape = (len(x), *self.heads)
+        shape = (len(x), *self.head_shape)
         return self.gradient_head(h).reshape(*shape, *x.shape[1:]), self.scalar_head(h).reshape(shape)

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, positive
+from bd_lightning.networks.base import Network
 from bd_lightning.networks.dual import Conv2d, GroupNorm, Linear, modulate, softmax
-from bd_lightning.networks.embedding import ConditionEmbedding, heads, zero_init
+from bd_lightning.networks.embedding import ConditionEmbedding, head_shape, zero_init
 
 
 def _norm(channels: int) -> GroupNorm:
@@ -57,7 +58,7 @@ class _Block(nn.Module):
         return self.attention(self.skip(x) + self.conv2(self.dropout(h)))
 
 
-class UNet(nn.Module):
+class UNet(Network):
     """U-Net with a gradient head at full resolution and a scalar head on the pooled bottleneck.
 
     Args:
@@ -100,7 +101,7 @@ class UNet(nn.Module):
         if shape[1] % patch or shape[2] % patch:
             raise ValueError(f"patch {patch} does not divide images of {shape[1]}×{shape[2]} pixels")
         width, folded = 4 * channels[0], shape[0] * patch**2
-        self.conditional, self.heads = conditional, heads(num_classes, per_class)
+        self.conditional, self.head_shape = conditional, head_shape(num_classes, per_class)
         self.embed = ConditionEmbedding(width, num_classes, conditional)
 
         def block(c_in: int, c_out: int, level: int) -> _Block:
@@ -120,7 +121,7 @@ class UNet(nn.Module):
                 self.pool.append(Conv2d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
         self.middle = block(c, c, len(channels) - 1)
-        self.scalar_head = nn.Sequential(_norm(c), nn.SiLU(), zero_init(Linear(c, math.prod(self.heads))))
+        self.scalar_head = nn.Sequential(_norm(c), nn.SiLU(), zero_init(Linear(c, math.prod(self.head_shape))))
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for level, c_out in reversed(list(enumerate(channels))):
             stage = nn.ModuleList()
@@ -133,7 +134,7 @@ class UNet(nn.Module):
         self.gradient_head = nn.Sequential(
             _norm(c),
             nn.SiLU(),
-            zero_init(Conv2d(c, folded * math.prod(self.heads), 3, padding=1)),
+            zero_init(Conv2d(c, folded * math.prod(self.head_shape), 3, padding=1)),
             nn.PixelShuffle(patch),
         )
         self.memory = torch.channels_last if channels_last else torch.contiguous_format
@@ -154,7 +155,7 @@ class UNet(nn.Module):
                 h = self.pool[level](h)
                 skips.append(h)
         h = self.middle(h, emb)
-        shape = (len(x), *self.heads)
+        shape = (len(x), *self.head_shape)
         a = self.scalar_head(h.mean((2, 3))).reshape(shape)
         for level, stage in enumerate(self.up):
             for block in stage:  # type: ignore[attr-defined]

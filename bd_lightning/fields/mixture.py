@@ -1,20 +1,11 @@
-r"""Fields relative to a reference, and linear algebra on them.
+r"""Linear algebra on fields relative to a base Gaussian.
 
-p ↦ (p, ∇p) is linear, so the fields of Σ_c w_c p_c are Σ_c w_c times the fields of p_c. Divided by the fixed Gaussian
-r_σ = N(0, (σ_d² + σ²)I), which keeps linearity, they stay in range in a latent space:
-
-    ρ_c = p_c,σ / r_σ,        ∇ρ_c = ρ_c U_c,        U_c = ∇log ρ_c = ∇log p_c,σ + x/(σ_d² + σ²).
-
-In EDM's parametrisation the denoising network *is* U: ∇log p_σ = σ_d F/(σ√(σ_d² + σ²)) − x/(σ_d² + σ²), whose first
-term is U. A mixture has
+With ρ_c and U_c of `relative`, a mixture has
 
     ρ = Σ_c w_c ρ_c,        U = Σ_c w_c ρ_c U_c / ρ,        ∇log p_σ = U − x/(σ_d² + σ²),
 
 and any positive mobility makes dynamics of it that leave it unchanged (see `kernels`): m = ρ, the field itself
 (s = ρ, g = ½ρ(∇log p_σ + U)), or m = 1, which needs the fewest steps (s = 1, g = ½∇log p_σ).
-
-Training (`BellmanDiffusion` with the kernel `Relative`): the denoising loss of U_c at points of class c and of U at all
-points, half each, and the logistic loss of the ρ_c, `divergences.ratio_loss`.
 
 References:
     | Li et al., Bellman Diffusion, arXiv 2410.01796, §2 (linearity of the modelling operator)
@@ -26,19 +17,18 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bd_lightning.checks import UserError, one_of, positive
+from bd_lightning.checks import UserError, one_of
 from bd_lightning.divergences import bcast
-from bd_lightning.kernels import Relative
-from bd_lightning.targets import Density
+from bd_lightning.fields.base import FieldPair
 
 
 class Source(Protocol):
-    """Several densities π_c p_c on one space, relative to one reference.
+    """Several densities π_c p_c on one space, relative to one base Gaussian.
 
     Attributes:
-        sigma_data: σ_d of the reference.
+        sigma_data: σ_d of the base Gaussian.
     """
 
     sigma_data: float
@@ -53,74 +43,7 @@ class Source(Protocol):
         ...
 
 
-class RelativeFields(nn.Module):
-    """Fields of every class relative to the reference, from one network.
-
-    Args:
-        network: maps (x, c_noise, None) to (F, a), with a dimension for the classes or without (see `networks`).
-        sigma_data: standard deviation σ_d of the data.
-        classes: number of classes that the network has heads for; 1 if it has no such dimension.
-
-    Attributes:
-        shares: share of each class in the training data seen so far.
-    """
-
-    def __init__(self, network: nn.Module, sigma_data: float, classes: int = 1) -> None:
-        super().__init__()
-        positive(sigma_data=sigma_data, classes=classes)
-        self.network, self.sigma_data = network, sigma_data
-        self.counts: Tensor
-        self.register_buffer("counts", torch.zeros(classes))
-
-    @property
-    def shares(self) -> Tensor:
-        """π_c, shape (C,)."""
-        return self.counts / self.counts.sum() if self.counts.any() else torch.full_like(self.counts, math.nan)
-
-    def components(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """log(π_c ρ_c) (B, C) and U_c (B, C, *) at x (B, *) and noise levels sigma (B,)."""
-        total = sigma.square() + self.sigma_data**2
-        out, a = self.network(x * bcast(total.rsqrt(), x), sigma.clamp_min(1e-4).log() / 4, None)
-        out, a = out.to(x.dtype), a.to(x.dtype)  # from the lower precision of autocast, if it is on
-        if a.ndim == 1:
-            out, a = out[:, None], a[:, None]
-        return a, bcast(self.sigma_data / (sigma * total.sqrt()), out) * out
-
-    def reference(self, sigma: Tensor) -> Tensor:
-        """Typical mobility, one; shape of sigma."""
-        return torch.ones_like(sigma)
-
-    def forward(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """ρ (B,) and g = ½ρ(∇log p_σ + U) (B, *) of the density of the training data."""
-        return Mixture([(self, torch.ones_like(self.counts))], mobility="density")(x, sigma)
-
-
-class AnalyticSource:
-    """Densities in closed form as a source.
-
-    Args:
-        densities: the densities p_c.
-        shares: π_c.
-        sigma_data: σ_d of the reference.
-    """
-
-    def __init__(self, densities: Sequence[Density], shares: Sequence[float], sigma_data: float = 1.0) -> None:
-        self.densities, self.sigma_data = densities, sigma_data
-        self._shares = torch.tensor(shares, dtype=torch.float64)
-
-    @property
-    def shares(self) -> Tensor:
-        """π_c, shape (C,)."""
-        return self._shares
-
-    def components(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """log(π_c ρ_c) (B, C) and U_c (B, C, d) at x (B, d) and noise levels sigma (B,)."""
-        parts = [Relative(sigma_data=self.sigma_data).log_ratio(density, x, sigma) for density in self.densities]
-        logs, slopes = zip(*parts)
-        return torch.stack(logs, 1) + self._shares.to(x).log(), torch.stack(slopes, 1)
-
-
-class Mixture:
+class Mixture(FieldPair):
     """Σ over sources and classes of w π_c p_c, as fields that every sampler accepts. Weights may be negative.
 
     `a + b`, `a - b` and `2 * a` are the same operations on the densities; the sum is not normalised, and need not be.
@@ -138,7 +61,7 @@ class Mixture:
         held: how many of them were held at the floor.
 
     Raises:
-        ValueError: if references differ, and when a mixture without a positive weight is used.
+        ValueError: if base Gaussians differ, and when a mixture without a positive weight is used.
     """
 
     def __init__(self, terms: Sequence[tuple[Source, Tensor]], mobility: str = "constant", floor: float = 0.01) -> None:
@@ -148,10 +71,10 @@ class Mixture:
             before = merged.get(id(source))
             merged[id(source)] = source, weights if before is None else before[1] + weights
         self.terms = [(source, weights) for source, weights in merged.values() if weights.any()]
-        references = {source.sigma_data for source, _ in self.terms}
-        if len(references) > 1:
-            raise ValueError(f"the references differ: sigma_data is {' and '.join(map(str, sorted(references)))}")
-        self.sigma_data, self.mobility, self.floor = references.pop() if references else 1.0, mobility, floor
+        bases = {source.sigma_data for source, _ in self.terms}
+        if len(bases) > 1:
+            raise ValueError(f"the base Gaussians differ: sigma_data is {' and '.join(map(str, sorted(bases)))}")
+        self.sigma_data, self.mobility, self.floor = bases.pop() if bases else 1.0, mobility, floor
         self.queried = self.held = 0
 
     def __mul__(self, factor: float) -> "Mixture":
@@ -178,8 +101,6 @@ class Mixture:
         for source, weights in self.terms:
             weights = weights.to(x).expand(len(x), -1)
             used = (weights != 0).any(0)
-            if isinstance(source, nn.Module):
-                source.to(x.device)
             log, slope = source.components(x, sigma)
             logs.append(log[:, used] + weights[:, used].abs().log())
             slopes.append(slope[:, used])
@@ -211,16 +132,8 @@ class Mixture:
             logs.append(log + weights.to(x).clamp_min(0).log())
         return list(torch.cat(logs, 1).softmax(1).split([log.shape[1] for log in logs], 1))
 
-    def score(self, x: Tensor, sigma: Tensor) -> Tensor:
-        """∇log p_σ of the sum at x (B, *); shape of x."""
-        return self.log_ratio(x, sigma)[1] - x / bcast(sigma.square() + self.sigma_data**2, x)
-
-    def reference(self, sigma: Tensor) -> Tensor:
-        """Typical mobility, one; shape of sigma."""
-        return torch.ones_like(sigma)
-
-    def log_gradients(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """s (B,), S = ∇log p_σ + ∇log s (B, *) and ∇log s (B, *); see `dynamics.log_gradients`."""
+    def log_gradients(self, x: Tensor, sigma: Tensor, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """s (B,), S = ∇log p_σ + ∇log s (B, *) and ∇log s (B, *), always exact."""
         log, slope = self.log_ratio(x, sigma)
         score = slope - x / bcast(sigma.square() + self.sigma_data**2, x)
         if self.mobility == "constant":

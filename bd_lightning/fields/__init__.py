@@ -1,0 +1,35 @@
+"""Pairs of fields, all with the base `FieldPair`: samplers, metrics and other fields take any of them.
+
+| fields | what they are |
+|---|---|
+| `LearnedFields` | two heads of a network, or two networks |
+| `AnalyticFields`, `AnalyticRelative` | closed forms, which the losses are minimised by |
+| `ConditionedFields` | learned fields of one class |
+| `GuidedFields` | classifier-free guidance between two pairs |
+| `RelativeFields` | learned fields of every class, relative to a base Gaussian |
+| `Mixture` | weighted sums of those |
+"""
+
+from bd_lightning.fields.analytic import AnalyticFields, AnalyticRelative, log_ratio
+from bd_lightning.fields.base import ConditionedFields, FieldPair, log_gradient
+from bd_lightning.fields.guided import GuidedFields
+from bd_lightning.fields.learned import LearnedFields
+from bd_lightning.fields.mixture import Mixture, Source, calibrated, combine
+from bd_lightning.fields.relative import AnalyticSource, RelativeFields
+
+__all__ = [
+    "AnalyticFields",
+    "AnalyticRelative",
+    "AnalyticSource",
+    "ConditionedFields",
+    "FieldPair",
+    "GuidedFields",
+    "LearnedFields",
+    "Mixture",
+    "RelativeFields",
+    "Source",
+    "calibrated",
+    "combine",
+    "log_gradient",
+    "log_ratio",
+]

@@ -1,0 +1,103 @@
+r"""What every pair of fields is: a function of points and noise levels, and what follows from it.
+
+The scalar field s stands for a mobility m and the gradient field g for ½(m ∇log p_σ + ∇m), so that
+
+    S = 2g/s = ∇log p_σ + ∇log s,        ∇log p_σ = S − ∇log s.
+
+References:
+    | Li et al., Bellman Diffusion, arXiv 2410.01796, §3
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bd_lightning.divergences import bcast
+
+
+def log_gradient(s: Tensor, g: Tensor) -> Tensor:
+    """S = 2g/s, which stands for ∇log p_σ + ∇log m; shape of g. s is kept above the smallest normal number."""
+    return 2 * g / bcast(s.clamp_min(torch.finfo(s.dtype).tiny), g)
+
+
+class FieldPair(ABC):
+    """Base of the pairs of fields: what samplers, metrics and other fields ask of them.
+
+    Attributes:
+        mobility_is_density: whether s stands for the (smoothed) density itself, as in the paper.
+    """
+
+    mobility_is_density: bool = False
+
+    @abstractmethod
+    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The fields (s, g) at x (B, *) and noise levels sigma (B,); shapes (B,) and (B, *)."""
+
+    def reference(self, sigma: Tensor) -> Tensor:
+        """Typical mobility m_ref, by which time steps are scaled; shape of sigma. One, unless fields know better."""
+        return torch.ones_like(sigma)
+
+    def conditioned(self, label: Tensor | None) -> "FieldPair":
+        """The fields of one class for each point, label (B,), or of all the data for None.
+
+        Raises:
+            ValueError: for a label, where the fields know no classes.
+        """
+        if label is not None:
+            raise ValueError("classes were asked for, and these fields know none")
+        return self
+
+    def log_gradients(self, x: Tensor, sigma: Tensor, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """The scalar field, S = 2g/s and ∇log s, from one call of the fields.
+
+        Args:
+            x: points, shape (B, *).
+            sigma: noise levels, shape (B,).
+            exact: differentiate through the scalar field. Where the mobility is a mean over many dimensions ∇log s is
+                about 1/(2d) of S; False takes it to be zero, at a third of the cost.
+
+        Returns:
+            s (B,), S (B, *) and ∇log s (B, *).
+        """
+        if not exact:
+            s, g = self(x, sigma)
+            return s, log_gradient(s, g), torch.zeros_like(x)
+        with torch.inference_mode(False), torch.enable_grad():
+            point = x.clone().requires_grad_(True)
+            s, g = self(point, sigma.clone())
+            slope = torch.zeros_like(x)
+            if s.requires_grad:  # a constant mobility has no gradient
+                (slope,) = torch.autograd.grad(s.clamp_min(torch.finfo(s.dtype).tiny).log().sum(), point)
+            return s.detach(), log_gradient(s, g).detach(), slope
+
+    def score(self, x: Tensor, sigma: Tensor, exact: bool = False) -> Tensor:
+        """∇log p_σ = S − ∇log s at x (B, *) for sigma (B,), shape (B, *); see `log_gradients` for `exact`."""
+        _, S, slope = self.log_gradients(x, sigma, exact)
+        return S - slope
+
+
+class ConditionedFields(FieldPair):
+    """Learned fields with the class filled in.
+
+    Args:
+        fields: fields that take a label as their third argument, such as `LearnedFields`.
+        label: class of each point, shape (B,); None where the network is told none.
+        no_class: the index that stands for no class in particular, used where label is None; None if there is none.
+    """
+
+    def __init__(self, fields: Any, label: Tensor | None, no_class: int | None = None) -> None:
+        self.fields, self.label, self.no_class = fields, label, no_class
+        self.mobility_is_density = fields.mobility_is_density
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The fields (s, g) of the class at x (B, *) and noise levels sigma (B,); shapes (B,) and (B, *)."""
+        label = self.label
+        if label is None and self.no_class is not None:
+            label = torch.full((len(x),), self.no_class, device=x.device)
+        return self.fields(x, sigma, label)
+
+    def reference(self, sigma: Tensor) -> Tensor:
+        """Typical mobility of the fields; shape of sigma."""
+        return self.fields.reference(sigma)

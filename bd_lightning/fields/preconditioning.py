@@ -1,0 +1,128 @@
+r"""EDM's preconditioning of a network, and the two meanings that its gradient output can have.
+
+A network maps (c_in x, c_noise, label) to (F, a), with σ_d the standard deviation of the data and
+
+    c_in = 1/√(σ² + σ_d²),        c_noise = ¼ ln σ,        U = σ_d F / (σ √(σ² + σ_d²)).
+
+U is the slope of log p_σ over the Gaussian N(0, (σ² + σ_d²)I), so that ∇log p_σ = U − x/(σ² + σ_d²) is the score of
+EDM's denoiser D = c_skip x + c_out F, c_skip = σ_d²/(σ² + σ_d²), c_out = σσ_d/√(σ² + σ_d²).
+
+A `Parametrisation` says what the gradient output stands for, and writes the field divergence in it (see `divergences`):
+
+    factored   S = U − x/(σ² + σ_d²) stands for ∇log p_σ + ∇log m, and g = ½ s S
+    direct     g = ½ m_ref(σ) F / √(ε + σ²)
+
+References:
+    | Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364, Table 1
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bd_lightning import divergences
+from bd_lightning.divergences import bcast
+from bd_lightning.kernels import Kernel
+
+
+def call(
+    network: nn.Module, x: Tensor, sigma: Tensor, sigma_data: float, label: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A network's outputs (F, a) at x (B, *) and noise levels sigma (B,), in the precision of x.
+
+    Args:
+        network: maps (c_in x, c_noise, label) to (F, a), see `networks`.
+        x: points, shape (B, *).
+        sigma: noise levels, shape (B,), in data units.
+        sigma_data: standard deviation σ_d of the data.
+        label: class indices, shape (B,), for class-conditional networks.
+    """
+    total = sigma.square() + sigma_data**2
+    out, a = network(x * bcast(total.rsqrt(), x), sigma.clamp_min(1e-4).log() / 4, label)
+    return out.to(x.dtype), a.to(x.dtype)  # from the lower precision of autocast, if it is on
+
+
+def relative_slope(out: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
+    """U of a network's output F (B, *), of the same shape."""
+    return bcast(sigma_data / (sigma * (sigma.square() + sigma_data**2).sqrt()), out) * out
+
+
+class Parametrisation(ABC):
+    """What the gradient output of a network stands for, h, and the losses of the gradient field in terms of it.
+
+    The losses are per sample, (B,), divided by the square of a mobility: by m̂² where it cancels out of the target, and
+    by m_ref(σ)², a function of σ alone, where it has to be one.
+
+    Attributes:
+        traces: the ways of taking the trace for which there is a loss (see `objectives.FieldDivergence`).
+        at_any_point: whether h can be regressed on ∇m̂ off the data (see `objectives.KernelRegression`).
+        single_scale: whether h has a meaning at σ = 0.
+    """
+
+    traces: tuple[str, ...]
+    at_any_point: bool
+    single_scale: bool
+
+    @abstractmethod
+    def output(self, out: Tensor, x: Tensor, sigma: Tensor, sigma_data: float, kernel: Kernel, m_ref: Tensor) -> Tensor:
+        """h (B, *) of a network's output F (B, *) at x (B, *)."""
+
+    @abstractmethod
+    def gradient(self, h: Tensor, s: Tensor) -> Tensor:
+        """The gradient field g (B, *)."""
+
+    @abstractmethod
+    def stein_loss(self, h: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, grad_m: Tensor, m_ref: Tensor) -> Tensor:
+        """The divergence with its trace taken by Stein's identity: the denoising form."""
+
+    @abstractmethod
+    def probed_loss(self, h: Tensor, trace: Tensor, m: Tensor, grad_m: Tensor, m_ref: Tensor) -> Tensor:
+        """The divergence with tr ∇h, or an unbiased estimate of it, given."""
+
+
+class Factored(Parametrisation):
+    """h = S, g = ½ s S: EDM's denoiser. In training S meets m̂ in place of s, whose noise cancels out of the target."""
+
+    traces = ("stein", "hutchinson", "gaussian", "exact")
+    at_any_point = False
+    single_scale = False
+
+    def output(self, out, x, sigma, sigma_data, kernel, m_ref):
+        # S = (D − x)/σ² with c_skip − 1 = −σ²/(σ² + σ_d²): written without the cancellation at small σ
+        return relative_slope(out, sigma, sigma_data) - x / bcast(sigma.square() + sigma_data**2, x)
+
+    def gradient(self, h, s):
+        return 0.5 * bcast(s, h) * h
+
+    def stein_loss(self, h, noise, sigma, m, grad_m, m_ref):
+        seen = m > 1e-6 * m_ref  # elsewhere m̂ underflows, and its logarithm says nothing
+        loss = divergences.factored_stein_loss(h, noise, sigma, m, grad_m)
+        return torch.where(seen, loss / torch.where(seen, m, 1.0).square(), 0.0)
+
+    def probed_loss(self, h, trace, m, grad_m, m_ref):
+        return divergences.factored_divergence_loss(h, trace, m, grad_m) / m_ref.square()
+
+
+class Direct(Parametrisation):
+    """h = g."""
+
+    traces = ("stein", "hutchinson", "gaussian", "exact", "sliced")
+    at_any_point = True
+    single_scale = True
+
+    def output(self, out, x, sigma, sigma_data, kernel, m_ref):
+        return bcast(0.5 * m_ref * (kernel.epsilon + sigma.square()).rsqrt(), x) * out
+
+    def gradient(self, h, s):
+        return h
+
+    def stein_loss(self, h, noise, sigma, m, grad_m, m_ref):
+        return divergences.stein_loss(h, noise, sigma, m, grad_m) / m_ref.square()
+
+    def probed_loss(self, h, trace, m, grad_m, m_ref):
+        return divergences.divergence_loss(h, trace, m) / m_ref.square()
+
+
+PARAMETRISATIONS: dict[str, Any] = {"factored": Factored(), "direct": Direct()}

@@ -1,0 +1,128 @@
+"""What the LightningModules that learn and sample a density share."""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bd_lightning.checks import in_range, interval, one_of
+from bd_lightning.dynamics import SampleNoise, Sampler
+from bd_lightning.fields import FieldPair, GuidedFields
+from bd_lightning.modules.base import Module
+from bd_lightning.objectives import Losses, NoiseLevels, Objective
+from bd_lightning.targets import Density
+
+
+class Generator(Module):
+    """Base of the models of a density: the objective's losses become training steps, the fields are sampled.
+
+    Sub-classes set `fields` and `objective`, and compute `losses`.
+
+    Args:
+        shape: shape of one sample, from the data module.
+        num_classes: number of classes, from the data module.
+        samplers: samplers by name, None where there is none; what they return lies in [−1, 1] for images.
+        sampler: name of the one that prediction and metrics use.
+        noise: noise levels that are trained at; None for a single scale, σ = 0.
+        guidance: scale of classifier-free guidance when classes are asked for; 1 is none.
+        guidance_interval: noise levels, in data units, between which guidance acts.
+        options: arguments of `Module`.
+
+    Attributes:
+        fields: the pair of fields that is learned.
+        objective: what it is trained by.
+        conditional: whether samples are drawn class by class unless something else is asked for.
+    """
+
+    fields: Any
+    objective: Objective
+    conditional: bool = False
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        num_classes: int,
+        samplers: dict[str, Sampler | None],
+        sampler: str,
+        noise: NoiseLevels | None,
+        guidance: float,
+        guidance_interval: tuple[float, float],
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.samplers = {name: one for name, one in samplers.items() if one is not None}
+        one_of(tuple(self.samplers), sampler=sampler)
+        in_range(0, math.inf, guidance=guidance)
+        interval(guidance_interval=guidance_interval)
+        self.shape, self.num_classes, self.dim = tuple(shape), num_classes, math.prod(shape)
+        self.sampler, self.noise = sampler, noise
+        self.guidance, self.guidance_interval = guidance, guidance_interval
+
+    @property
+    def multi_scale(self) -> bool:
+        """Whether the fields are those of every noise level, not of σ = 0 alone."""
+        return self.noise is not None
+
+    @abstractmethod
+    def losses(self, x: Tensor, label: Tensor | None = None, generator: torch.Generator | None = None) -> Losses:
+        """Weighted losses of one batch, per sample.
+
+        Args:
+            x: clean data, shape (B, *shape).
+            label: class indices (B,), used where the model has classes.
+            generator: source of noise and of probing directions; the global one if None.
+        """
+
+    def compute(self, batch: Any, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The loss and its two parts, means over the batch, and the vectors of `losses`."""
+        x, label = batch
+        losses = self.losses(x, label, generator)
+        parts = {"loss_gradient": losses.gradient.mean(), "loss_scalar": losses.scalar.mean()}
+        return {"loss": losses.total, **parts}, dict(vars(losses))
+
+    def analytic(self, density: Density) -> FieldPair:
+        """The fields that the losses are minimised by, for data of a density in closed form."""
+        return self.objective.minimiser(self.fields, density)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        indices: Sequence[int],
+        sampler: str | None = None,
+        seed: int = 0,
+        label: Tensor | None = None,
+        watch: Callable[[int, Tensor], None] | None = None,
+        finite_part: bool = False,
+        fields: FieldPair | None = None,
+    ) -> Tensor:
+        """Draw samples. Sample i of a seed is the same in any batch and on any rank.
+
+        Args:
+            indices: indices of the samples, length B.
+            sampler: name of a sampler of this module; its default if None.
+            seed: seed of the whole set.
+            label: class indices, shape (B,), where the model has classes.
+            watch: called with (step, state) along the way.
+            finite_part: leave lost chains out of the result instead of stopping.
+            fields: what to sample instead of the model's own fields, e.g. a mixture.
+
+        Returns:
+            Samples in the model's units ([−1, 1] for images), shape (B, *shape).
+
+        Raises:
+            SamplingDiverged: when chains are lost.
+        """
+        noise = SampleNoise(indices, self.shape, seed, self.device)
+        if fields is None:
+            fields = self.fields.conditioned(label)
+            if label is not None and self.guidance != 1:
+                fields = GuidedFields(fields, self.fields.conditioned(None), self.guidance, self.guidance_interval)
+        return self.samplers[sampler or self.sampler](fields, noise, watch, finite_part)
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Samples for a batch of requests: "index", "seed" and, if classes are asked for, "label"; each (B,)."""
+        label = batch.get("label")
+        return self.sample(batch["index"].tolist(), seed=int(batch["seed"][0]), label=label)

@@ -1,0 +1,90 @@
+"""Fields of every class relative to a base Gaussian, as a LightningModule."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bd_lightning.dynamics import Sampler
+from bd_lightning.fields import RelativeFields
+from bd_lightning.modules.generator import Generator
+from bd_lightning.networks.base import Network
+from bd_lightning.objectives import DensityRatio, Losses, NoiseLevels
+
+
+class RelativeDensities(Generator):
+    """Learns ρ_c = p_c/r and its slope for every class c, so that mixtures of classes need no retraining.
+
+    Args:
+        network: trunk with a pair of heads for every class (`per_class`), or with one pair for all the data.
+        shape: shape of one sample, from the data module.
+        num_classes: number of classes, from the data module.
+        sigma_data: standard deviation of the data, from the data module, and of the base Gaussian r at σ = 0.
+        samplers: samplers by name, None where there is none.
+        sampler: name of the one that prediction and metrics use.
+        objective: what the fields are trained by; None is `objectives.DensityRatio()`.
+        noise: noise levels that they are trained at.
+        guidance: scale of classifier-free guidance when classes are asked for; 1 is none.
+        guidance_interval: noise levels, in data units, between which guidance acts.
+        compile: compile the network with torch.compile at its first use; worth it on GPUs.
+        options: arguments of `Module`.
+
+    Raises:
+        ValueError: for values out of range and for combinations that have no meaning.
+
+    References:
+        | Li et al., Bellman Diffusion, arXiv 2410.01796, §2 (linearity of the modelling operator)
+    """
+
+    fields: RelativeFields
+
+    def __init__(
+        self,
+        network: Network,
+        shape: Sequence[int],
+        num_classes: int,
+        sigma_data: float,
+        samplers: dict[str, Sampler | None],
+        sampler: str = "sde",
+        objective: DensityRatio | None = None,
+        noise: NoiseLevels = NoiseLevels(-0.5, 1.5),  # noqa: B008 (frozen)
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, math.inf),
+        compile: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(shape, num_classes, samplers, sampler, noise, guidance, guidance_interval, **options)
+        if network.conditional:
+            raise ValueError("relative densities need network.per_class=true instead of network.conditional=true")
+        self.objective = objective or DensityRatio()
+        self.takes_labels = bool(network.head_shape)
+        if guidance != 1 and not self.takes_labels:
+            raise ValueError("guidance needs fields of the classes: train with network.per_class=true")
+        self.fields = RelativeFields(network, sigma_data, num_classes if self.takes_labels else 1)
+        self.objective.check(self.fields, noise)
+        if compile:
+            network.compile()  # in place: names in checkpoints stay as they are
+
+    def losses(self, x: Tensor, label: Tensor | None = None, generator: torch.Generator | None = None) -> Losses:
+        """The objective's losses of a batch, per sample; see `Generator.losses`."""
+        if label is None or not self.takes_labels:
+            label = torch.zeros(len(x), dtype=torch.long, device=x.device)
+        if self.training:
+            self.fields.count(label)
+        assert self.noise is not None  # refused before
+        return self.objective(self.fields, x, None, self.noise(len(x), x.device, generator), label, generator)
+
+    def mixture_source(self) -> RelativeFields:
+        """The fields that mixtures are made of."""
+        return self.fields
+
+    def mixture_identity(self) -> dict[str, Any]:
+        """What has to agree for two models to be merged."""
+        assert self.noise is not None
+        return {
+            "shape of a sample": list(self.shape),
+            "base Gaussian, sigma_data =": self.fields.sigma_data,
+            "noise.mean and noise.std": [self.noise.mean, self.noise.std],
+        }
