@@ -1,15 +1,18 @@
 """Reading and writing checkpoints: tensors and plain data only, with the config that rebuilds the model."""
 
 import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from bd_lightning import build
+from bd_lightning import facts
 from bd_lightning.checks import UserError
+from bd_lightning.cli import build
 from bd_lightning.modules.base import Module
+from bd_lightning.upgrade import upgrade
 
 
 class SavingFailed(UserError):
@@ -50,40 +53,62 @@ def read(path: str | Path) -> dict[str, Any]:
     """Load a checkpoint of this project.
 
     Returns:
-        The checkpoint; `hyper_parameters` holds the run's config and the facts of its data.
+        The checkpoint; `hyper_parameters` holds the run's config and the facts of its data, in today's format.
 
     Raises:
-        UserError: if it is missing, broken, or not one of ours.
+        UserError: if it is missing, broken, not one of ours, or written by a later version.
     """
     if not Path(path).is_file():
         raise UserError(f"checkpoint not found: {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not {"data", "model", "facts"} <= checkpoint["hyper_parameters"].keys():
+        stored = upgrade(checkpoint["hyper_parameters"], str(path))
+        if not {"data", "model", "facts"} <= stored.keys() or not isinstance(checkpoint["state_dict"], dict):
             raise KeyError("facts")
+        facts.read(stored["facts"])
+    except UserError:
+        raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({reason})") from error
-    return checkpoint
+    return {**checkpoint, "hyper_parameters": stored}
 
 
-def load(path: str | Path, kind: type[Module] = Module) -> tuple[Any, dict[str, Any]]:
+def restore(module: Module, checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Give a module the (averaged) weights of a checkpoint.
+
+    Raises:
+        UserError: if they are not those of such a module.
+    """
+    module.on_load_checkpoint(dict(checkpoint))
+    try:
+        module.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the weights in {path} do not fit the model: leave model as it was ({reason})") from error
+
+
+def load(path: str | Path, kind: type[Module] = Module, named: Collection[str] | None = ()) -> tuple[Any, dict]:
     """Build the module of a checkpoint with its (averaged) weights, frozen and in evaluation mode.
 
     Args:
         path: the checkpoint.
         kind: the class that the module has to be of.
+        named: classes beside those of this suite that it may hold; None allows any.
 
     Returns:
-        The module and the stored config, `facts` among it.
+        The module and the stored config, `facts` among it, in today's format.
 
     Raises:
-        UserError: as `read`, and for a module of another class.
+        UserError: as `read`, for a config that is not sound, and for a module of another class.
     """
     checkpoint = read(path)
     stored = checkpoint["hyper_parameters"]
-    module = build.instantiate(stored["model"], "model", stored["facts"])
+    if named is not None:
+        build.refuse_strangers(stored["model"], str(path), named)
+    build.check_kind(stored["model"], "model", build.KINDS["model"])
+    module = build.instantiate(stored["model"], "model", facts.read(stored["facts"]).arguments)
     if not isinstance(module, kind):
         raise UserError(f"{path} holds a {type(module).__name__}; what is needed here is of class {kind.__name__}")
-    module.load_state_dict(checkpoint["state_dict"])
+    restore(module, checkpoint, path)
     return module.requires_grad_(False).eval(), stored

@@ -1,11 +1,21 @@
 """One-sentence refusals of values that no computation should be started with."""
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
     """A mistake that its message explains in one sentence; `train.py` prints it without a traceback."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """' Did you mean …?' for a close match, else the choices."""
+    known = sorted(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    if close:
+        return f" Did you mean '{close[0]}'?"
+    return f" Known: {', '.join(known)}." if known else ""
 
 
 def positive(**values: float) -> None:

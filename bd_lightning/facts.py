@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Facts:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def space(self) -> str | None:
+        """What the samples are codes of, as a key; None for the data themselves."""
+        return None
 
     @property
     def columns(self) -> tuple[str, ...] | None:
@@ -126,7 +132,21 @@ def read(values: Mapping[str, Any]) -> Facts:
     kind: Any = KINDS.get(str(given.pop("kind", None)))
     if kind is None or set(given) - {f.name for f in fields(kind)}:
         raise ValueError(f"these are not facts of a data module: {', '.join(map(str, values))}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    hints = get_type_hints(kind)
+    for name, value in values.items():
+        if not _is(value, hints[name]):
+            raise ValueError(f"the fact {name} of a data module must be {hints[name]}, got {value!r}")
     try:
-        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in given.items()})
+        return kind(**values)
     except TypeError as error:
         raise ValueError(f"these facts of a data module are not whole: {error}") from error
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type that a fact has: a number, a string, a tuple of one of these, or None."""
+    if isinstance(hint, UnionType):
+        return any(_is(value, option) for option in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is(one, get_args(hint)[0]) for one in value)
+    return isinstance(value, (int, float) if hint is float else hint)

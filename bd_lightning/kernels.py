@@ -222,9 +222,9 @@ def _slice_average(density: Smoothable, x: Tensor, variance: Tensor) -> tuple[Te
             + d * math.log(width)
             + (d / 2 * math.log(2 * math.pi))
         )
-        factor = (log_scale - u**2 * variance).exp()
-        p, grad_p = density.smoothed(x, width)
-        m, grad_m = m + factor * p, grad_m + factor[:, None] * grad_p
+        log_p, score = density.log_and_score(x, width)  # (2πτ²)^{d/2} overflows alone, and cancels against p
+        part = (log_scale - u**2 * variance + log_p).exp()
+        m, grad_m = m + part, grad_m + part[:, None] * score
     return m, grad_m
 
 

@@ -74,8 +74,8 @@ class WandB(WandbLogger):
     """A Weights & Biases run that never asks for a login and never waits for a server.
 
     Without an API key, or when the server does not answer within `timeout`, the run is kept offline in the run folder
-    and one line says how to sync it. The x-axis is the trainer's global step; val/fid and val/w2 are summarised by
-    their minimum. Only rank 0 starts a run. A run that is resumed online repeats the steps after its checkpoint; what
+    and one line says how to sync it. The x-axis is the trainer's global step; metrics are summarised by their best
+    value. Only rank 0 starts a run. A run that is resumed online repeats the steps after its checkpoint; what
     W&B has of them is not sent again.
 
     Args:
@@ -90,6 +90,7 @@ class WandB(WandbLogger):
             variable WANDB_MODE has the last word.
         log_model: upload checkpoints as artifacts: True at the end of the run, "all" as they are written.
         timeout: seconds to wait for the server.
+        summaries: how metrics are summed up over the run, "min" or "max" by name; None takes what the callbacks say.
         run_dir: the run folder; its name is the run's id, so that a resumed run continues the same one.
     """
 
@@ -106,6 +107,7 @@ class WandB(WandbLogger):
         mode: Literal["auto", "online", "offline", "disabled"] = "auto",
         log_model: bool | Literal["all"] = False,
         timeout: float = 20.0,
+        summaries: dict[str, Literal["min", "max"]] | None = None,
     ) -> None:
         positive(timeout=timeout)
         super().__init__(
@@ -120,7 +122,7 @@ class WandB(WandbLogger):
             notes=notes,
             entity=entity,
         )
-        self.mode, self.timeout, self.run_dir = mode, timeout, Path(run_dir)
+        self.mode, self.timeout, self.run_dir, self.summaries = mode, timeout, Path(run_dir), dict(summaries or {})
         self.known = -1  # the last step that W&B has from an earlier part of the run
 
     def _choose_mode(self) -> str:
@@ -164,8 +166,8 @@ class WandB(WandbLogger):
             if mode != "disabled":
                 run.define_metric("trainer/global_step")
                 run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
-                for metric in ("val/fid", "val/w2"):
-                    run.define_metric(metric, step_metric="trainer/global_step", summary="min")
+                for metric, summary in self.summaries.items():
+                    run.define_metric(metric, step_metric="trainer/global_step", summary=summary)
             self._experiment = run
         return self._experiment
 

@@ -3,8 +3,8 @@ r"""What the fields are trained by: each way to learn is one small class.
     losses = objective(fields, x, pool, sigma, label, generator)
 
 x are clean data, the pool their partners in the kernel estimates (see `Partners`), sigma the noise level of each of
-them (see `NoiseLevels`), or None for a single scale. The losses (see `Losses`) are weighted so that the gradient field's is
-EDM's, (2σ/m)²(1 + σ²/σ_d²)/d, and the scalar field's is relative to m_ref(σ)².
+them (see `NoiseLevels`), or None for a single scale. The losses (see `Losses`) are weighted so that the gradient
+field's is EDM's, (2σ/m)²(1 + σ²/σ_d²)/d, and the scalar field's is relative to m_ref(σ)².
 
 | objective | learns | by |
 |---|---|---|

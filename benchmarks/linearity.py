@@ -30,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from bd_lightning.relative import Mixture, calibrated, combine
 from torch import Tensor
 
 import train
@@ -37,7 +38,6 @@ from bd_lightning import checkpoints
 from bd_lightning.dynamics import SampleNoise
 from bd_lightning.latents import TrainedLatents
 from bd_lightning.modules import BellmanDiffusion
-from bd_lightning.relative import Mixture, calibrated, combine
 from callbacks import ClassifierFeatures
 from callbacks.drawing import grid_image
 from callbacks.metrics import frechet_distance

@@ -27,10 +27,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import lightning as L
 import torch
-
-import train
 from bd_lightning.build import instantiate
 from bd_lightning.config import compose, parse
+
+import train
 from bd_lightning.modules import BellmanDiffusion
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,7 +1,7 @@
 """What goes into a checkpoint when a run does not end as planned."""
 
 import signal
-from types import FrameType
+import threading
 from typing import Any
 
 import lightning as L
@@ -55,8 +55,10 @@ class LastCheckpoint(ModelCheckpoint):
 
     A non-finite loss does not overwrite it: the weights that led there are of no use.
 
-    With several processes SIGTERM and Ctrl-C may reach any of them, at any point of a step. They agree before each
-    batch whether one was asked to stop, and then all stop there, so that none waits for another while saving.
+    Ctrl-C in the middle of a step waits for its end, so that no part of it is lost (the optimiser's update without the
+    averages', say); a second one does not wait. SIGTERM does so by Lightning. With several processes either may reach
+    any of them: they agree before each batch whether one was asked to stop, and then all stop there, so that none waits
+    for another while saving.
 
     Args:
         dirpath: the folder; `train.py` gives the run's.
@@ -71,18 +73,20 @@ class LastCheckpoint(ModelCheckpoint):
         self.together, self.asked = False, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """With several processes, take signals over from Lightning, whose handler communicates at once and may hang.
+        """Take signals over: Ctrl-C from Python, and with several processes SIGTERM from Lightning, whose handler
+        communicates at once and may hang.
 
         Lightning puts the handlers of before the run back when it ends.
         """
         self.together = trainer.world_size > 1 and torch.distributed.is_initialized()
-        if self.together:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._note)
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT) if self.together else (signal.SIGINT,):
+                signal.signal(number, lambda number, frame: self._note(number, trainer))
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        """Remember the signal; a second Ctrl-C does not wait for the others."""
-        if self.asked == number == signal.SIGINT:
+    def _note(self, number: int, trainer: L.Trainer) -> None:
+        """Remember the signal until the step ends; a second Ctrl-C does not wait, nor does one in a validation."""
+        alone = not self.together and trainer.validating
+        if number == signal.SIGINT and (alone or self.asked == number):
             raise KeyboardInterrupt
         self.asked = number
 
@@ -118,11 +122,18 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         """Remember the step that the batch begins at; stop if any process was asked to."""
         self.begun = trainer.global_step
+        asked = self.asked
         if self.together:
-            asked = torch.tensor(self.asked, device=pl_module.device)
-            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-            if asked:
-                raise KeyboardInterrupt if asked == signal.SIGINT else SIGTERMException
+            shared = torch.tensor(asked, device=pl_module.device)
+            torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+            asked = int(shared)
+        if asked:
+            raise KeyboardInterrupt if asked == signal.SIGINT else SIGTERMException
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop before a validation too, which may be long; several processes stop at the next batch."""
+        if self.asked == signal.SIGINT and not self.together:
+            raise KeyboardInterrupt
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -6,6 +6,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from bd_lightning.checks import UserError, positive
 from callbacks.drawing import append_record, publish_animation, publish_image, run_folder, step_of
-from datamodules.replay import Environment, play
+from callbacks.evaluation import Evaluation, Metric
+from datamodules.environments import Environment
+from datamodules.experience import Greedy, play
 
 
 def need_environment(trainer: L.Trainer, owner: str) -> Environment:
-    """The data module, if it is an environment.
+    """The data module, which has to be an environment.
 
     Raises:
         UserError: naming the callback and what to choose instead.
@@ -30,14 +33,26 @@ def need_environment(trainer: L.Trainer, owner: str) -> Environment:
     return data
 
 
-class EpisodeReturns(L.Callback):
+def interruptible(trainer: L.Trainer, greedy: Greedy) -> Greedy:
+    """The same policy, which ends the run at its next step if SIGTERM has arrived."""
+
+    def act(observation: np.ndarray) -> np.ndarray:
+        if trainer.received_sigterm:
+            raise SIGTERMException
+        return greedy(observation)
+
+    return act
+
+
+class EpisodeReturns(Evaluation):
     """Plays episodes under the greedy policy at every validation and test, and watches those of the training.
 
     Logged under <stage>/: `return`, the mean undiscounted return, its standard error `return_error`, and `env_steps`;
     while training, at every logging step, `train/env_steps`, `train/epsilon`, `train/return` (of the last 100 finished
-    episodes) and `train/returns_outside`, how many episodes so far had a discounted return outside [v_min, v_max].
-    Rows go to <run folder>/returns.json, with the environment steps after which `threshold` was first held over two
-    evaluations.
+    episodes), `train/episodes_cut`, how many episodes so far a limit of steps ended, and `train/returns_outside`, how
+    many had a discounted return outside [v_min, v_max]. The first return outside, and the first episode that
+    `data.max_steps` cuts, are reported at once. Rows go to <run folder>/returns.json, with the number of episodes that
+    were cut, and the environment steps after which `threshold` was first held over two evaluations.
 
     Args:
         episodes: episodes of one evaluation.
@@ -45,6 +60,9 @@ class EpisodeReturns(L.Callback):
         threshold: the mean return that counts as solved; None watches for none.
         seed: seed of the episodes, the same at every evaluation.
     """
+
+    metrics = (Metric("return", 3, "max"), Metric("return_error", 3))
+    record: str = "returns.json"
 
     def __init__(self, episodes: int = 50, num_envs: int = 10, threshold: float | None = None, seed: int = 1) -> None:
         positive(episodes=episodes, num_envs=num_envs)
@@ -54,6 +72,20 @@ class EpisodeReturns(L.Callback):
         self.above: int | None = None
         self.solved: int | None = None
         self.envs: Any = None
+        self.told: set[str] = set()
+
+    def _tell(self, what: str, message: str) -> None:
+        """Report something when it happens first."""
+        if what not in self.told:
+            self.told.add(what)
+            rank_zero_info(message)
+
+    def _tell_of_cuts(self, data: Environment) -> None:
+        self._tell(
+            "cut",
+            f"an episode of {data.env} was cut after {data.cap} steps, which data.max_steps sets: the returns that are "
+            "reported of such episodes end there, the learned ones go on",
+        )
 
     def state_dict(self) -> dict[str, Any]:
         """When the threshold was reached."""
@@ -71,16 +103,29 @@ class EpisodeReturns(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log what the training episodes gave."""
-        stream = trainer.datamodule.experience  # type: ignore[attr-defined]
+        data: Environment = trainer.datamodule  # type: ignore[attr-defined]
+        stream: Any = data.experience
+        if stream.outside:
+            (low, high), (smallest, largest) = data.returns_range, stream.extremes
+            self._tell(
+                "outside",
+                f"a training episode had a discounted return outside the declared range [{low:g}, {high:g}] (so far "
+                f"they lie between {smallest:.4g} and {largest:.4g}): widen data.v_min and data.v_max",
+            )
+        if stream.cut and data.cap is not None:
+            self._tell_of_cuts(data)
         if trainer.global_step % trainer.log_every_n_steps == 0:
-            values = {"env_steps": stream.steps, "epsilon": stream.exploration, "returns_outside": stream.outside}
+            values = {"env_steps": stream.steps, "epsilon": stream.exploration}
+            values |= {"episodes_cut": stream.cut, "returns_outside": stream.outside}
             if stream.finished:
                 values["return"] = float(np.mean(stream.finished))
             pl_module.log_dict({f"train/{name}": float(value) for name, value in values.items()})
 
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = need_environment(trainer, type(self).__name__)
-        returns = play(self.envs, data.shape, pl_module.greedy, self.episodes, self.seed)
+        returns, cut = play(self.envs, data.shape, interruptible(trainer, pl_module.greedy), self.episodes, self.seed)
+        if cut.any() and data.cap is not None:
+            self._tell_of_cuts(data)
         mean, error = float(returns.mean()), float(returns.std() / len(returns) ** 0.5)
         steps = data.experience.steps if data.experience is not None else 0
         values = {"return": mean, "return_error": error} | ({"env_steps": float(steps)} if steps else {})
@@ -94,15 +139,17 @@ class EpisodeReturns(L.Callback):
             if self.threshold is not None:
                 when = "not reached" if self.solved is None else f"held from {self.solved} environment steps on"
                 reached = f"; {self.threshold:g} was {when}"
+            short = f", {cut.sum()} cut after {data.cap} steps" if cut.any() and data.cap is not None else ""
             append_record(
                 trainer,
-                "returns.json",
+                self.record,
                 {
                     "step": step_of(trainer),
                     **{f"{stage}/{name}": value for name, value in values.items()},
+                    "episodes_cut": int(cut.sum()),
                     "solved": self.solved,
                     "summary": f"return {mean:.3f} ± {error:.3f} over {self.episodes} greedy episodes of "
-                    f"{data.env}{reached}",
+                    f"{data.env}{short}{reached}",
                 },
             )
 
@@ -121,7 +168,8 @@ class EpisodeReturns(L.Callback):
             low, high = trainer.datamodule.returns_range  # type: ignore[attr-defined]
             rank_zero_info(
                 f"{stream.outside} of {stream.episodes} episodes had a discounted return outside the declared range "
-                f"[{low:g}, {high:g}]: widen data.v_min and data.v_max"
+                f"[{low:g}, {high:g}]: they lie between {stream.extremes[0]:.4g} and {stream.extremes[1]:.4g}, "
+                "widen data.v_min and data.v_max"
             )
 
 

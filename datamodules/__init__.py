@@ -1,11 +1,11 @@
 """LightningDataModules. Everything a model needs to know of the data comes from here."""
 
-from datamodules.base import DataModule
+from datamodules.base import Data, DataModule
 from datamodules.digits import Digits
+from datamodules.environments import Environment
 from datamodules.folder import ImageFolder
 from datamodules.images import ImageDataModule, to_uint8
 from datamodules.latents import Latents
-from datamodules.replay import Environment
 from datamodules.requests import SampleRequests
 from datamodules.synthetic import Synthetic
 from datamodules.table import Table
@@ -14,6 +14,7 @@ from datamodules.torchvision_sets import CIFAR10, MNIST
 __all__ = [
     "CIFAR10",
     "MNIST",
+    "Data",
     "DataModule",
     "Digits",
     "Environment",

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from bd_lightning.checks import UserError, in_range, positive
+from bd_lightning.facts import Facts, SampleFacts
 
 
 class DataError(UserError):
@@ -70,11 +71,30 @@ class _Late(DataLoader):
         yield from super().__iter__()
 
 
-class DataModule(L.LightningDataModule):
-    """Base of the data modules.
+class Data(L.LightningDataModule):
+    """Base of all that a run may learn from.
 
-    Sub-classes set the facts below, download in `prepare_data` (which Lightning calls once per node), and return the
-    splits from `load_split`.
+    Attributes:
+        name: what caches and protocols call it.
+        root: folder of data sets; also holds what is derived from them.
+        batch_size: batch size of one device.
+    """
+
+    name: str
+    root: str
+    batch_size: int
+
+    @property
+    @abstractmethod
+    def facts(self) -> Facts:
+        """What a model has to know of it."""
+
+
+class DataModule(Data):
+    """Base of the data sets.
+
+    Sub-classes set the attributes below, download in `prepare_data` (which Lightning calls once per node), and return
+    the splits from `load_split`.
 
     Attributes:
         shape: shape of one sample.
@@ -117,15 +137,9 @@ class DataModule(L.LightningDataModule):
         self.splits: dict[str, Any] = {}
 
     @property
-    def facts(self) -> dict[str, Any]:
-        """What models are built from (shape, num_classes, sigma_data) and told apart by, as plain values."""
-        return {
-            "shape": list(self.shape),
-            "num_classes": len(self.class_names),
-            "class_names": list(self.class_names),
-            "sigma_data": self.sigma_data,
-            "name": self.name,
-        }
+    def facts(self) -> SampleFacts:
+        """What models are built from and told apart by."""
+        return SampleFacts(self.name, tuple(self.shape), self.sigma_data, tuple(self.class_names))
 
     @property
     def observed(self) -> "DataModule":

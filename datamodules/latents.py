@@ -1,5 +1,6 @@
 """Codes of images as data."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ class Latents(DataModule):
 
     @property
     def facts(self):
-        return {**super().facts, "space": str(self.autoencoder.key)}
+        return replace(super().facts, space=str(self.autoencoder.key))
 
     @property
     def fingerprint(self):

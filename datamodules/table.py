@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import in_range, one_of
-from bd_lightning.config import suggest
+from bd_lightning.checks import in_range, one_of, suggest
+from bd_lightning.facts import TableFacts
 from datamodules.base import DataError, DataModule, Rows
 
 DATASETS = ("wine", "breast_cancer", "diabetes")
@@ -75,9 +75,9 @@ class Table(DataModule):
         self._check_scale()
 
     @property
-    def facts(self) -> dict[str, Any]:
-        own = {"columns": self.columns, "center": self.center.tolist(), "scale": self.scale.tolist()}
-        return {**super().facts, **own}
+    def facts(self) -> TableFacts:
+        own = tuple(self.columns), tuple(self.center.tolist()), tuple(self.scale.tolist())
+        return TableFacts(self.name, self.shape, self.sigma_data, (), None, *own)
 
     @property
     def fingerprint(self) -> list[Any]:

@@ -17,8 +17,8 @@ class KillAt(L.Callback):
 
     Args:
         step: at the first chance once so many optimiser steps are done.
-        where: "batch" (between forward and backward pass), "validation" (in the middle), or "saving" (when half of a
-            checkpoint is written).
+        where: "batch" (between forward and backward pass), "step" (after the optimiser's step, before the averages'),
+            "validation" (in the middle), or "saving" (when half of a checkpoint is written).
         signum: "SIGINT" and "SIGTERM" are other signals to send.
         rank: the process that it is sent to; None is all of them.
     """
@@ -35,6 +35,9 @@ class KillAt(L.Callback):
 
     def on_before_backward(self, trainer, pl_module, loss):
         self._strike(trainer, "batch")
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self._strike(trainer, "step")
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if batch_idx:

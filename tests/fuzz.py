@@ -1,6 +1,6 @@
 """Every shipped config with a mistake in it: refused by one sentence that names the key, or good enough to train.
 
-    uv run python tests/fuzz.py [-n 200] [config …]        e.g. experiment=mnist_small data=wine
+    uv run python -m tests.fuzz [-n 200] [config …]        e.g. experiment=mnist_small data=wine
 
 Mutations are drawn from a seed that is the config's name. Each goes through `train.main`, with `Trainer.fit` replaced
 by one that loads the data, sets the callbacks up (all but features, which would be trained or downloaded) and computes
@@ -22,29 +22,30 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import lightning as L
+import torch
+
+import train
+from bd_lightning.cli import build
+from bd_lightning.cli import config as configs
+from tests.tiny_data import write_autoencoder, write_cifar, write_folder, write_mnist
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import lightning as L  # noqa: E402
-import torch  # noqa: E402
-
-import train  # noqa: E402
-from bd_lightning import build  # noqa: E402
-from bd_lightning import config as configs  # noqa: E402
-from tiny_data import write_autoencoder, write_cifar, write_folder, write_mnist  # noqa: E402
-
 SMALL = ["model=mlp", "model.network.width=16", "model.network.depth=1"]
 WRONG = ["banana", "[1, 2]", "{a: 1}", "true", "null", "1.5", "''"]
 OUTSIDE = ["-1", "0", "-7.5", ".nan", ".inf", "1.0e30"]
 PATHS = ("folder", "file", "ckpt_path", "weights", "source")
 CONFLICTS = [
-    "model.multi_scale=false", "model.estimator=divergence", "model.estimator=regression", "model.pairs=single",
-    "model.parametrisation=direct", "model.trace=sliced", "model.sampler=ode", "model.samplers=null",
-    "model.kernel={_target_: bd_lightning.kernels.Relative}", "model.kernel={_target_: bd_lightning.kernels.Exact}",
+    "model.noise=null", "model.objective.trace=hutchinson", "model.objective.trace=sliced", "model.objective=null",
+    "model.objective._target_=bd_lightning.objectives.KernelRegression", "model.partners.pairs=single",
+    "model.objective._target_=bd_lightning.objectives.DensityRatio", "model.objective.trace=stien", "model=relative",
+    "model.parametrisation=direct", "model.sampler=ode", "model.samplers=null", "model.estimator=divergence",
+    "model.kernel={_target_: bd_lightning.kernels.Exact}", "data.keep={_target_: os.system}",
+    "trainer.plugins={_target_: os.system, command: 'true'}", "callbacks.mine={_target_: os.system}",
     "model.network.conditional=true", "model.network.per_class=true", "callbacks.metrics=null", "callbacks=images",
     "callbacks=points", "callbacks=autoencoder", "callbacks.best.monitor=val/nothing", "data=wine", "data=digits",
     "steps=7 eval_every=3", "trainer.max_steps=3", "trainer.devices=0", "trainer.strategy=nothing", "model=autoencoder",
-    "trainer.accumulate_grad_batches=0", "trainer.precision=8", "model.gather_partners=true model=relative",
+    "trainer.accumulate_grad_batches=0", "trainer.precision=8", "model.partners.gather=true model=relative",
     "callbacks.last.dirpath=/proc/nowhere",
 ]  # fmt: skip
 
@@ -109,7 +110,7 @@ def leaves(node: Any, key: str = "") -> list[str]:
     """Keys of all values of a config, nodes among them, and of the arguments that its classes have besides."""
     found = [key] if key else []
     if isinstance(node, dict):
-        more = build._signature(build.locate(node["_target_"], key)) if "_target_" in node else {}
+        more = build.signature_of(build.locate(node["_target_"], key)) if "_target_" in node else {}
         for name in dict.fromkeys((*node, *more)):
             if name in node or name not in build.FACTS:
                 found += leaves(node.get(name), f"{key}.{name}" if key else str(name))
@@ -155,7 +156,8 @@ def mutations(config: str, place: Path, n: int) -> list[list[str]]:
                 continue
             target = draw.choice(nodes)
             old = configs.OmegaConf.select(configs.OmegaConf.create(composed), target)
-            words = [f"{target}={draw.choice([misspell(old, draw), 'builtins.int', 'torch.nn.Linear', 'os.path'])}"]
+            others = ["builtins.int", "torch.nn.Linear", "os.path", "os.system"]
+            words = [f"{target}={draw.choice([misspell(old, draw), *others])}"]
         elif kind == "conflict":
             words = draw.choice(CONFLICTS).split(" ") if draw.random() < 0.5 else [draw.choice(CONFLICTS)]
             words = [w for w in words if "=" in w]

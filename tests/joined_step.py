@@ -37,7 +37,7 @@ class Loss(torch.nn.Module):
 def gradient(words: list[str], rank: int, world: int, gather: bool = True) -> torch.Tensor:
     """All gradients of one step, for rank of world; with one rank, those of the joined batch."""
     torch.manual_seed(0)
-    config = compose(parse([*words, f"model.gather_partners={str(gather).lower()}"]))
+    config = compose(parse([*words, f"model.partners.gather={str(gather).lower()}"]))
     module = instantiate(config["model"], "model", FACTS).train()
     for p in module.parameters():  # heads start at zero
         torch.nn.init.normal_(p, std=0.1)

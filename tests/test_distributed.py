@@ -8,18 +8,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bd_lightning.build import instantiate
-from bd_lightning.config import compose, parse
+from bd_lightning.cli.build import instantiate
+from bd_lightning.cli.config import compose, parse
 from conftest import ROOT
 from datamodules.base import ShuffledShare
 from joined_step import FACTS, gradient
 
 ONE = "model=mlp model.network.width=16 model.network.depth=1 model.network.dropout=0"
-SETTINGS = [ONE, f"{ONE} model.estimator=divergence model.kernel.epsilon=0.5"]
+SETTINGS = [ONE, f"{ONE} model.objective.trace=hutchinson model.kernel.epsilon=0.5"]
 
 
 def test_a_step_of_two_ranks_is_the_step_of_the_joined_batch(tmp_path):
-    """For denoising and for the divergence form."""
+    """With the trace by Stein and probed."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     files = [str(tmp_path / name) for name in ("store", "gradients")]
     workers = [

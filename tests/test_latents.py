@@ -50,7 +50,7 @@ def test_reconstructions_resemble_their_images(root, autoencoder):
 def test_codes_are_standardised(root, autoencoder):
     data = Latents(Digits(root=str(root / "data")), TrainedLatents(str(autoencoder)), root=str(root / "data"))
     codes = data.split("train").x
-    assert codes.shape == (1500, 12) and data.facts["sigma_data"] == 1.0
+    assert codes.shape == (1500, 12) and data.facts.sigma_data == 1.0
     assert codes.mean(0).abs().max() < 0.1 and (codes.std(0) - 1).abs().max() < 0.1
 
 

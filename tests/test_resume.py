@@ -17,6 +17,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import train
+from bd_lightning.cli.folders import short
 from callbacks import LastCheckpoint
 from conftest import ROOT
 
@@ -150,7 +151,10 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(where, whole, root, tmp
 
 @pytest.mark.parametrize(
     ("signum", "where"),
-    [("SIGTERM", "batch"), ("SIGTERM", "validation"), ("SIGINT", "batch"), ("SIGINT", "validation")],
+    [
+        *(("SIGTERM", where) for where in ("batch", "step", "validation")),
+        *(("SIGINT", where) for where in ("batch", "step", "validation")),
+    ],
 )
 def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, root, capsys, heard):
     name = f"{signum}-{where}"
@@ -159,7 +163,7 @@ def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, 
         train.main(words(root, name, "trainer=cpu", killer, "callbacks.last.every=0", "ckpt_path=last"))
     assert stop.value.code == (143 if signum == "SIGTERM" else 1)
     last = folder(root, name) / "checkpoints" / "last.ckpt"
-    assert f"to resume: train.py ckpt_path={train.short(last)}" in capsys.readouterr().out
+    assert f"to resume: train.py ckpt_path={short(last)}" in capsys.readouterr().out
     assert torch.load(last, weights_only=True)["global_step"] >= 2 * EVERY
     where = f"root={root / 'runs'}", f"run_id={name}"
     assert train.main([*where, "ckpt_path=last", "callbacks.killer=null"]) == 0  # what a requeued job does

@@ -1,7 +1,6 @@
 """Environments, learners of returns and their experiments, end to end."""
 
 import csv
-import importlib.util
 import json
 import sys
 
@@ -11,14 +10,16 @@ import torch
 
 import train
 from bd_lightning.checks import UserError
+from bd_lightning.facts import EnvironmentFacts
 from bd_lightning.modules import FreeReturnLearner, ReturnLearner
 from bd_lightning.returns import Categorical, GaussianFields
-from conftest import ROOT
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
 
+from benchmarks import returns_training as benchmark
 from datamodules import Environment
-from datamodules.replay import Experience, make_envs
+from datamodules.environments import LONGEST, make_envs
+from datamodules.experience import Experience
 
 QUICK = ["experiment=rl_frozen_lake", "model.lr=3e-3", "steps=600"]
 QUIET = ["callbacks.progress=null", "trainer.enable_progress_bar=false"]
@@ -30,15 +31,6 @@ def launch(root, *words):
 
 def evaluations(folder):
     return [row["val/return"] for row in json.loads((folder / "returns.json").read_text())]
-
-
-@pytest.fixture(scope="session")
-def benchmark():
-    spec = importlib.util.spec_from_file_location("benchmark_returns", ROOT / "benchmarks" / "returns.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark_returns"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")
@@ -67,8 +59,8 @@ def test_a_broken_target_does_not_learn(tmp_path, monkeypatch):
 
     whole = module.bellman_target
 
-    def broken(representation, y, reward, discount, uniform):
-        return whole(representation, y, reward, torch.zeros_like(discount), uniform)
+    def broken(representation, y, reward, discount, uniform_policy):
+        return whole(representation, y, reward, torch.zeros_like(discount), uniform_policy)
 
     monkeypatch.setattr(module, "bellman_target", broken)
     words = [*QUICK, "eval_every=300", "run_id=x", "logger=none", "callbacks.figures=null"]
@@ -110,7 +102,7 @@ def test_resume_goes_on(finished, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["returns", "c51"])
-def test_the_benchmark_trains_as_train_py_does(method, benchmark, tmp_path):
+def test_the_benchmark_trains_as_train_py_does(method, tmp_path):
     """Weights after 60 steps of two runs at once against those of train.py, and the evaluations on the way."""
     words = ["experiment=rl_frozen_lake", f"model={method}", "data.warmup=100"]
     config, data, models = benchmark.build(words, [3, 4])
@@ -136,7 +128,7 @@ def test_the_benchmark_trains_as_train_py_does(method, benchmark, tmp_path):
 @pytest.mark.parametrize(
     ("experiment", "steps", "level"), [("rl_cartpole", 500, 60.0), ("rl_frozen_lake_slippery", 1600, 0.3)]
 )
-def test_the_other_experiments_learn_and_a_broken_target_does_not(experiment, steps, level, benchmark, monkeypatch):
+def test_the_other_experiments_learn_and_a_broken_target_does_not(experiment, steps, level, monkeypatch):
     words = [f"experiment={experiment}", "model.lr=2e-3"]
     assert benchmark.learn(words, [0], steps, steps)["returns"][0][-1] > level
     whole = benchmark.bellman_target
@@ -200,15 +192,88 @@ def test_time_limits_do_not_end_the_return():
 
 
 def test_returns_outside_the_range_are_reported(tmp_path, caplog):
+    """When the first occurs, which is before the first evaluation, and all together at the end."""
     words = ["experiment=rl_cartpole", "data.v_max=5", "steps=20", "eval_every=20", "logger=none", "run_id=x"]
     assert launch(tmp_path, *words, "callbacks.returns.episodes=20", "data.warmup=400") == 0
-    assert "had a discounted return outside the declared range [0, 5]: widen data.v_min and data.v_max" in "".join(
-        caplog.messages
-    )
+    found = [message for message in caplog.messages if "discounted return outside the declared range [0, 5]" in message]
+    assert len(found) == 2 and all("widen data.v_min and data.v_max" in message for message in found)
+    assert found[0].startswith("a training episode had") and " episodes had" in found[1]
+
+
+CLIFF = ["experiment=rl_frozen_lake", "data.env=CliffWalking-v1", "data.options=null", "data.v_min=-100"]
+
+
+def test_an_environment_without_a_time_limit_is_cut(tmp_path, caplog):
+    """CliffWalking goes on for ever under a policy that stands still; each cut is said once, and counted."""
+    words = [*CLIFF, "data.v_max=0", "data.max_steps=30", "steps=20", "eval_every=10", "logger=none", "run_id=x"]
+    assert launch(tmp_path, *words, "callbacks.figures=null", "trainer.log_every_n_steps=5") == 0
+    said = [message for message in caplog.messages if "was cut after 30 steps, which data.max_steps sets" in message]
+    assert len(said) == 1 and "an episode of CliffWalking-v1" in said[0]
+    folder = tmp_path / "bellman-diffusion" / "x"
+    row = json.loads((folder / "returns.json").read_text())[-1]
+    assert row["episodes_cut"] == 10 and "of CliffWalking-v1, 10 cut after 30 steps" in row["summary"]
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert max(float(row["train/episodes_cut"] or 0) for row in rows) >= 4
+
+
+def test_limits_of_environments_hold_unless_another_is_set():
+    made = [
+        (Environment("CliffWalking-v1", -100, 0), LONGEST, LONGEST),
+        (Environment("CliffWalking-v1", -100, 0, options={"max_episode_steps": 7}), None, 7),
+        (Environment("CartPole-v1", 0, 100), None, 500),
+        (Environment("CartPole-v1", 0, 100, max_steps=20), 20, 20),
+    ]
+    for data, cap, limit in made:
+        assert (data.cap, data.make(1).envs[0].spec.max_episode_steps) == (cap, limit)
+
+
+def test_sigterm_ends_an_evaluation():
+    """The policy that is evaluated asks at every step."""
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+    from callbacks.returns import interruptible
+
+    class Trainer:
+        received_sigterm = False
+
+    act = interruptible(Trainer, lambda observation: observation + 1)
+    assert act(np.zeros(1)) == 1
+    Trainer.received_sigterm = True
+    with pytest.raises(SIGTERMException):
+        act(np.zeros(1))
+
+
+def test_environments_have_actions_and_no_classes():
+    facts = Environment("FrozenLake-v1", 0, 1, options={"is_slippery": False}).facts
+    assert facts == EnvironmentFacts("FrozenLake-v1", (16,), 4, 0, 1) and facts.num_classes == 0
+    assert facts.arguments == {"shape": (16,), "actions": 4, "v_min": 0, "v_max": 1}
+
+
+@pytest.mark.parametrize(
+    ("cls", "representation"),
+    [(ReturnLearner, Categorical(0, 2)), (FreeReturnLearner, GaussianFields(0, 2, learn="density"))],
+)
+def test_networks_are_built_once(cls, representation, monkeypatch):
+    """The target network is a copy, and nothing else draws initial weights."""
+    drawn, draw = [], torch.nn.Linear.reset_parameters
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: drawn.append(draw(layer)))
+    model = cls((4,), 2, representation, hidden=[8])
+    assert len(drawn) == sum(isinstance(layer, torch.nn.Linear) for layer in model.network.modules())
+
+
+def test_names_of_parameters_stay():
+    """Those of checkpoints of the first version."""
+    names = [f"network.{i}.{what}" for i in (0, 2) for what in ("weight", "bias")]
+    model = ReturnLearner((16,), 4, GaussianFields(0, 1), hidden=[8])
+    assert list(model.state_dict()) == ["probes", *names, *(f"target_{name}" for name in names)]
+    parts = [f"state.{k}.0" for k in (0, 1)] + [f"{part}.{k}" for part in ("place", "out") for k in (0, 1)]
+    names = [f"network.{part}.{what}" for part in parts for what in ("weight", "bias")]
+    free = FreeReturnLearner((16,), 4, GaussianFields(0, 1, learn="density"), hidden=[8])
+    assert list(free.state_dict()) == ["probes", *names, *(f"target_{name}" for name in names)]
 
 
 def test_policy_evaluation_of_the_uniform_policy():
-    """uniform=1: values of a learner are those of the uniform policy in a corridor, solved by hand."""
+    """uniform_policy=1: values of a learner are those of the uniform policy in a corridor, solved by hand."""
     torch.manual_seed(0)
     stream = Experience(Corridor(), (4,), gamma=0.5, size=100, warmup=90, batch_size=32)
     stream.fill()
@@ -218,7 +283,7 @@ def test_policy_evaluation_of_the_uniform_policy():
         (ReturnLearner, Categorical(0, 2)),
         (FreeReturnLearner, free),
     ):
-        model = cls((4,), 2, representation, hidden=[32, 32], uniform=1.0)
+        model = cls((4,), 2, representation, hidden=[32, 32], uniform_policy=1.0)
         optimizer = torch.optim.Adam(model.network.parameters(), 5e-3)
         for k in range(300):
             loss = model.compute(stream.draw(), None)[0]["loss"]
@@ -237,22 +302,30 @@ MISTAKES = [
     ("data.gamma=-0.1", "gamma must lie in [0, 1), got -0.1"),
     ("data.v_max=-1", "v_min must be below v_max"),
     ("data.env=Pendulum-v1 data.options=null", "only a finite set of actions is supported"),
-    ("data.env=FrozenLake-v9", "cannot make the environment 'FrozenLake-v9'"),
+    ("data.env=FrozenLake-v9 data.options=null", "cannot make the environment 'FrozenLake-v9'"),
     ("data.options.slippery=true", "cannot make the environment 'FrozenLake-v1' with options {"),
     ("data.seed=-1", "seed must lie between 0 and inf, got -1"),
     ("data.num_workers=1", "num_workers must be 0"),
     ("data.epsilon=[1.0,2.0]", "epsilon[1] must lie between 0 and 1, got 2.0"),
-    ("model.uniform=2.0", "uniform must lie between 0 and 1"),
+    ("model.uniform_policy=2.0", "uniform_policy must lie between 0 and 1"),
     ("model.sampler=ode", "sampler must be one of inverse_cdf, sde; got 'ode'"),
     ("model.representation.nodes=4", "nodes must lie between 8"),
     ("callbacks.returns.episodes=7", "episodes must be a multiple of num_envs"),
-    ("data=digits", "EpisodeReturns is for environments, and data is Digits"),
+    ("data.max_steps=0", "max_steps must be positive, got 0"),
+    (
+        "data.env=CliffWalking-v1",
+        "the options {'is_slippery': False} are meant for FrozenLake-v1, and env is CliffWalking-v1: "
+        "set data.options=null, or data.options_for=CliffWalking-v1 if they are for it too",
+    ),
+    ("model=mlp", "'model' (BellmanDiffusion) needs sigma_data, which this data does not have"),
+    ("data=digits", "'model' (ReturnLearner) needs actions, which this data does not have"),
+    ("data=digits model=mlp", "EpisodeReturns is for environments, and data is Digits"),
 ]
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES)
 def test_mistakes_are_one_sentence(words, message, tmp_path, capsys):
-    if words == "data=digits":  # which declares no range of returns
+    if words == "data=digits":  # which declares no range of returns either
         words += " model.representation.v_min=0 model.representation.v_max=1"
     assert launch(tmp_path, "experiment=rl_frozen_lake", *words.split(), "logger=none") == 2
     printed = capsys.readouterr().err

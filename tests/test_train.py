@@ -15,7 +15,10 @@ import yaml
 from PIL import Image
 
 import train
+from bd_lightning.cli.folders import short
+from bd_lightning.upgrade import FORMAT
 from conftest import ROOT
+from datamodules import Digits
 from tiny_data import write_cifar, write_folder, write_mnist
 from wandb_records import read_records
 
@@ -66,10 +69,7 @@ def test_offline_wandb_run_holds_images_fid_and_config(finished):
     records = read_records(path)
     history, config, summary = records.history, records.config, records.summary
     assert config["steps"] == 40 and config["model"]["kernel"]["_target_"] == "bd_lightning.kernels.ClosedFormSlices"
-    assert config["facts"] == {
-        "name": "Digits",
-        "shape": [1, 8, 8], "num_classes": 10, "sigma_data": 0.7514, "class_names": list("0123456789")
-    }  # fmt: skip
+    assert config["facts"] == Digits().facts.plain() and config["format"] == FORMAT
     logged = [row for row in history if "val/fid" in row]
     assert [row["val/fid"] for row in logged] == pytest.approx(list(column(finished, "val/fid").values()))
     assert all("trainer/global_step" in row for row in history)
@@ -78,12 +78,14 @@ def test_offline_wandb_run_holds_images_fid_and_config(finished):
     media = [p.suffix for p in path.parent.rglob("media/**/*") if p.is_file()]
     assert media.count(".png") == 4 and media.count(".gif") == 1
     assert "features/accuracy" in summary or any("features/accuracy" in row for row in history)
-    assert records.metrics["val/fid"] == "min" and records.tags == ["a", "b"]
+    assert (
+        records.metrics["val/fid"] == "min" and records.metrics["val/precision"] == "max" and records.tags == ["a", "b"]
+    )
 
 
 def test_checkpoints_are_plain_data_and_name_their_data(finished):
     checkpoint = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
-    assert checkpoint["global_step"] == 40 and checkpoint["hyper_parameters"]["facts"]["num_classes"] == 10
+    assert checkpoint["global_step"] == 40 and checkpoint["hyper_parameters"]["facts"]["name"] == "Digits"
     assert checkpoint["hyper_parameters"]["steps"] == 40
     average, current = checkpoint["state_dict"], checkpoint["current_model_state"]
     assert average.keys() == current.keys() and any((average[k] != current[k]).any() for k in average)
@@ -124,7 +126,7 @@ def test_resume_continues_in_the_same_folder(copied, capsys):
     folder = copied
     before = rows(folder)
     assert train.main([f"ckpt_path={folder}/checkpoints/last.ckpt", "steps=60"]) == 0
-    assert f"run folder: {train.short(folder)}" in capsys.readouterr().out
+    assert f"run folder: {short(folder)}" in capsys.readouterr().out
     assert [row["step"] for row in json.loads((folder / "fid.json").read_text())] == [20, 40, 60]
     after = rows(folder)
     assert len(after) > len(before) and [r["step"] for r in after[: len(before)]] == [r["step"] for r in before]
@@ -231,8 +233,9 @@ def test_conditional_model_is_sampled_by_label(root, tmp_path, capsys):
     assert launch(root, *words, "run_id=conditional", "logger=none") == 0
     checkpoint = root / "runs/bellman-diffusion/conditional/checkpoints/last.ckpt"
     assert train.main(["predict", f"ckpt_path={checkpoint}", "n=4", "labels=[3, '8']"]) == 0
-    assert train.main(["predict", f"ckpt_path={checkpoint}", "labels=[cat]"]) == 2
+    assert train.main(["predict", f"ckpt_path={checkpoint}", "labels=cat"]) == 2
     assert "no class 'cat' in this data set." in capsys.readouterr().err
+    assert train.main(["predict", f"ckpt_path={checkpoint}", "n=2", "labels=3", "callbacks.progress=null"]) == 0
 
 
 def test_non_finite_loss_keeps_the_last_checkpoint(root, capsys):
@@ -256,6 +259,7 @@ MISTAKES = [
     ("trainer.devices=0", "'trainer' (Trainer): `Trainer(devices=0)` value is not a valid input"),
     ("trainer.max_steps=5", "'trainer.max_steps' is set by train.py; leave it out (steps and eval_every"),
     ("callbacks.metrics=null", "set callbacks.best=null too"),
+    ("callbacks.metrics=null", "no callback measures val/fid, to choose the best checkpoint by (ImageMetrics does)"),
     (
         "callbacks.grid.samplers=[od] callbacks.metrics=null callbacks.best=null",
         "SampleGrid: no sampler named 'od'; the model has sde, ode",
@@ -292,5 +296,6 @@ def test_checkpoint_of_other_data_is_refused(finished, root, tmp_path, capsys):
     words = ["test", f"ckpt_path={finished}/checkpoints/best.ckpt", "data=folder", f"data.folder={folder}"]
     assert train.main(words) == 2
     assert (
-        "the checkpoint was trained on data with shape [1, 8, 8], this data has [3, 32, 32]" in capsys.readouterr().err
+        "the checkpoint was trained on data with name Digits, this data has ImageFolder-f-32x3: leave data as it was"
+        in capsys.readouterr().err
     )

@@ -66,6 +66,6 @@ def _read(path: Path) -> Records:
             found.summary |= dict(_value(item) for item in record.summary.update)
         elif kind == "exit":
             found.ended = True
-        elif kind == "metric" and record.metric.summary.min:
-            found.metrics[record.metric.name] = "min"
+        elif kind == "metric" and (record.metric.summary.min or record.metric.summary.max):
+            found.metrics[record.metric.name] = "min" if record.metric.summary.min else "max"
     return found

@@ -24,10 +24,15 @@ class SamplingDiverged(UserError):
 
     def __init__(self, step: int, x: Tensor, lost: Tensor) -> None:
         share = 100 * int(lost.sum()) / len(x)
+        cause = (
+            "the likely cause is a step size that is too large, or fields queried off the data (a single-scale model "
+            "does that from a far start, a multi-scale one does not)"
+        )
+        if step == 1 and bool(x[lost].isnan().all()):
+            cause = "the fields are not a number from the first call on, so no setting of the sampler helps"
         super().__init__(
             f"{int(lost.sum())} of {len(x)} samples ({share:.3g} %) were lost at step {step} "
-            "of the sampler (non-finite or far out); the likely cause is a step size that is too large, or fields "
-            "queried off the data (a single-scale model does that from a far start, a multi-scale one does not)"
+            f"of the sampler (non-finite or far out); {cause}"
         )
         self.step, self.x, self.lost = step, x, lost
 

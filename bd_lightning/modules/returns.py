@@ -1,6 +1,8 @@
 """Return distributions of state-action pairs, learned from replayed transitions: control and policy evaluation."""
 
 import copy
+import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,51 +10,37 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bd_lightning.checks import UserError, in_range, one_of, positive
-from bd_lightning.dynamics import SampleNoise
+from bd_lightning.checks import in_range, one_of, positive
 from bd_lightning.modules.base import Module
 from bd_lightning.returns import (
+    SAMPLERS,
+    FieldNetworks,
     GaussianFields,
     Representation,
     bellman_target,
     mixed_policy,
     normal,
-    quantile,
-    sample_by_sde,
+    td_loss,
+    trunk,
 )
 
-
-def trunk(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
-    """A plain MLP with ReLU, (B, inputs) to (B, outputs), linear at the end."""
-    sizes = [inputs, *hidden]
-    layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:]):
-        layers += [nn.Linear(a, b), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Transitions: observation (B, *shape), action (B,), reward (B,), discount (B,), next observation (B, *shape)."""
 
 
-def td_loss(representation: Representation, y: Tensor, action: Tensor, target: Tensor) -> Tensor:
-    """Losses (B,) of outputs y (B, A, outputs) at the actions taken (B,) against targets (B, outputs)."""
-    return representation.loss(
-        y.gather(-2, action[..., None, None].expand(*action.shape, 1, y.shape[-1]))[..., 0, :], target
-    )
+class DistributionalLearner(Module):
+    """Base: learning the distribution of returns of every state-action pair, with a target network.
 
-
-class ReturnLearner(Module):
-    """Learns the distribution of returns of every state-action pair, with a target network.
-
-    Swapping `representation` swaps the method and leaves network, replay and schedule alone: `returns.GaussianFields`
-    is Bellman Diffusion's fields, `returns.Categorical` is C51.
+    A sub-class builds its network and hands it over by `learn_with`; `outputs` and `compute` say what it is for.
 
     Args:
         shape: shape of an observation, from the data module.
-        num_classes: number of actions, from the data module.
+        actions: number of actions, from the data module.
         representation: how distributions are represented and backed up.
-        hidden: widths of the network's hidden layers.
-        uniform: share of the uniform policy in the policy whose returns are learned: 0 is greedy control, 1 evaluates
-            the uniform policy. Targets are taken over all actions exactly.
+        uniform_policy: share of the uniform policy in the policy whose returns are learned: 0 is greedy control, 1
+            evaluates the uniform policy. Targets are taken over all actions exactly.
         target_every: optimiser steps between copies of the network to the target network.
-        sampler: how `predict` draws returns: "inverse_cdf", or "sde" (`returns.sample_by_sde`).
+        sampler: how `predict` draws returns: "inverse_cdf", or "sde" (see `returns.SAMPLERS`).
         options: arguments of `Module`; here the learning rate is constant unless they say otherwise.
 
     References:
@@ -65,37 +53,42 @@ class ReturnLearner(Module):
     target_network: Any
     representation: Any
     probes: Tensor
+    conditional = False
 
     def __init__(
         self,
         shape: Sequence[int],
-        num_classes: int,
+        actions: int,
         representation: Representation,
-        hidden: Sequence[int] = (64, 64),
-        uniform: float = 0.0,
+        uniform_policy: float = 0.0,
         target_every: int = 50,
         sampler: str = "inverse_cdf",
         **options: Any,
     ) -> None:
         super().__init__(**{"lr": 1e-3, "betas": (0.9, 0.999), "warmup_steps": 0, "lr_decay": "none", **options})
-        positive(target_every=target_every, **{f"hidden[{i}]": width for i, width in enumerate(hidden)})
-        in_range(0, 1, uniform=uniform)
-        one_of(("inverse_cdf", "sde"), sampler=sampler)
-        if num_classes < 1:
-            raise ValueError("the data has no actions: choose an environment, e.g. data=frozen_lake")
-        self.shape, self.actions, self.conditional, self.sampler = tuple(shape), num_classes, False, sampler
-        self.representation, self.uniform, self.target_every = representation, uniform, target_every
-        self.network = trunk(int(np.prod(self.shape)), hidden, num_classes * representation.outputs)
-        self.target_network = copy.deepcopy(self.network).requires_grad_(False)
+        positive(actions=actions, target_every=target_every)
+        in_range(0, 1, uniform_policy=uniform_policy)
+        one_of(tuple(SAMPLERS), sampler=sampler)
+        self.shape, self.actions, self.sampler = tuple(shape), actions, sampler
+        self.representation, self.uniform_policy, self.target_every = representation, uniform_policy, target_every
         self.register_buffer("probes", torch.zeros(1, *self.shape))
 
-    def heads(self, network: nn.Module, observation: Tensor) -> Tensor:
-        """Outputs (B, A, outputs) at observations (B, *shape)."""
-        return network(observation.flatten(1)).unflatten(1, (self.actions, -1))
+    def learn_with(self, network: nn.Module) -> None:
+        """Take the network, and a copy of it as the target network."""
+        self.network = network
+        self.target_network = copy.deepcopy(network).requires_grad_(False)
+
+    @abstractmethod
+    def outputs(self, network: nn.Module, observation: Tensor) -> Tensor:
+        """What the representation reads, (B, A, outputs), of a network at observations (B, *shape)."""
+
+    @abstractmethod
+    def compute(self, batch: Batch, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The losses on a batch of transitions."""
 
     def weights(self, observation: Tensor) -> Tensor:
         """Weights (B, A, N) of the representation's components at observations (B, *shape)."""
-        return self.representation.read(self.heads(self.network, observation))
+        return self.representation.read(self.outputs(self.network, observation))
 
     def values(self, observation: Tensor) -> Tensor:
         """Expected returns (B, A) at observations (B, *shape)."""
@@ -105,20 +98,6 @@ class ReturnLearner(Module):
     def greedy(self, observation: np.ndarray) -> np.ndarray:
         """Best actions (B,) at observations (B, *shape)."""
         return self.values(torch.from_numpy(observation).to(self.device)).argmax(1).cpu().numpy()
-
-    def compute(self, batch: Any, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The loss on a batch of transitions (observation, action, reward, discount, next observation)."""
-        observation, action, reward, discount, following = batch
-        with torch.no_grad():
-            y = self.heads(self.target_network, following)
-        target = bellman_target(self.representation, y, reward, discount, self.uniform)
-        y = self.heads(self.network, observation)
-        loss = td_loss(self.representation, y, action, target)
-        with torch.no_grad():
-            w = self.representation.read(y)
-            outside = self.representation.outside(w[range(len(w)), action], reward, discount).mean()
-            value = self.representation.mean(w).amax(1).mean()
-        return {"loss": loss.mean(), "outside": outside, "value": value}, {}
 
     def on_fit_start(self) -> None:
         """Keep the states that figures and samples are for."""
@@ -142,66 +121,66 @@ class ReturnLearner(Module):
             w: weights, shape (K, N).
             indices: indices of the samples, length n.
             seed: seed of the whole set.
-            sampler: "inverse_cdf", or "sde" with `dynamics.MultistepDynamics`; the module's default if None.
+            sampler: a key of `returns.SAMPLERS`; the module's default if None.
 
         Returns:
             Returns, shape (n, K).
 
         Raises:
-            UserError: if the SDE is asked for and the representation is not `GaussianFields`.
+            UserError: if the SDE is asked for and the representation has no fields.
         """
-        rep = self.representation
-        if (sampler or self.sampler) == "inverse_cdf":
-            levels = (SampleNoise(indices, (len(w),), seed, self.device).uniform() / 3**0.5 + 1) / 2
-            x = rep.grid()
-            return quantile(x, rep.cdf(w, x), levels.T).T
-        if not isinstance(rep, GaussianFields):
-            raise UserError("the sde needs fields: sample with model.sampler=inverse_cdf, or train GaussianFields")
-        draws = [sample_by_sde(rep, row, SampleNoise(indices, (1,), seed, self.device)) for row in w]
-        return torch.stack(draws, 1)
+        return SAMPLERS[sampler or self.sampler](self.representation, w, indices, seed)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Returns (B, A) of every action in the state that episodes start from, for requests "index" and "seed"."""
         return self.sample(self.weights(self.probes[:1])[0], batch["index"].tolist(), int(batch["seed"][0]))
 
 
-class FieldNetworks(nn.Module):
-    """Two networks in (observation, x): s ≥ 0 and g for every action at any points x.
+class ReturnLearner(DistributionalLearner):
+    """One network that gives the outputs of every action: weights of fixed components.
 
-    Each adds a linear map of sines and cosines of x to features of the observation, before a last hidden layer.
+    Swapping `representation` swaps the method and leaves network, replay and schedule alone: `returns.GaussianFields`
+    is Bellman Diffusion's fields, `returns.Categorical` is C51.
 
     Args:
-        inputs: numbers in an observation.
-        actions: number of actions A.
-        hidden: widths of the hidden layers that read the observation; the last is that of the layer that reads x too.
-        low: smallest x.
-        high: largest x.
-        waves: frequencies of x, 1 to `waves` half turns over [low, high].
+        shape: shape of an observation, from the data module.
+        actions: number of actions, from the data module.
+        representation: how distributions are represented and backed up.
+        hidden: widths of the network's hidden layers.
+        options: arguments of `DistributionalLearner`.
     """
 
     def __init__(
-        self, inputs: int, actions: int, hidden: Sequence[int], low: float, high: float, waves: int = 16
+        self,
+        shape: Sequence[int],
+        actions: int,
+        representation: Representation,
+        hidden: Sequence[int] = (64, 64),
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.low, self.high, self.waves = low, high, waves
-        self.state = nn.ModuleList(trunk(inputs, hidden[:-1], hidden[-1]) for _ in range(2))
-        self.place = nn.ModuleList(nn.Linear(2 * waves, hidden[-1]) for _ in range(2))
-        self.out = nn.ModuleList(nn.Linear(hidden[-1], actions) for _ in range(2))
+        super().__init__(shape, actions, representation, **options)
+        self.learn_with(trunk(math.prod(self.shape), hidden, actions * representation.outputs))
 
-    def forward(self, observation: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """s and g (B, Q, A) at observations (B, inputs) and points (B, Q) or (Q,); 0 outside [low, high]."""
-        span = self.high - self.low
-        turns = (x - self.low)[..., None] / span * np.pi * torch.arange(1, self.waves + 1, device=x.device)
-        waves = torch.cat([turns.sin(), turns.cos()], -1)
-        a, b = (
-            out((state(observation)[:, None] + place(waves)).relu())
-            for state, place, out in zip(self.state, self.place, self.out)
-        )
-        inside = ((x >= self.low) & (x <= self.high))[..., None]
-        return inside * nn.functional.softplus(a) / span, inside * b / span**2
+    def outputs(self, network: nn.Module, observation: Tensor) -> Tensor:
+        """Outputs (B, A, outputs) at observations (B, *shape)."""
+        return network(observation.flatten(1)).unflatten(1, (self.actions, -1))
+
+    def compute(self, batch: Batch, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The loss of the representation against its Bellman target."""
+        observation, action, reward, discount, following = batch
+        with torch.no_grad():
+            y = self.outputs(self.target_network, following)
+        target = bellman_target(self.representation, y, reward, discount, self.uniform_policy)
+        y = self.outputs(self.network, observation)
+        loss = td_loss(self.representation, y, action, target)
+        with torch.no_grad():
+            w = self.representation.read(y)
+            outside = self.representation.outside(w[range(len(w)), action], reward, discount).mean()
+            value = self.representation.mean(w).amax(1).mean()
+        return {"loss": loss.mean(), "outside": outside, "value": value}, {}
 
 
-class FreeReturnLearner(ReturnLearner):
+class FreeReturnLearner(DistributionalLearner):
     """The paper's parametrisation: networks s(x; z, a) and g(x; z, a), trained at free query points.
 
     At points x uniform over the range, the targets are s'((x + n − r)/γ)/γ and g'((x + n − r)/γ)/γ² of the target
@@ -210,18 +189,18 @@ class FreeReturnLearner(ReturnLearner):
 
     Args:
         shape: shape of an observation, from the data module.
-        num_classes: number of actions, from the data module.
+        actions: number of actions, from the data module.
         representation: `GaussianFields` with learn="density"; `positive` rescales s to mass one in values and targets.
         hidden: as for `ReturnLearner`.
         queries: points x for each transition.
         gradient_weight: weight of the error of g, whose unit is h.
-        options: arguments of `ReturnLearner`.
+        options: arguments of `DistributionalLearner`.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
-        num_classes: int,
+        actions: int,
         representation: GaussianFields,
         hidden: Sequence[int] = (64, 64),
         queries: int = 32,
@@ -230,20 +209,19 @@ class FreeReturnLearner(ReturnLearner):
     ) -> None:
         if representation.learn != "density":
             raise ValueError("networks in x give densities: set representation.learn=density")
-        super().__init__(shape, num_classes, representation, hidden, **options)
+        super().__init__(shape, actions, representation, **options)
         positive(queries=queries)
         in_range(0, float("inf"), gradient_weight=gradient_weight)
         self.queries, self.gradient_weight = queries, gradient_weight
         ends = float(representation.x[0]), float(representation.x[-1])
-        self.network = FieldNetworks(int(np.prod(self.shape)), num_classes, hidden, *ends)
-        self.target_network = copy.deepcopy(self.network).requires_grad_(False)
+        self.learn_with(FieldNetworks(math.prod(self.shape), actions, hidden, *ends))
 
-    def heads(self, network: nn.Module, observation: Tensor) -> Tensor:
+    def outputs(self, network: nn.Module, observation: Tensor) -> Tensor:
         """What the representation reads (B, A, outputs): s at the nodes."""
         rep = self.representation
         return network(observation.flatten(1), rep.x)[0].mT * rep.spacing - rep.start
 
-    def compute(self, batch: Any, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def compute(self, batch: Batch, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Squared errors of both fields on a batch of transitions."""
         observation, action, reward, discount, following = batch
         rep, size = self.representation, (len(action), self.queries)
@@ -252,8 +230,8 @@ class FreeReturnLearner(ReturnLearner):
         x = self.network.low + (self.network.high - self.network.low) * rand
         r, gamma, ended = reward[:, None], discount[:, None].clamp_min(1e-6), (discount == 0)[:, None]
         with torch.no_grad():
-            y = self.heads(self.target_network, following)
-            policy = mixed_policy(rep.mean(rep.read(y)), self.uniform)
+            y = self.outputs(self.target_network, following)
+            policy = mixed_policy(rep.mean(rep.read(y)), self.uniform_policy)
             if rep.positive:
                 policy = policy / (y + rep.start).sum(-1).clamp_min(1e-6)
             before = (x + rep.h * (1 - discount[:, None] ** 2).sqrt() * noise - r) / gamma

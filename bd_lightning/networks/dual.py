@@ -1,9 +1,9 @@
 """Layers of dual numbers: a value, and the forward-mode tangent that it may carry.
 
 A divergence with a probed trace takes a Jacobian–vector product in forward mode and then gradients of it. PyTorch's own
-rules serve badly there: they give the weights tangents of zero and add them; fused layer, batch and instance normalisation
-treat the saved statistics as constants in the second step, which makes its gradients wrong without an error; and
-softmax stops there with one. A network for it uses these layers instead. Without a tangent they are
+rules serve badly there: they give the weights tangents of zero and add them; fused layer, batch and instance
+normalisation treat the saved statistics as constants in the second step, which makes its gradients wrong without an
+error; and softmax stops there with one. A network for it uses these layers instead. Without a tangent they are
 PyTorch's.
 """
 

@@ -5,6 +5,7 @@ import torch
 
 from bd_lightning import divergences, kernels
 from bd_lightning.fields import AnalyticFields
+from bd_lightning.objectives import Proposal
 from bd_lightning.targets import GaussianMixture
 
 N = 400_000
@@ -62,13 +63,13 @@ def loss_of(name, field, jacobian, noise, point):
     return {
         "divergence": lambda: divergences.divergence_loss(field, trace, m),
         "sliced": lambda: divergences.sliced_divergence_loss(field, v, vjv, m),
-        "denoising": lambda: divergences.denoising_loss(field, noise, sigma, m, grad_m),
+        "stein": lambda: divergences.stein_loss(field, noise, sigma, m, grad_m),
         "factored_divergence": lambda: divergences.factored_divergence_loss(field, trace, m, grad_m),
-        "factored_denoising": lambda: divergences.factored_denoising_loss(field, noise, sigma, m, grad_m),
+        "factored_stein": lambda: divergences.factored_stein_loss(field, noise, sigma, m, grad_m),
     }[name]()
 
 
-LOSSES = ["divergence", "sliced", "denoising", "factored_divergence", "factored_denoising"]
+LOSSES = ["divergence", "sliced", "stein", "factored_divergence", "factored_stein"]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -116,7 +117,7 @@ def test_regression_is_stationary_at_the_gradient_of_the_mobility(where):
     _, _, point = gaussian()
     if where == "proposal":
         pool = point[:2000]
-        point = divergences.Proposal(uniform=1.0)(point, pool, torch.full((N,), 0.4, dtype=torch.float64))
+        point = Proposal(box=1.0)(point, pool, torch.full((N,), 0.4, dtype=torch.float64))
     partner = TAU * torch.randn(N, 2, dtype=torch.float64)
     v = EPSILON + SIGMA**2
     pairs = torch.eye(1, dtype=torch.float64)
@@ -142,15 +143,15 @@ def test_proposal():
     g = torch.Generator().manual_seed(0)
     x = torch.rand(20_000, 2, generator=g)
     width = torch.full((20_000,), 0.1)
-    far = divergences.Proposal(uniform=1.0, margin=0.5)(x, x, width, g)
+    far = Proposal(box=1.0, margin=0.5)(x, x, width, g)
     assert far.min() == pytest.approx(-0.5, abs=0.01) and far.max() == pytest.approx(1.5, abs=0.01)
-    near = divergences.Proposal(uniform=0.0, spread=2.0)(x, x, width, g) - x
+    near = Proposal(box=0.0, spread=2.0)(x, x, width, g) - x
     assert float(near.std()) == pytest.approx(0.2, rel=0.03)
-    moved = divergences.Proposal(uniform=0.25, margin=9.0)(x, x, width, g) - x
+    moved = Proposal(box=0.25, margin=9.0)(x, x, width, g) - x
     assert float((moved.abs().amax(1) > 1).float().mean()) == pytest.approx(0.25, abs=0.03)
-    for refuse in ({"uniform": 1.5}, {"spread": 0.0}, {"margin": -1.0}):
+    for refuse in ({"box": 1.5}, {"spread": 0.0}, {"margin": -1.0}):
         with pytest.raises(ValueError, match=next(iter(refuse))):
-            divergences.Proposal(**refuse)
+            Proposal(**refuse)
 
 
 @pytest.mark.parametrize("method", ["exact", "hutchinson", "gaussian"])

@@ -3,7 +3,7 @@ import torch
 
 from bd_lightning import kernels
 from bd_lightning.divergences import probe_jacobian
-from bd_lightning.fields import AnalyticFields, Fields, Guided, log_gradient
+from bd_lightning.fields import AnalyticFields, FieldPair, GuidedFields, LearnedFields, log_gradient
 from bd_lightning.networks import MLP, UNet
 from bd_lightning.targets import GaussianMixture
 
@@ -25,7 +25,7 @@ def excite(network):
 def test_fields_start_from_the_gaussian_of_the_data():
     """Zero outputs mean p_σ = N(0, (σ² + σ_d²) I) and s = m_ref: the EDM preconditioning."""
     kernel = kernels.ClosedFormSlices(0.01)
-    fields = Fields(NETWORKS[0](), kernel, sigma_data=0.7, dim=64)
+    fields = LearnedFields(NETWORKS[0](), kernel, sigma_data=0.7, dim=64)
     x, sigma = torch.randn(5, 1, 8, 8), torch.tensor([0.01, 0.1, 1.0, 5.0, 20.0])
     s, g = fields(x, sigma)
     torch.testing.assert_close(s, kernel.reference(sigma, 0.7, 64))
@@ -36,11 +36,11 @@ def test_fields_start_from_the_gaussian_of_the_data():
 @pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
 @pytest.mark.parametrize("parametrisation", ["factored", "direct"])
 def test_shapes_signs_and_the_factored_identity(build, parametrisation):
-    fields = Fields(excite(build()), kernels.ClosedFormSlices(0.01), 0.7, 64, parametrisation)
+    fields = LearnedFields(excite(build()), kernels.ClosedFormSlices(0.01), 0.7, 64, parametrisation)
     x, sigma = 3 * torch.randn(6, 1, 8, 8), torch.logspace(-2, 1, 6)
     s, g = fields(x, sigma)
     assert s.shape == (6,) and g.shape == x.shape and (s > 0).all()
-    head, again = fields.heads(x, sigma)
+    head, again = fields.outputs(x, sigma)
     torch.testing.assert_close(again, s)
     torch.testing.assert_close(head if parametrisation == "direct" else 0.5 * s[:, None, None, None] * head, g)
     assert (fields(x, 2 * sigma)[1] - g).abs().max() > 0  # conditioned on the noise level
@@ -49,20 +49,20 @@ def test_shapes_signs_and_the_factored_identity(build, parametrisation):
 def test_denoiser_form_without_cancellation():
     """S = (D − x)/σ² with EDM's D, also where σ is tiny."""
     network = excite(NETWORKS[0]()).double()
-    fields = Fields(network, kernels.ClosedFormSlices(0.01), 0.7, 64)
+    fields = LearnedFields(network, kernels.ClosedFormSlices(0.01), 0.7, 64)
     x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
     for level in (0.01, 1.0):
         sigma = torch.full((4,), level, dtype=torch.float64)
         total = level**2 + 0.49
         out, _ = network(x / total**0.5, sigma.log() / 4, None)
         denoised = 0.49 / total * x + level * 0.7 / total**0.5 * out
-        S, _ = fields.heads(x, sigma)
+        S, _ = fields.outputs(x, sigma)
         torch.testing.assert_close(S, (denoised - x) / level**2, rtol=1e-5, atol=1e-5)
 
 
 def test_two_networks():
     scalar = excite(NETWORKS[0]())
-    fields = Fields(excite(NETWORKS[0]()), kernels.ClosedFormSlices(0.01), 0.7, 64, "direct", scalar)
+    fields = LearnedFields(excite(NETWORKS[0]()), kernels.ClosedFormSlices(0.01), 0.7, 64, "direct", scalar)
     x, sigma = torch.randn(3, 1, 8, 8), torch.zeros(3)
     s, g = fields(x, sigma)
     torch.autograd.grad(s.sum(), list(scalar.scalar_head.parameters()), retain_graph=True)
@@ -74,8 +74,8 @@ def test_two_networks():
 
 @pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
 def test_forward_mode_agrees_with_differences(build):
-    """The divergence estimator differentiates networks in forward mode, attention included."""
-    fields = Fields(excite(build()), kernels.ClosedFormSlices(0.01), 0.7, 64).double()
+    """A probed trace differentiates networks in forward mode, attention included."""
+    fields = LearnedFields(excite(build()), kernels.ClosedFormSlices(0.01), 0.7, 64).double()
     x, v = torch.randn(2, 1, 8, 8, dtype=torch.float64), torch.randn(2, 1, 8, 8, dtype=torch.float64)
     sigma = torch.tensor([0.3, 1.0], dtype=torch.float64)
     function = lambda p: fields.network(p, sigma, None)[0]  # noqa: E731
@@ -135,12 +135,15 @@ def test_guidance_extrapolates_the_score_within_its_interval():
     one, both = GaussianMixture([[1.0, 0.0]], sd=0.4), GaussianMixture([[1.0, 0.0], [-1.0, 0.0]], sd=0.4)
     kernel, asked = kernels.ClosedFormSlices(0.01), []
 
-    def base(x, sigma):
-        asked.append(len(x))
-        return AnalyticFields(both, kernel)(x, sigma)
+    class Base(FieldPair):
+        def __call__(self, x, sigma):
+            asked.append(len(x))
+            return AnalyticFields(both, kernel)(x, sigma)
+
+    base = Base()
 
     fields = AnalyticFields(one, kernel)
-    guided = Guided(fields, base, scale=3.0, interval=(0.2, 2.0))
+    guided = GuidedFields(fields, base, scale=3.0, interval=(0.2, 2.0))
     x = torch.randn(3, 2, dtype=torch.float64)
     for level in (0.1, 5.0):
         sigma = torch.full((3,), level, dtype=torch.float64)
@@ -172,8 +175,8 @@ def test_unet_takes_any_size(shape):
         (lambda: UNet((1, 28, 28), patch=3), "patch 3 does not divide"),
         (lambda: MLP((2,), width=0), "width must be positive"),
         (lambda: MLP((2,), dropout=1.5), "dropout must lie between 0 and 1"),
-        (lambda: Fields(MLP((2,)), kernels.Exact(), 1.0, 2, "fancy"), "parametrisation must be one of"),
-        (lambda: Fields(MLP((2,)), kernels.Exact(), 0.0, 2), "sigma_data must be positive"),
+        (lambda: LearnedFields(MLP((2,)), kernels.Exact(), 1.0, 2, "fancy"), "parametrisation must be one of"),
+        (lambda: LearnedFields(MLP((2,)), kernels.Exact(), 0.0, 2), "sigma_data must be positive"),
     ],
 )
 def test_refusals(call, message):

@@ -80,6 +80,19 @@ def test_closed_form_slices_of_a_point_are_the_kernel():
     torch.testing.assert_close(grad_m, -x * (math.pi * expected**3)[:, None], rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(("dim", "dtype"), [(2, torch.float32), (12, torch.float32), (64, torch.float64)])
+def test_closed_form_slices_in_many_dimensions(dim, dtype):
+    """Of a narrow Gaussian the mobility is nearly the kernel at its mean."""
+    target = targets.GaussianMixture([[0.5] * dim], sd=0.01)
+    x = points(5, dim).to(dtype)
+    m, grad_m = kernels.ClosedFormSlices(1e-3).mobility(target, x, torch.zeros(5, dtype=dtype))
+    u = x - 0.5
+    expected = (2 * math.pi * (1e-3 + u.square().sum(1) / dim)).rsqrt()
+    torch.testing.assert_close(m, expected, rtol=5e-3, atol=0)
+    slope = -2 * math.pi / dim * u * expected[:, None] ** 3
+    torch.testing.assert_close(grad_m, slope, rtol=2e-2, atol=1e-4)
+
+
 def test_mobility_is_linear_in_the_data_weights():
     x, y = points(4, 2), points(10, 2, seed=1)
     sigma = torch.full((4,), 0.3, dtype=torch.float64)

@@ -5,13 +5,21 @@ import torch
 
 from bd_lightning import kernels
 from bd_lightning.distances import relative_error
-from bd_lightning.divergences import Proposal
 from bd_lightning.dynamics import MultistepDynamics, ProbabilityFlow
 from bd_lightning.fields import log_gradient
 from bd_lightning.modules import BellmanDiffusion
-from bd_lightning.networks import MLP
+from bd_lightning.networks import MLP, Network
+from bd_lightning.objectives import FieldDivergence, KernelRegression, NoiseLevels, Partners, Proposal
 from bd_lightning.targets import GaussianMixture
 from oracles import square
+
+
+class Fused(Network):
+    """A network with a layer whose second derivatives PyTorch gets wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(2)
 
 
 def build(**options):
@@ -27,9 +35,8 @@ def train(module, steps=600, batch=256, target=None):
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - step / steps)
-        terms = module.losses(target.sample(batch).float())
         optimizer.zero_grad()
-        (terms["gradient"] + terms["scalar"]).mean().backward()
+        module.losses(target.sample(batch).float()).total.backward()
         optimizer.step()
     return module
 
@@ -46,24 +53,18 @@ def errors(module, level):
 
 
 # one probe for both terms of the loss: its noise needs more steps than a test has, unless the noise levels are few
-NOISY = {
-    "estimator": "divergence",
-    "parametrisation": "direct",
-    "trace": "sliced",
-    "noise_mean": -0.7,
-    "noise_std": 0.2,
-}
+NOISY = {"objective": FieldDivergence(trace="sliced"), "parametrisation": "direct", "noise": NoiseLevels(-0.7, 0.2)}
 
 
 @pytest.mark.parametrize(
     ("options", "limit"),
     [
         ({}, 0.2),
-        ({"estimator": "divergence", "trace": "exact"}, 0.3),
+        ({"objective": FieldDivergence(trace="exact")}, 0.3),
         ({"parametrisation": "direct"}, 0.3),
         (NOISY, 0.5),
         ({"kernel": kernels.Constant()}, 0.2),
-        ({"pairs": "single"}, 0.35),
+        ({"partners": Partners(pairs="single")}, 0.35),
     ],
     ids=["default", "divergence", "direct", "sliced", "constant", "single"],
 )
@@ -77,8 +78,8 @@ def test_multi_scale_fields_are_learned(options, limit):
 def test_single_scale_divergence_learns_the_papers_fields():
     kernel = kernels.Exact(0.1)
     module = build(
-        kernel=kernel, multi_scale=False, estimator="divergence", parametrisation="direct", trace="exact",
-        scalar_weight=1.0,
+        kernel=kernel, noise=None, parametrisation="direct",
+        objective=FieldDivergence(trace="exact", scalar_weight=1.0),
     )  # fmt: skip
     _, before = errors(module, 0.0)
     s, g = errors(train(module, steps=800), 0.0)
@@ -87,8 +88,8 @@ def test_single_scale_divergence_learns_the_papers_fields():
 
 def test_regression_learns_the_fields_on_and_off_the_data():
     module = build(
-        kernel=kernels.Exact(0.03), multi_scale=False, estimator="regression", parametrisation="direct",
-        scalar_weight=1.0, queries=128, betas=(0.9, 0.99),
+        kernel=kernels.Exact(0.03), noise=None, objective=KernelRegression(scalar_weight=1.0),
+        parametrisation="direct", partners=Partners(queries=128), betas=(0.9, 0.99),
     )  # fmt: skip
     train(module, steps=500, batch=512)
     axis = torch.linspace(-3, 3, 41)
@@ -102,8 +103,8 @@ def test_regression_learns_the_fields_on_and_off_the_data():
 
 def test_multi_scale_regression_is_learned():
     module = build(
-        kernel=kernels.Exact(0.03), estimator="regression", parametrisation="direct", scalar_weight=1.0,
-        noise_mean=-0.7, noise_std=0.2,
+        kernel=kernels.Exact(0.03), objective=KernelRegression(scalar_weight=1.0), parametrisation="direct",
+        noise=NoiseLevels(-0.7, 0.2),
     )  # fmt: skip
     after_s, after_g = errors(train(module, steps=400), 0.5)
     assert after_s < 0.1 and after_g < 0.15
@@ -114,8 +115,9 @@ def test_fields_of_a_mixture_are_mixtures_of_fields():
 
     def fit(target):
         module = build(
-            kernel=kernels.Exact(0.05), multi_scale=False, estimator="regression", parametrisation="direct",
-            scalar_weight=1.0, proposal=Proposal(margin=1.0), network=MLP((1,), width=64, depth=2), shape=(1,),
+            kernel=kernels.Exact(0.05), noise=None, parametrisation="direct", shape=(1,),
+            objective=KernelRegression(scalar_weight=1.0, proposal=Proposal(margin=1.0)),
+            network=MLP((1,), width=64, depth=2),
         )  # fmt: skip
         module = train(module, steps=500, batch=512, target=target)
         x = torch.linspace(-2, 2, 201)[:, None]
@@ -132,21 +134,20 @@ def test_fields_of_a_mixture_are_mixtures_of_fields():
 def test_losses_are_finite_where_the_mobility_vanishes():
     """A drawn slice, or the exact kernel, far from all partners: m̂ underflows."""
     for kernel in (kernels.Sliced(1e-4), kernels.Exact(1e-4)):
-        module = build(kernel=kernel, noise_mean=-6.0, noise_std=0.1)
+        module = build(kernel=kernel, noise=NoiseLevels(-6.0, 0.1))
         x = torch.linspace(-100, 100, 16)[:, None].expand(16, 2).contiguous()
-        terms = module.losses(x)
-        assert not module.mobility(x, x, torch.zeros(16))[0].any()
-        loss = (terms["gradient"] + terms["scalar"]).mean()
-        loss.backward()
+        assert not module.partners(x)[1].mobility(kernel, x, torch.zeros(16))[0].any()
+        module.losses(x).total.backward()
         assert all(p.grad.isfinite().all() for p in module.parameters() if p.grad is not None)
 
 
 def test_queries_train_at_the_first_points_with_all_as_partners():
-    module = build(queries=8)
+    module = build(partners=Partners(queries=8))
     x = square().sample(64).float()
-    terms = module.losses(x, generator=torch.Generator().manual_seed(1))
-    assert all(value.shape == (8,) for value in terms.values())
-    m, _ = module.mobility(x[:8], x, torch.full((8,), 0.5))
+    losses = module.losses(x, generator=torch.Generator().manual_seed(1))
+    assert all(value.shape == (8,) for value in vars(losses).values())
+    queries, pool = module.partners(x)
+    m, _ = pool.mobility(module.kernel, queries, torch.full((8,), 0.5))
     expected, _ = module.kernel(x[:1], x[1:], torch.full((1,), 0.5), torch.full((1, 63), 1 / 63))
     torch.testing.assert_close(m[:1], expected)
 
@@ -169,15 +170,15 @@ def test_losses_are_the_weighted_denoising_error():
     """For the constant kernel: (2σ)²(1 + σ²/σ_d²)/d · ¼‖S + n/σ‖², EDM's weighting."""
     module = build(kernel=kernels.Constant())
     x = square().sample(32).float()
-    terms = module.losses(x, generator=torch.Generator().manual_seed(1))
+    losses = module.losses(x, generator=torch.Generator().manual_seed(1))
     g = torch.Generator().manual_seed(1)
     sigma = (-0.8 + 1.2 * torch.randn(32, generator=g)).exp()
     noise = torch.randn(32, 2, generator=g)
     s, field = module.fields(x + sigma[:, None] * noise, sigma)
     residual = log_gradient(s, field) + noise / sigma[:, None]
     expected = sigma.square() * (1 + sigma.square() / 1.04**2) / 2 * residual.square().sum(1)
-    torch.testing.assert_close(terms["sigma"], sigma)
-    torch.testing.assert_close(terms["gradient"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(losses.sigma, sigma)
+    torch.testing.assert_close(losses.gradient, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_sampling_depends_on_index_and_seed_only():
@@ -196,11 +197,11 @@ def test_guidance_of_a_conditional_model():
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     x, label = torch.randn(200, 2), torch.randint(0, 2, (200,))
-    module.train().losses(x, label)["gradient"].mean().backward()
+    module.train().losses(x, label).gradient.mean().backward()
     reached = network.embed.classes.weight.grad.abs().sum(1) > 0
     assert reached.tolist() == [True, True, False, True]  # the last row stands for no class
     network.zero_grad()
-    module.eval().losses(x, label)["gradient"].mean().backward()
+    module.eval().losses(x, label).gradient.mean().backward()
     assert not network.embed.classes.weight.grad[-1].any()
     asked = torch.tensor([0, 2])
     guided = module.sample(range(2), label=asked)
@@ -223,7 +224,7 @@ def test_compiled_networks_compute_the_same(monkeypatch):
     x = square().sample(32).float()
     a, b = (module.losses(x, generator=torch.Generator().manual_seed(0)) for module in (plain, compiled))
     assert compiled.fields.network._compiled_call_impl is not None
-    torch.testing.assert_close(a["gradient"], b["gradient"])
+    torch.testing.assert_close(a.gradient, b.gradient)
 
 
 def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
@@ -241,18 +242,32 @@ def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
         ({"samplers": {}}, "sampler must be one of"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"betas": (0.9, 1.5)}, r"betas\[1\] must lie between 0 and 1"),
-        ({"multi_scale": False}, "nothing to denoise"),
+        ({"noise": None, "parametrisation": "direct"}, "nothing to denoise"),
+        ({"noise": None, "objective": FieldDivergence(trace="exact")}, "noise=null needs parametrisation=direct"),
         ({"label_dropout": 0.1}, "label_dropout needs network.conditional=true"),
         ({"guidance": 2.0}, "guidance needs a class-conditional model"),
         ({"guidance_interval": (3.0, 1.0)}, "guidance_interval must be .low, high."),
-        ({"compile": True, "estimator": "divergence"}, "forward mode cannot be compiled"),
-        ({"network": torch.nn.LayerNorm(2), "estimator": "divergence"}, "second derivatives of it are wrong"),
-        ({"queries": 0}, "queries must be at least 1"),
-        ({"estimator": "regression"}, "needs kernel=Exact and parametrisation=direct"),
-        ({"proposal": Proposal()}, "proposal belongs to estimator=regression"),
-        ({"trace": "sliced", "estimator": "divergence"}, "parametrisation=direct"),
+        ({"compile": True, "objective": FieldDivergence(trace="exact")}, "forward mode cannot be compiled"),
+        ({"network": Fused(), "objective": FieldDivergence(trace="gaussian")}, "second derivatives of it are wrong"),
+        ({"objective": KernelRegression()}, "needs kernel=Exact and parametrisation=direct"),
+        ({"objective": FieldDivergence(trace="sliced")}, "parametrisation=direct"),
     ],
 )
 def test_refusals(options, message):
     with pytest.raises(ValueError, match=message):
         build(**options)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: Partners(queries=0), "queries must be at least 1"),
+        (lambda: Partners(pairs="some"), "pairs must be one of all, single"),
+        (lambda: NoiseLevels(std=0.0), "std must be positive"),
+        (lambda: FieldDivergence(trace="steïn"), "trace must be one of stein, hutchinson, gaussian, sliced, exact"),
+        (lambda: FieldDivergence(scalar_weight=-1.0), "scalar_weight must lie between"),
+    ],
+)
+def test_refusals_of_parts(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -8,11 +8,19 @@ import torch
 from bd_lightning import divergences
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import AnnealedDynamics, MultistepDynamics, ProbabilityFlow, SampleNoise
-from bd_lightning.fields import AnalyticFields
-from bd_lightning.kernels import Constant, Relative
-from bd_lightning.modules import BellmanDiffusion
+from bd_lightning.fields import (
+    AnalyticRelative,
+    AnalyticSource,
+    Mixture,
+    RelativeFields,
+    calibrated,
+    combine,
+    log_ratio,
+)  # fmt: skip
+from bd_lightning.kernels import Constant
+from bd_lightning.modules import BellmanDiffusion, RelativeDensities
 from bd_lightning.networks import MLP, UNet
-from bd_lightning.relative import AnalyticSource, Mixture, RelativeFields, calibrated, combine
+from bd_lightning.objectives import DensityRatio, NoiseLevels
 from bd_lightning.targets import GaussianMixture
 
 MEANS, WEIGHTS = [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]], [0.4, 0.3, 0.2, 0.1]
@@ -44,7 +52,7 @@ def test_fields_of_a_sum_are_the_sum_of_fields(weights, points):
     assert torch.allclose(mixture(*weights).score(*points), target.score(*points), atol=1e-9)
     log, slope = mixture(*weights).log_ratio(*points)
     total = sum(w * share for w, share in zip(weights, WEIGHTS))
-    expected, expected_slope = Relative(sigma_data=1.1).log_ratio(target, *points)
+    expected, expected_slope = log_ratio(target, *points, sigma_data=1.1)
     assert torch.allclose(log, expected + math.log(total), atol=1e-9)
     assert torch.allclose(slope, expected_slope, atol=1e-9)
 
@@ -86,9 +94,9 @@ def test_fields_leave_the_mixture_unchanged(mobility):
     assert torch.allclose(S - log_slope, target.score(x, sigma)) and torch.allclose(ratio, s)
 
 
-def test_the_density_as_its_own_mobility_is_the_minimiser_of_the_kernel():
+def test_the_density_as_its_own_mobility_is_the_minimiser_of_the_objective():
     fields = mixture(1, 1, 1, 1, mobility="density")
-    analytic = AnalyticFields(truth(1, 1, 1, 1), Relative(sigma_data=1.1))
+    analytic = AnalyticRelative(truth(1, 1, 1, 1), sigma_data=1.1)
     x, sigma = torch.randn(20, 2, dtype=torch.float64), torch.full((20,), 0.5, dtype=torch.float64)
     assert all(torch.allclose(a, b) for a, b in zip(fields(x, sigma), analytic(x, sigma)))
 
@@ -125,7 +133,7 @@ def test_more_taken_than_there_is():
     with pytest.raises(ValueError, match="needs a positive weight"):
         mixture(-1, 0, 0, 0)(torch.zeros(2, 2), torch.ones(2))
     other = AnalyticSource(PARTS, WEIGHTS, sigma_data=2.0)
-    with pytest.raises(ValueError, match=r"the references differ: sigma_data is 1\.1 and 2\.0"):
+    with pytest.raises(ValueError, match=r"the base Gaussians differ: sigma_data is 1\.1 and 2\.0"):
         mixture(1, 1, 1, 1) + Mixture([(other, torch.ones(4))])
 
 
@@ -159,11 +167,11 @@ def test_ratio_loss_is_minimised_by_the_log_ratios():
     clean = torch.stack([part.sample(n, generator) for part in PARTS])[label, torch.arange(n)]
     x = clean + 0.7 * torch.randn(n, 2, generator=generator, dtype=torch.float64)
     elsewhere = (0.7**2 + 1.1**2) ** 0.5 * torch.randn(n, 2, generator=generator, dtype=torch.float64)
-    data, reference = (SOURCE.components(point, sigma)[0] for point in (x, elsewhere))
+    data, base = (SOURCE.components(point, sigma)[0] for point in (x, elsewhere))
 
     def slopes(scale, shift):
         change = torch.zeros(4, dtype=torch.float64, requires_grad=True), torch.ones((), requires_grad=True)
-        logits = [change[1] * scale * log + shift + change[0] for log in (data, reference)]
+        logits = [change[1] * scale * log + shift + change[0] for log in (data, base)]
         losses = divergences.ratio_loss(*logits, label)
         return [float(grad.abs().max()) for grad in torch.autograd.grad(losses.mean(), change)]
 
@@ -201,9 +209,9 @@ def test_calibration_corrects_a_drift():
 def small(per_class=True, classes=4, **options):
     network = MLP((2,), classes, per_class=per_class, width=64, depth=2)
     samplers = {"sde": MultistepDynamics(levels=30, sigma_max=10.0, sigma_min=0.02)}
-    arguments = {"kernel": Relative(sigma_data=1.1), "scalar_weight": 1.0, "noise_mean": -0.5, "noise_std": 1.3}
-    return BellmanDiffusion(network, shape=(2,), num_classes=classes, sigma_data=1.1, samplers=samplers, sampler="sde",
-                            **(arguments | options))  # fmt: skip
+    arguments = {"objective": DensityRatio(scalar_weight=1.0), "noise": NoiseLevels(-0.5, 1.3)}
+    return RelativeDensities(network, shape=(2,), num_classes=classes, sigma_data=1.1, samplers=samplers,
+                             **(arguments | options))  # fmt: skip
 
 
 def test_a_trained_model_is_mixed_without_training():
@@ -214,17 +222,15 @@ def test_a_trained_model_is_mixed_without_training():
     for _ in range(500):
         label = torch.multinomial(torch.tensor(WEIGHTS), 256, replacement=True)
         x = torch.tensor(MEANS)[label] + 0.3 * torch.randn(256, 2)
-        terms = module.losses(x, label)
         optimizer.zero_grad()
-        (terms["gradient"] + terms["scalar"]).mean().backward()
+        module.losses(x, label).total.backward()
         optimizer.step()
         schedule.step()
     module.eval()
     assert (module.fields.shares - torch.tensor(WEIGHTS)).abs().max() < 0.01
 
-    def shares(combination):
-        module.combination = combination
-        x = module.sample(range(4000)).double()
+    def shares(fields):
+        x = module.sample(range(4000), fields=fields).double()
         return torch.bincount(truth(1, 1, 1, 1).mode_of(x), minlength=4) / 4000
 
     names = [str(c) for c in range(4)]
@@ -233,7 +239,6 @@ def test_a_trained_model_is_mixed_without_training():
     assert (even - 0.25).abs().max() < 0.05
     without = shares(combine([(module.fields, names, 1.0)], remove=["1"]))
     assert without[1] < 0.01 and (without - truth(1, 0, 1, 1).mode_weights).abs().max() < 0.05
-    module.combination = None
     x = module.sample(range(200), label=torch.tensor([3]).expand(200)).double()
     assert (truth(1, 1, 1, 1).mode_of(x) == 3).float().mean() > 0.98
 
@@ -249,15 +254,19 @@ def test_networks_have_heads_for_every_class():
     assert [tuple(o.shape) for o in fields.components(torch.randn(2, 5), torch.ones(2))] == [(2, 1), (2, 1, 5)]
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ({"estimator": "divergence"}, "kernel=Relative needs estimator=denoising"),
-        ({"parametrisation": "direct"}, "kernel=Relative needs estimator=denoising and parametrisation=factored"),
-        ({"kernel": Constant()}, "per_class=true needs kernel=Relative"),
-        ({"classes": 0}, "per_class needs a data set with classes"),
-    ],
-)
-def test_mistakes_in_a_model(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        small(**options)
+def test_mistakes_in_a_model():
+    told = MLP((2,), 4, conditional=True, width=16, depth=1)
+    for mistake, sentence in (
+        (lambda: small(noise=None), "relative densities need noise levels"),
+        (lambda: small(per_class=False, guidance=2.0), "guidance needs fields of the classes"),
+        (lambda: small(classes=0), "per_class needs a data set with classes"),
+        (lambda: RelativeDensities(told, (2,), 4, 1.0, {"sde": MultistepDynamics()}), "per_class=true instead of"),
+        (
+            lambda: BellmanDiffusion(
+                MLP((2,), 4, per_class=True), Constant(), (2,), 4, 1.0, {"ode": ProbabilityFlow()}
+            ),
+            "per_class=true is for model=relative",
+        ),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            mistake()

@@ -9,7 +9,6 @@ from bd_lightning.dynamics import BellmanDynamics, SampleNoise
 from bd_lightning.returns import (
     Categorical,
     GaussianFields,
-    ReturnFields,
     bellman_target,
     conditional_value_at_risk,
     mixed_policy,
@@ -211,13 +210,13 @@ def test_sde_with_an_annealed_width_draws_the_returns():
     w = 0.3 * fitted(rep, 2.0, 0.4) + 0.7 * fitted(rep, 7.0, 0.6)
     grid, n = rep.grid(), 2000
     cdf = rep.cdf(w, grid)
-    annealed = sample_by_sde(rep, w, SampleNoise(range(n), (1,), seed=0))
+    annealed = sample_by_sde(rep, w[None], range(n))[:, 0]
     assert float((annealed < 4.5).float().mean()) == pytest.approx(0.3, abs=0.03)
     assert float(wasserstein1(grid, cdf, annealed)) < 0.15
     inverse = quantile(grid, cdf, torch.rand(n, generator=torch.Generator().manual_seed(0)))
     assert float(wasserstein1(grid, cdf, inverse)) < 0.15
     plain = BellmanDynamics(steps=500, step_size=0.01, scale=3.0, start="uniform")
-    frozen = 5 + plain(ReturnFields(rep, w, 5.0), SampleNoise(range(n), (1,), seed=0))[:, 0]
+    frozen = 5 + plain(rep.field_pair(w, 5.0), SampleNoise(range(n), (1,), seed=0))[:, 0]
     assert float(wasserstein1(grid, cdf, frozen)) > 0.5
 
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
+from bd_lightning import facts
+from bd_lightning.facts import SampleFacts
 from datamodules import CIFAR10, MNIST, Digits, ImageFolder, SampleRequests, to_uint8
 from datamodules.base import DataError
 from datamodules.images import to_unit
@@ -33,7 +35,8 @@ def test_contract(modules, name):
     assert x.shape == (4, *data.shape) and x.dtype == torch.float32 and y.shape == (4,)
     assert -1 <= x.min() < -0.2 and 0.2 < x.max() <= 1
     assert 0 <= y.min() and y.max() < len(data.class_names)
-    assert set(data.facts) == {"name", "shape", "num_classes", "class_names", "sigma_data"}
+    assert data.facts == SampleFacts(data.name, data.shape, data.sigma_data, tuple(data.class_names))
+    assert facts.read(data.facts.plain()) == data.facts
     images = {split: [image.numpy().tobytes() for image, _ in data.load_split(split)] for split in ("train", "val")}
     assert images["train"] and images["val"] and not set(images["train"]) & set(images["val"])
     order = [next(iter(data.val_dataloader()))[1].tolist() for _ in range(2)]
@@ -157,7 +160,7 @@ def test_keep_chooses_classes_and_thins_them():
     whole = Digits()
     labels = whole.load_split("train").labels
     few = Digits(keep=[7, "2"])
-    assert few.class_names == ("2", "7") and few.facts["num_classes"] == 2
+    assert few.class_names == ("2", "7") and few.facts.num_classes == 2
     train = few.load_split("train")
     expected = whole.load_split("train").x[(labels == 2) | (labels == 7)]
     assert torch.equal(train.x, expected) and set(train.labels.tolist()) == {0, 1}

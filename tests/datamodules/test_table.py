@@ -7,6 +7,7 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from bd_lightning.facts import read
 from datamodules import Table
 from datamodules.base import DataError
 
@@ -94,20 +95,22 @@ def test_formats_agree(tmp_path, name):
 def test_facts_and_loaders(tmp_path):
     data = table(save(tmp_path / "t.csv", frame()), columns=["charge", "mass", "height"], drop=["mass"])
     facts = data.facts
-    assert facts == {
-        "shape": [2],
-        "num_classes": 0,
-        "class_names": [],
-        "sigma_data": 1.0,
+    assert facts.plain() == {
+        "kind": "TableFacts",
         "name": "Table-t.csv",
+        "shape": [2],
+        "sigma_data": 1.0,
+        "class_names": [],
+        "space": None,
         "columns": ["charge", "height"],
         "center": data.center.tolist(),
         "scale": data.scale.tolist(),
     }
+    assert read(facts.plain()) == facts and facts.num_classes == 0
     data.setup("fit")
     x, _ = next(iter(data.train_dataloader()))
     assert x.shape == (4, 2) and [len(x) for x, _ in data.val_dataloader()] == [4]
-    assert facts["center"] == pytest.approx([-3, 0], abs=0.5) and facts["scale"] == pytest.approx([0.01, 1], rel=0.4)
+    assert facts.center == pytest.approx([-3, 0], abs=0.5) and facts.scale == pytest.approx([0.01, 1], rel=0.4)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +125,7 @@ def test_sklearn_sets(name, rows, dim, column, mean):
     data = Table(dataset=name, batch_size=64)
     assert sum(len(data.load_split(split)) for split in SPLITS) == rows
     assert data.shape == (dim,) and data.name == f"Table-{name}" and len(data.columns) == dim
-    assert data.facts["center"][data.columns.index(column)] == pytest.approx(mean, rel=0.05)
+    assert data.facts.center[data.columns.index(column)] == pytest.approx(mean, rel=0.05)
 
 
 def test_parquet_columns_of_every_numeric_kind(tmp_path):

@@ -1,20 +1,25 @@
-"""Configs checked against the signatures of the classes they name, and turned into objects."""
+"""Configs checked against the signatures of the classes they name, and turned into objects.
+
+A class can be named by `_target_` where one is expected, and nowhere else; it is of the kind that is expected there.
+"""
 
 import importlib
 import inspect
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bd_lightning.config import GROUPS, TOP_LEVEL, ConfigError, suggest
+from bd_lightning.checks import suggest
+from bd_lightning.cli.config import GROUPS, TOP_LEVEL, ConfigError
+from bd_lightning.upgrade import refuse_old
 
-FACTS = ("shape", "num_classes", "sigma_data", "v_min", "v_max", "run_dir")
+FACTS = ("shape", "num_classes", "sigma_data", "actions", "v_min", "v_max", "run_dir")
 """Arguments that a config leaves out: the data module knows all but the last, `train.py` that one."""
 
 KINDS = {
-    "data": "datamodules.base.DataModule",
+    "data": "datamodules.base.Data",
     "model": "bd_lightning.modules.base.Module",
     "trainer": "lightning.Trainer",
     "logger": "lightning.pytorch.loggers.Logger",
@@ -22,16 +27,63 @@ KINDS = {
 }
 """What the classes of a group have to be."""
 
+OWN = ("bd_lightning", "callbacks", "datamodules")
+"""The packages of this suite."""
+SHIPPED = (
+    "lightning.Trainer",
+    "lightning.pytorch.callbacks.ModelCheckpoint",
+    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
+)
+"""Classes of others that the configs of this suite name."""
 
-def check(config: Mapping[str, Any]) -> None:
-    """Check every key and type against the signatures of the classes, before data or networks are built.
+PLAIN = (Any, type(None), object, dict, list, tuple, str, int, float, bool)
+"""Types of plain values, where no class can be named."""
+
+
+# ---- what may be named
+
+
+def targets(node: Any) -> set[str]:
+    """Every `_target_` of a config, at any depth."""
+    if isinstance(node, list):
+        return set().union(*map(targets, node))
+    if not isinstance(node, Mapping):
+        return set()
+    own = {str(node["_target_"])} if "_target_" in node else set()
+    return own.union(*map(targets, node.values()))
+
+
+def refuse_strangers(node: Any, place: str, named: Collection[str] = ()) -> None:
+    """Refuse a stored config that names a class that is not this suite's, before anything is imported.
+
+    Args:
+        node: the config, or a part of it.
+        place: where it was stored, for the message.
+        named: classes that the command line names itself.
 
     Raises:
-        ConfigError: naming the first key that is unknown, missing, of the wrong type, or out of range.
+        ConfigError: naming the class, and how to allow it.
+    """
+    for path in sorted(targets(node)):
+        if path.partition(".")[0] not in OWN and path not in SHIPPED and path not in named:
+            raise ConfigError(
+                f"{place} names '{path}', which is no class of this suite and could do anything: if you trust the "
+                "file, name the class on the command line too, or add trust=true"
+            )
+
+
+# ---- checks
+
+
+def check_keys(config: Mapping[str, Any]) -> None:
+    """Check the keys at the top and their values; no class is imported.
+
+    Raises:
+        ConfigError: naming the first key that is unknown, of the wrong type, or out of range.
     """
     for key, value in config.items():
         if key not in (*TOP_LEVEL, *GROUPS):
-            raise ConfigError(f"unknown key '{key}'.{suggest(key, (*TOP_LEVEL, *GROUPS))}")
+            raise ConfigError(f"unknown key '{key}'.{suggest(str(key), (*TOP_LEVEL, *GROUPS))}")
         if key in TOP_LEVEL:
             _check_value(value, TOP_LEVEL[key], key)
     for key in ("steps", "eval_every", "n"):
@@ -41,23 +93,47 @@ def check(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"'seed' must lie between 0 and {2**32 - 1}, got {config['seed']}")
     if config["calibrate"] < 0:
         raise ConfigError(f"'calibrate' must not be negative, got {config['calibrate']}")
+
+
+def check(config: Mapping[str, Any]) -> None:
+    """Check every key and type against the signatures of the classes, before data or networks are built.
+
+    Raises:
+        ConfigError: naming the first key that is unknown, missing, of the wrong type, or out of range.
+        UserError: for words of an earlier version, with their new spelling.
+    """
+    check_keys(config)
     if config["steps"] % config["eval_every"]:
         raise ConfigError(
             f"'steps' must be a multiple of 'eval_every', so that the run ends with a validation and a checkpoint; "
             f"got {config['steps']} and {config['eval_every']}"
         )
+    refuse_old(config)
     for group in GROUPS:
         node = config.get(group)
         if group == "callbacks":
-            _check_value(node, dict[str, Any] | None, group)
+            if node is not None and not isinstance(node, Mapping):
+                raise ConfigError(f"'callbacks' must be a mapping of names to callbacks, got {node!r}")
             for name, sub in (node or {}).items():
                 if sub is not None:
-                    _check_kind(sub, f"{group}.{name}", KINDS[group])
+                    check_kind(sub, f"{group}.{name}", KINDS[group])
         elif node or group != "logger":
-            _check_kind(node, group, KINDS[group])
+            check_kind(node, group, KINDS[group])
     for group in ("data", "model"):
         for name, sub in config[group].items():
             _try(sub, f"{group}.{name}")
+
+
+def check_kind(node: Any, key: str, kind: str) -> None:
+    """Check a node and all inside it against the signature of its class, which has to be of a kind.
+
+    Raises:
+        ConfigError: as `check`.
+    """
+    cls, base = _class_of(node, key), locate(kind, key)
+    if not issubclass(cls, base):
+        raise ConfigError(f"'{key}._target_' must be a {base.__name__}, got {node['_target_']!r}")
+    _check_arguments(cls, node, key)
 
 
 def _try(node: Any, key: str) -> None:
@@ -66,7 +142,7 @@ def _try(node: Any, key: str) -> None:
         if "_target_" not in node:
             for name, sub in node.items():
                 _try(sub, f"{key}.{name}")
-        elif not set(FACTS) & _signature(locate(node["_target_"], key)).keys():
+        elif not set(FACTS) & signature_of(locate(node["_target_"], key)).keys():
             instantiate(node, key)
 
 
@@ -81,19 +157,17 @@ def locate(path: str, key: str) -> Any:
         found = getattr(importlib.import_module(module), name, None)
     except (ImportError, ValueError, TypeError) as error:  # TypeError: a path that begins with a dot
         raise ConfigError(f"'{key}._target_': cannot import {path!r} ({error})") from error
-    if not callable(found):
+    own = module.partition(".")[0] in OWN
+    if not inspect.isclass(found) or own and found.__module__.partition(".")[0] not in OWN:
         offers = [n for n, v in vars(importlib.import_module(module)).items() if inspect.isclass(v)]
         raise ConfigError(f"'{key}._target_': {module!r} has no class {name!r}.{suggest(name, offers)}")
     return found
 
 
-def _signature(cls: Any) -> dict[str, tuple[Any, bool]]:
+def signature_of(cls: type) -> dict[str, tuple[Any, bool]]:
     """Arguments of a class, name → (type, required); **options stands for the arguments of the class it inherits."""
     known: dict[str, tuple[Any, bool]] = {}
-    constructors = (
-        [vars(c)["__init__"] for c in cls.__mro__ if "__init__" in vars(c)] if inspect.isclass(cls) else [cls]
-    )
-    for constructor in constructors:
+    for constructor in (vars(c)["__init__"] for c in cls.__mro__ if "__init__" in vars(c)):
         parameters = inspect.signature(constructor).parameters
         try:
             hints = typing.get_type_hints(constructor)
@@ -108,13 +182,16 @@ def _signature(cls: Any) -> dict[str, tuple[Any, bool]]:
     return known
 
 
-def _check_node(node: Any, key: str) -> Any:
+def _class_of(node: Any, key: str) -> type:
     if not isinstance(node, Mapping):
         raise ConfigError(f"'{key}' must be a mapping with a _target_, got {node!r}")
     if "_target_" not in node:
         raise ConfigError(f"'{key}' has no _target_: name the class it configures, or choose a file with {key}=name")
-    cls = locate(node["_target_"], key)
-    signature = _signature(cls)
+    return locate(node["_target_"], key)
+
+
+def _check_arguments(cls: type, node: Mapping[str, Any], key: str) -> None:
+    signature = signature_of(cls)
     for name, value in node.items():
         if name == "_target_":
             continue
@@ -124,13 +201,6 @@ def _check_node(node: Any, key: str) -> Any:
     for name, (_, required) in signature.items():
         if required and name not in node and name not in FACTS:
             raise ConfigError(f"'{key}.{name}' is missing: {cls.__name__} needs it")
-    return cls
-
-
-def _check_kind(node: Any, key: str, kind: str) -> None:
-    cls, base = _check_node(node, key), locate(kind, key)
-    if not (inspect.isclass(cls) and issubclass(cls, base)):
-        raise ConfigError(f"'{key}._target_' must be a {base.__name__}, got {node['_target_']!r}")
 
 
 def _check_value(value: Any, hint: Any, key: str) -> None:
@@ -148,18 +218,21 @@ def _fits(value: Any, hint: Any, key: str) -> bool:
     if hint is typing.Annotated or origin is typing.Annotated:
         return _fits(value, args[0], key)
     if isinstance(value, Mapping) and "_target_" in value:
-        cls = _check_node(value, key)
-        return hint is Any or not inspect.isclass(hint) or (inspect.isclass(cls) and issubclass(cls, hint))
+        if origin is not None or not inspect.isclass(hint) or hint in PLAIN:
+            return False
+        cls = _class_of(value, key)
+        if issubclass(cls, hint):
+            _check_arguments(cls, value, key)
+        return issubclass(cls, hint)
     if hint is Any:
-        return True
+        return not targets(value)
     if hint is None or hint is type(None):
         return value is None
     if isinstance(value, Mapping):
         if (origin or hint) not in (dict, Mapping):
             return False
         for name, sub in value.items():
-            if args:
-                _check_value(sub, args[1], f"{key}.{name}")
+            _check_value(sub, args[1] if args else Any, f"{key}.{name}")
         return True
     if isinstance(value, list):
         kind = origin or hint
@@ -167,7 +240,7 @@ def _fits(value: Any, hint: Any, key: str) -> bool:
             return len(args) == len(value) and all(_fits(v, a, key) for v, a in zip(value, args))
         if kind not in (list, tuple, Sequence, Iterable):
             return False
-        return not args or all(_fits(v, args[0], key) for v in value)
+        return all(_fits(v, args[0] if args else Any, key) for v in value)
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
@@ -216,7 +289,7 @@ def instantiate(node: Any, key: str, facts: Mapping[str, Any] | None = None, **e
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     cls = locate(node["_target_"], key)
-    signature = _signature(cls)
+    signature = signature_of(cls)
     for name in extra:
         if name in built:
             raise ConfigError(f"'{key}.{name}' is set by train.py; leave it out (steps and eval_every say how long)")

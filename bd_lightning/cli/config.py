@@ -9,13 +9,13 @@ arguments. Layers are applied in order, each over the one before:
 4. the command line.
 
 A layer first chooses group files (`defaults: {data: mnist}` in a file, `data=mnist` on the command line), which starts
-the group afresh from its values in `train.yaml`, and then sets single values.
+the group afresh from its values in `train.yaml`, and then sets single values. The record of a run (`config.yaml` of its
+folder) is a file whose groups are taken whole.
 
 `build` checks a config against the signatures of its classes and turns it into objects. Torch is not imported here.
 """
 
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bd_lightning.checks import UserError
+from bd_lightning.checks import UserError, suggest
+from bd_lightning.upgrade import is_record, upgrade
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
 COMMANDS = ("fit", "validate", "test", "predict")
 GROUPS = ("data", "model", "trainer", "logger", "callbacks")
 TOP_LEVEL: dict[str, Any] = {
@@ -41,7 +42,10 @@ TOP_LEVEL: dict[str, Any] = {
     "remove": list[int | str] | None,
     "merge": dict[str, float] | None,
     "calibrate": int,
+    "trust": bool,
 }
+NOT_KEPT = ("format", "facts", "trust")
+"""Keys of a stored config that say nothing about the run: its format, its data, and what somebody trusted then."""
 
 
 class ConfigError(UserError):
@@ -60,15 +64,6 @@ class Request:
     def value(self, key: str) -> Any:
         """The last value given to a top-level key, or None."""
         return next((v for k, v in reversed(self.values) if k == key), None)
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """' Did you mean …?' for a close match, else the choices."""
-    known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if close:
-        return f" Did you mean '{close[0]}'?"
-    return f" Known: {', '.join(known)}." if known else ""
 
 
 def names(group: str) -> list[str]:
@@ -144,51 +139,73 @@ def merge(old: Any, new: Any) -> Any:
     return {**old, **{key: merge(old.get(key), value) for key, value in new.items()}}
 
 
-def compose(request: Request, stored: dict[str, Any] | None = None) -> dict[str, Any]:
+def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Put the layers together and resolve interpolations.
 
     Args:
         request: the command line.
-        stored: the config of the checkpoint that the run starts from.
+        stored: the config of the checkpoint that the run starts from, in today's format.
 
     Returns:
         The config as plain dictionaries, lists and values.
 
     Raises:
         ConfigError: for missing files and names, and for references to keys that do not exist.
+        UserError: for the record of a later version.
     """
     base = load(CONFIG_DIR / "train.yaml")
-    config: dict[str, Any] = {}
-
-    def apply(layer: dict[str, Any], where: str) -> None:
-        nonlocal config
-        choices = layer.pop("defaults", None) or {}
-        chosen = {}
-        for group, name in choices.items():
-            if group not in GROUPS:
-                raise ConfigError(f"{where} chooses from an unknown group '{group}'.{suggest(str(group), GROUPS)}")
-            chosen[group] = merge(base.get(group) or {}, _named(group, str(name)))
-        config = merge({**config, **chosen}, layer)
-
-    apply({key: value for key, value in base.items() if key not in GROUPS}, "train.yaml")
-    if stored is not None:  # its groups whole: a callback that is not among them was not part of the run
-        config = {key: value for key, value in config.items() if key not in GROUPS or key not in stored}
-        apply(dict(stored), "the checkpoint")
+    config = _choose({}, base, {key: value for key, value in base.items() if key not in GROUPS}, "train.yaml")
+    if stored is not None:  # a callback that is not among the stored ones was not part of the run
+        config = _repeat(config, stored)
     if "experiment" in request.choices:
         experiment = request.choices["experiment"]
-        apply(_named("experiment", experiment), f"experiment '{experiment}'")
+        config = _choose(config, base, _named("experiment", experiment), f"experiment '{experiment}'")
     for path in request.files:
-        apply(load(path), path)
+        layer = load(path)
+        record = is_record(layer)
+        config = _repeat(config, upgrade(layer, path)) if record else _choose(config, base, layer, path)
     choices = {group: name for group, name in request.choices.items() if group != "experiment"}
-    apply({"defaults": choices}, "the command line")
+    config = _choose(config, base, {"defaults": choices}, "the command line")
     for key, value in request.values:
         nested = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
-        apply(nested, "the command line")
+        config = _choose(config, base, nested, "the command line")
+    return _resolved(_normalised(config))
+
+
+def _choose(config: dict[str, Any], base: dict[str, Any], layer: dict[str, Any], where: str) -> dict[str, Any]:
+    """A config with one more layer: the files that it chooses, then its values."""
+    layer = dict(layer)
+    chosen = {}
+    for group, name in (layer.pop("defaults", None) or {}).items():
+        if group not in GROUPS:
+            raise ConfigError(f"{where} chooses from an unknown group '{group}'.{suggest(str(group), GROUPS)}")
+        chosen[group] = merge(base.get(group) or {}, _named(group, str(name)))
+    return merge({**config, **chosen}, layer)
+
+
+def _repeat(config: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with that of a run over it, whose groups are taken whole."""
+    return {**config, **{key: value for key, value in stored.items() if key not in NOT_KEPT}}
+
+
+def _normalised(config: dict[str, Any]) -> dict[str, Any]:
+    """A config with values whose meaning is plain in the form that is meant: labels=3, steps=1e3."""
+    config = dict(config)
+    for key, kind in TOP_LEVEL.items():
+        value = config.get(key)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            config[key] = int(value)
+        if key in ("labels", "remove") and isinstance(value, (int, str)) and not isinstance(value, bool):
+            config[key] = [value]
     config["logger"] = config["logger"] or None  # so that a config repeated from its record stays without one
     if isinstance(config["steps"], int) and isinstance(config["eval_every"], int):
         config["eval_every"] = min(config["steps"], config["eval_every"])
+    return config
+
+
+def _resolved(config: dict[str, Any]) -> dict[str, Any]:
     try:
         return OmegaConf.to_container(OmegaConf.create(config), resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:

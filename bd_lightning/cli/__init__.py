@@ -1,0 +1,1 @@
+"""The command line: `config` and `build` read it, `plan` resolves it, `fit` and `predict` carry it out."""

@@ -1,0 +1,159 @@
+"""predict: samples of a checkpoint, or of a mixture of what it has learned."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from bd_lightning import checkpoints, fields
+from bd_lightning import facts as facts_of
+from bd_lightning.checks import UserError, suggest
+from bd_lightning.cli import build, objects
+from bd_lightning.cli.folders import run_name, short
+from bd_lightning.cli.plan import Plan
+from bd_lightning.facts import Facts
+from callbacks import ImageWriter, TableWriter
+from datamodules import SampleRequests
+
+PILOT_SEED = 2**32
+"""Seed of the samples that weights of mixtures are corrected by, one that no user can give."""
+
+
+class Drawing(L.LightningModule):
+    """Draws samples of a mixture by the sampler of a model.
+
+    Args:
+        model: the model whose sampler draws.
+        mixture: what is drawn.
+        others: models that the mixture takes fields of besides.
+        pilot: number of samples by which the weights are first corrected (see `fields.calibrated`); 0 leaves them.
+    """
+
+    def __init__(self, model: Any, mixture: fields.Mixture, others: Sequence[nn.Module] = (), pilot: int = 0) -> None:
+        super().__init__()
+        self.model, self.others = model, nn.ModuleList(others)
+        self.mixture, self.pilot = mixture, pilot
+
+    def on_predict_start(self) -> None:
+        """Correct the weights of the mixture."""
+        if self.pilot:
+            self.mixture = fields.calibrated(self.mixture, lambda one: self._draw(range(self.pilot), PILOT_SEED, one))
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Samples for a batch of requests: "index" and "seed", each (B,)."""
+        return self._draw(batch["index"].tolist(), int(batch["seed"][0]), self.mixture)
+
+    def _draw(self, indices: Sequence[int], seed: int, mixture: fields.Mixture) -> Tensor:
+        return self.model.sample(indices, seed=seed, fields=mixture)
+
+
+def run(plan: Plan) -> None:
+    """Write samples to <run folder>/predict-<sampler>-seed<seed>[-<mixture>]/.
+
+    Raises:
+        UserError: for anything that is the user's to put right.
+    """
+    config, facts = plan.config, plan.facts
+    assert facts is not None  # a plan to predict has a checkpoint
+    objects.prepare(config)
+    model = objects.model(plan, facts)
+    labels = choose_labels(config["labels"] or [], facts, model)
+    drawing = mixing(plan, facts, model) if any(config[key] for key in ("mix", "remove", "merge")) else model
+    folder = plan.run_dir / folder_name(plan, model.sampler)
+    writer = build_writer(plan, facts, folder)
+    trainer = objects.trainer(plan, logger=False, callbacks=[writer, *progress_bars(plan)])
+    loader = DataLoader(SampleRequests(config["n"], config["seed"], labels), batch_size=min(500, config["n"]))
+    trainer.predict(drawing, loader, return_predictions=False)
+    if trainer.is_global_zero:
+        what = "images and grid.png" if isinstance(writer, ImageWriter) else "rows of samples.csv"
+        print(f"{config['n']} {what} in {short(folder)}")
+
+
+def class_name(label: int | str, names: Sequence[str]) -> str:
+    """The class that a label means, given by name or by index.
+
+    Raises:
+        UserError: for a label that does not exist.
+    """
+    if str(label) in names:
+        return str(label)
+    if isinstance(label, int) and 0 <= label < len(names):
+        return names[label]
+    raise UserError(f"no class '{label}' in this data set.{suggest(str(label), names)}")
+
+
+def choose_labels(asked: Sequence[int | str], facts: Facts, model: Any) -> list[int]:
+    """Indices of the classes that are asked for; all of them in turn for a conditional model that is asked for none.
+
+    Raises:
+        UserError: for classes that do not exist, and for models that do not know any.
+    """
+    labels = [facts.class_names.index(class_name(label, facts.class_names)) for label in asked]
+    if labels and not model.takes_labels:
+        raise UserError("labels need a class-conditional model: train one with model.network.conditional=true")
+    return labels or (list(range(facts.num_classes)) if model.conditional else [])
+
+
+def mixing(plan: Plan, facts: Facts, model: Any) -> Drawing:
+    """Draws from the mixture that mix, remove and merge ask for.
+
+    Raises:
+        UserError: for models without classes, checkpoints that do not fit each other, and weights without a meaning.
+    """
+    config = plan.config
+    sources = [(model.mixture_source(), facts.class_names, 1.0)]
+    if config["labels"]:
+        raise UserError("labels asks for classes one by one, mix and remove for a mixture of them: give one of the two")
+    mine = identity(model, facts)
+    others = []
+    for path, weight in (config["merge"] or {}).items():
+        other, stored = checkpoints.load(path, type(model), plan.named)
+        its = facts_of.read(stored["facts"])
+        for what, theirs in identity(other, its).items():
+            if mine[what] != theirs:
+                raise UserError(
+                    f"{path} cannot be merged with {config['ckpt_path']}: {what} {theirs} against {mine[what]}"
+                )
+        others.append(other)
+        sources.append((other.mixture_source(), its.class_names, weight))
+    names = list(dict.fromkeys(name for _, known, _ in sources for name in known))
+    mix = {class_name(label, names): weight for label, weight in config["mix"].items()} if config["mix"] else None
+    mixture = fields.combine(sources, mix, [class_name(label, names) for label in config["remove"] or []])
+    return Drawing(model, mixture, others, config["calibrate"])
+
+
+def identity(model: Any, facts: Facts) -> dict[str, Any]:
+    """What has to agree for two models to be merged."""
+    return {**model.mixture_identity(), "space (pixels, or the codes of one autoencoder)": facts.space}
+
+
+def folder_name(plan: Plan, sampler: str) -> str:
+    """Name of the folder of samples: sampler, seed, and the mixture."""
+    config = plan.config
+    words = [f"{label}x{weight:g}" for label, weight in (config["mix"] or {}).items()]
+    words += [f"without-{label}" for label in config["remove"] or []]
+    words += [f"{run_name(path)}x{weight:g}" for path, weight in (config["merge"] or {}).items()]
+    return "-".join([f"predict-{sampler}-seed{config['seed']}", *words])
+
+
+def build_writer(plan: Plan, facts: Facts, folder: Path) -> ImageWriter | TableWriter:
+    """Writes images for samples that are images or codes of images, rows of a table for others."""
+    latents = build.instantiate(plan.config["data"].get("autoencoder"), "data.autoencoder")
+    if latents or len(facts.shape) == 3:
+        return ImageWriter(folder, latents.decode if latents else None)
+    columns = facts.columns or [f"x{k}" for k in range(facts.shape[0])]
+    return TableWriter(folder, columns, facts.center, facts.scale)
+
+
+def progress_bars(plan: Plan) -> list[Any]:
+    """The config's progress bar, if it has one."""
+    nodes = {f"callbacks.{name}": node for name, node in (plan.config["callbacks"] or {}).items() if node}
+    return [
+        build.instantiate(node, key)
+        for key, node in nodes.items()
+        if issubclass(build.locate(node["_target_"], key), ProgressBar)
+    ]

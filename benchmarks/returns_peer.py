@@ -1,0 +1,84 @@
+"""An independent C51: cleanrl's script against ours."""
+
+import re
+import subprocess
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from bd_lightning.modules import ReturnLearner
+from bd_lightning.returns import Categorical
+from benchmarks.returns_training import Seeds, build
+
+PEER_STEPS, PEER_WINDOW = 20_000, 2000
+
+
+def same_update(script: Path) -> tuple[float, float]:
+    """Largest difference between the gradients of our C51 and those of the update in cleanrl's script, and their size.
+
+    The script's network and the lines of its update, from the target to the loss, are run on random transitions.
+    """
+    source = script.read_text()
+    network = source[source.index("class QNetwork") : source.index("def linear_schedule")]
+    first = source.index("with torch.no_grad():\n                    _, next_pmfs")
+    update = " " * 16 + source[first : source.index("if global_step % 100 == 0", first)]
+    torch.manual_seed(0)
+    scope: dict[str, Any] = {"nn": torch.nn, "torch": torch, "np": np}
+    exec(network, scope)
+    spaces = {"single_action_space": SimpleNamespace(n=2), "single_observation_space": SimpleNamespace(shape=(4,))}
+    theirs, target = (scope["QNetwork"](SimpleNamespace(**spaces), 51, 0.0, 100.0) for _ in range(2))
+    observation, following = torch.randn(64, 4), torch.randn(64, 4)
+    action, reward, done = torch.randint(2, (64,)), 3 * torch.rand(64) - 1, (torch.rand(64) < 0.2).float()
+    data = {"observations": observation, "next_observations": following, "actions": action[:, None]}
+    scope["data"] = SimpleNamespace(**data, rewards=reward[:, None], dones=done[:, None])
+    scope["args"] = SimpleNamespace(gamma=0.99, v_min=0.0, v_max=100.0, n_atoms=51)
+    scope |= {"q_network": theirs, "target_network": target}
+    exec(textwrap.dedent(update), scope)
+    scope["loss"].backward()
+    ours = ReturnLearner((4,), 2, Categorical(0, 100), hidden=[120, 84])
+    ours.network.load_state_dict(theirs.network.state_dict())
+    ours.target_network.load_state_dict(target.network.state_dict())
+    ours.compute((observation, action, reward, 0.99 * (1 - done), following), None)[0]["loss"].backward()
+    gradients = [(a.grad, b.grad) for a, b in zip(ours.network.parameters(), theirs.network.parameters())]
+    return max(float((a - b).abs().max()) for a, b in gradients), max(float(b.abs().max()) for _, b in gradients)
+
+
+def peer(script: Path, python: str, seed: int) -> list[tuple[int, float]]:
+    """(environment step, return) of the training episodes of cleanrl's c51.py on CartPole, run as it is."""
+    options = {
+        "seed": seed, "total-timesteps": PEER_STEPS, "n-atoms": 51, "v-min": 0, "v-max": 100, "gamma": 0.99,
+        "learning-rate": 1e-3, "batch-size": 64, "buffer-size": 20_000, "learning-starts": 1000, "train-frequency": 4,
+        "target-network-frequency": 400, "start-e": 1.0, "end-e": 0.05, "exploration-fraction": 0.25,
+    }  # fmt: skip
+    words = [python, script.name, "--no-cuda", *(f"--{key}={value}" for key, value in options.items())]
+    printed = subprocess.run(words, cwd=script.parent, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"global_step=(\d+), episodic_return=\[?([\d.]+)", printed)
+    return [(int(step), float(value)) for step, value in found]
+
+
+def own(seed: int) -> list[tuple[int, float]]:
+    """The same of our C51, with the same network, schedule and replay."""
+    words = ["experiment=rl_cartpole", "model=c51", "model.hidden=[120,84]", "model.lr=1e-3", "model.target_every=100"]
+    words += ["data.num_envs=1", "data.collect=4", "data.n_step=1", "data.size=20000"]
+    words += ["data.epsilon=[0.81,0.05]", "data.decay=4000"]  # from step 1,000: cleanrl's line from 1 at step 0
+    _, data, models = build(words, [seed])
+    runs, stream = Seeds(models), data[0].open(seed)
+    episodes: list[tuple[int, float]] = []
+    while stream.steps < PEER_STEPS:
+        before = stream.episodes
+        stream.step(runs.greedy(stream.observation[None])[0] if stream.steps >= stream.warmup else None)
+        if stream.episodes > before:
+            episodes.append((stream.steps, stream.finished[-1]))
+        if stream.steps > stream.warmup and stream.steps % 4 == 0:
+            runs.step([stream.draw()])
+    return episodes
+
+
+def windows(episodes: list[tuple[int, float]]) -> list[float]:
+    """Mean return of the episodes that ended in each window of steps."""
+    edges = range(0, PEER_STEPS, PEER_WINDOW)
+    return [float(np.mean([v for step, v in episodes if e <= step < e + PEER_WINDOW] or [np.nan])) for e in edges]

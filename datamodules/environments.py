@@ -1,0 +1,232 @@
+"""Environments of gymnasium: they are stepped while the model trains, and it learns from a replay buffer."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from bd_lightning.checks import UserError, in_range, positive
+from bd_lightning.facts import EnvironmentFacts
+from datamodules.base import Data, DataError
+from datamodules.experience import Experience, Transitions, encode
+
+LONGEST = 1000
+"""Steps after which episodes are cut in environments without a limit of their own, unless `max_steps` is given."""
+
+
+def make_envs(name: str, count: int, options: dict[str, Any] | None = None) -> Any:
+    """Environments stepped together; after the end of an episode they start the next in the same step.
+
+    Raises:
+        UserError: if gymnasium is absent, the environment unknown, or its spaces not supported.
+    """
+    try:
+        import gymnasium
+        from gymnasium.vector import AutoresetMode
+    except ImportError as error:
+        raise UserError("environments need gymnasium: install it with 'uv sync --group rl'") from error
+    try:
+        mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        envs = gymnasium.make_vec(name, count, vectorization_mode="sync", vector_kwargs=mode, **(options or {}))
+    except (gymnasium.error.Error, TypeError, ModuleNotFoundError) as error:
+        given = f" with options {options}" if options else ""
+        raise DataError(f"cannot make the environment '{name}'{given}: {' '.join(str(error).split())}") from error
+    actions, states = envs.single_action_space, envs.single_observation_space
+    if not isinstance(actions, gymnasium.spaces.Discrete):
+        raise DataError(
+            f"'{name}' has actions in {actions}: only a finite set of actions is supported, each has a distribution"
+        )
+    if not isinstance(states, (gymnasium.spaces.Discrete, gymnasium.spaces.Box)):
+        raise DataError(f"'{name}' has observations in {states}: only Box and Discrete are supported")
+    return envs
+
+
+def own_limit(envs: Any) -> int | None:
+    """The steps after which environments of `make_envs` end an episode by themselves; None if they never do."""
+    return envs.envs[0].spec.max_episode_steps
+
+
+def fetched_whole(batch: Any) -> Any:
+    """A batch that comes in one piece, as it is."""
+    return batch
+
+
+class Environment(Data):
+    """A gymnasium environment, stepped while a model of `bd_lightning.modules.ReturnLearner` trains.
+
+    The replay buffer is not part of checkpoints: a resumed run fills it anew, and goes on with the decay of ε.
+
+    Args:
+        env: id of the environment, e.g. CartPole-v1.
+        v_min: smallest discounted return, as declared to the model; episodes outside are counted and reported.
+        v_max: largest one.
+        options: its arguments, e.g. {is_slippery: false}.
+        options_for: id of the environment that `options` are meant for; with another id they are refused. None takes
+            them to be those of `env`.
+        max_steps: steps after which an episode is cut, which does not end its return. None leaves the environment's own
+            limit, and cuts after 1,000 steps where it has none.
+        gamma: discount γ of one step, in [0, 1).
+        num_envs: environments stepped together.
+        collect: steps of all of them for each optimiser step.
+        n_step: steps that a transition spans.
+        size: transitions in the replay buffer.
+        warmup: environment steps with random actions before training.
+        epsilon: probability of a random action, before and after its linear decay.
+        decay: environment steps of the decay.
+        held_out: transitions under random actions that the validation loss is taken on.
+        seed: seed of environments, exploration and batches.
+        root: folder of data sets, of which an environment needs none.
+        batch_size: transitions in a batch.
+        eval_batch_size: transitions in a batch of validation and test.
+        num_workers: 0; the policy that steps the environments is the model in training.
+        pin_memory: copy held-out batches to page-locked memory, for GPUs.
+
+    Attributes:
+        probes: observations of a few states, (P, *shape), the start of an episode first, for figures.
+        cap: steps after which episodes are cut that the environment would go on with; None where its own limit holds.
+        experience: the stream of the present training, None before it.
+    """
+
+    def __init__(
+        self,
+        env: str,
+        v_min: float,
+        v_max: float,
+        options: dict[str, Any] | None = None,
+        options_for: str | None = None,
+        max_steps: int | None = None,
+        gamma: float = 0.99,
+        num_envs: int = 4,
+        collect: int = 1,
+        n_step: int = 1,
+        size: int = 10_000,
+        warmup: int = 500,
+        epsilon: tuple[float, float] = (1.0, 0.05),
+        decay: int = 5_000,
+        held_out: int = 256,
+        seed: int = 0,
+        root: str = "data",
+        batch_size: int = 128,
+        eval_batch_size: int = 500,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0 <= gamma < 1:
+            raise ValueError(f"gamma must lie in [0, 1), got {gamma}")
+        if not v_min < v_max:
+            raise ValueError(f"v_min must be below v_max, got {v_min} and {v_max}")
+        positive(num_envs=num_envs, collect=collect, n_step=n_step, size=size, warmup=warmup, decay=decay)
+        positive(held_out=held_out, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        in_range(0, np.inf, seed=seed)
+        for i, value in enumerate(epsilon):
+            in_range(0, 1, **{f"epsilon[{i}]": value})
+        if num_workers:
+            raise ValueError("num_workers must be 0: the policy that steps the environments is the model in training")
+        if options and options_for not in (None, env):
+            raise ValueError(
+                f"the options {options} are meant for {options_for}, and env is {env}: set data.options=null, "
+                f"or data.options_for={env} if they are for it too"
+            )
+        self.env, self.options, self.gamma, self.num_envs = env, options or {}, gamma, num_envs
+        self.name, self.root, self.batch_size, self.eval_batch_size = env, root, batch_size, eval_batch_size
+        self.pin_memory = pin_memory
+        self.streams: dict[str, Any] = {
+            "n_step": n_step,
+            "batch_size": batch_size,
+            "collect": collect,
+            "size": size,
+            "warmup": warmup,
+            "epsilon": (epsilon[0], epsilon[1]),
+            "decay": decay,
+        }
+        self.returns_range = (v_min, v_max)
+        self.held_out, self.seed, self.steps, self.resumed_epsilon = held_out, seed, 0, 1.0
+        self.held: dict[str, Transitions] = {}
+        self.experience: Experience | None = None
+        self.cap = max_steps
+        if max_steps is not None:
+            positive(max_steps=max_steps)
+        elif own_limit(self.make(1)) is None:
+            self.cap = LONGEST
+        envs = self.make(1)
+        states = envs.single_observation_space
+        self.shape = (int(states.n),) if hasattr(states, "n") else tuple(states.shape)
+        self.actions = int(envs.single_action_space.n)
+        self.probes = self._probes(envs)
+
+    @property
+    def facts(self) -> EnvironmentFacts:
+        """Shape of an observation, number of actions, declared range of returns."""
+        return EnvironmentFacts(self.name, self.shape, self.actions, *self.returns_range)
+
+    def make(self, count: int) -> Any:
+        """So many environments, stepped together, whose episodes all end."""
+        limit = {} if self.cap is None else {"max_episode_steps": self.cap}
+        return make_envs(self.env, count, {**self.options, **limit})
+
+    def open(self, seed: int) -> Experience:
+        """A fresh stream of experience."""
+        envs = self.make(self.num_envs)
+        return Experience(envs, self.shape, self.gamma, seed=seed, returns_range=self.returns_range, **self.streams)
+
+    def _probes(self, envs: Any, count: int = 4) -> Tensor:
+        """The first observation of an episode and others under random actions, all distinct."""
+        random = np.random.default_rng(0)
+        rows = [encode(envs.reset(seed=0)[0], self.shape)[0]]
+        for _ in range(2000):
+            observed = encode(envs.step(random.integers(envs.single_action_space.n, size=1))[0], self.shape)[0]
+            if random.random() < 0.1 and all(np.abs(observed - row).max() > 1e-3 for row in rows):
+                rows.append(observed)
+            if len(rows) == count:
+                break
+        return torch.from_numpy(np.stack(rows))
+
+    def held_out_transitions(self, stage: str) -> Transitions:
+        """Transitions under random actions, of "val" or "test", made at their first use."""
+        if stage not in self.held:
+            stream = self.open(seed=10_000 + ("val", "test").index(stage))
+            while stream.replay.count < self.held_out:
+                stream.step(None)
+            self.held[stage] = stream.replay
+        return self.held[stage]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Make the held-out transitions of a stage."""
+        for name in {"fit": ("val",), "validate": ("val",), "test": ("test",)}.get(stage or "", ()):
+            self.held_out_transitions(name)
+
+    def train_dataloader(self) -> DataLoader:
+        """The endless stream of batches, of which each is collected when it is asked for."""
+        model = self.trainer.lightning_module  # type: ignore[union-attr]
+        rank = self.trainer.global_rank  # type: ignore[union-attr]
+        self.experience = self.open(self.seed + 1000 * rank).bind(model.greedy)
+        if self.steps:  # resumed: ε goes on from there, after a new warm-up
+            self.experience.steps, self.experience.warmup = self.steps, self.steps + self.experience.warmup
+            self.experience.epsilon = (self.resumed_epsilon, self.experience.epsilon[1])
+        return DataLoader(self.experience, batch_size=None)
+
+    def eval_dataloader(self, stage: str) -> DataLoader:
+        """Batches of the held-out transitions, in order."""
+        data, size = self.held_out_transitions(stage), self.eval_batch_size
+        return DataLoader(data, batch_size=size, collate_fn=fetched_whole, pin_memory=self.pin_memory)
+
+    def val_dataloader(self) -> DataLoader:
+        """Held-out transitions of validation."""
+        return self.eval_dataloader("val")
+
+    def test_dataloader(self) -> DataLoader:
+        """Held-out transitions of the test."""
+        return self.eval_dataloader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Environment steps so far, and the present ε."""
+        if self.experience is None:
+            return {}
+        return {"steps": self.experience.steps, "epsilon": float(self.experience.exploration)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from these."""
+        self.steps, self.resumed_epsilon = state_dict.get("steps", 0), state_dict.get("epsilon", 1.0)

@@ -1,0 +1,147 @@
+"""A checkpoint from a stranger runs nothing: its config names the suite's classes, where they belong, or is refused."""
+
+import copy
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import train
+from bd_lightning import checkpoints
+from bd_lightning.checks import UserError
+from bd_lightning.upgrade import upgrade
+from tiny_data import write_autoencoder
+
+V1 = Path(__file__).parent / "checkpoints" / "v1"
+PLACES = {
+    "an argument of data": ("data", "keep"),
+    "data": ("data",),
+    "a callback": ("callbacks", "more"),
+    "an argument of a callback": ("callbacks", "diagnostics", "nonfinite"),
+    "the progress bar": ("callbacks", "progress"),
+    "trainer": ("trainer",),
+    "an argument of the trainer": ("trainer", "plugins"),
+    "a list in the trainer": ("trainer", "callbacks"),
+    "model": ("model",),
+    "the network": ("model", "network"),
+    "an argument of the network": ("model", "network", "width"),
+    "a sampler": ("model", "samplers", "sde"),
+    "the objective": ("model", "objective"),
+    "logger": ("logger",),
+    "an autoencoder": ("data", "autoencoder"),
+    "a key of the top": ("labels",),
+    "the facts": ("facts", "name"),
+}
+
+
+def doctored(path: Path, place: tuple[str, ...], node: dict, name: str = "default") -> Path:
+    """A checkpoint whose config has a node where it does not belong."""
+    checkpoint = torch.load(V1 / f"{name}.ckpt", weights_only=True)
+    stored = copy.deepcopy(upgrade(checkpoint["hyper_parameters"]))
+    at = stored
+    for key in place[:-1]:
+        at = at[key]
+    at[place[-1]] = [node] if place[-1] == "callbacks" else node
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({**checkpoint, "hyper_parameters": stored}, path)
+    return path
+
+
+def files(folder: Path) -> set[Path]:
+    return set(folder.rglob("*"))
+
+
+def refused(argv: list[str], outside: Path, capsys) -> str:
+    """The one sentence that a command line is refused with, while nothing is written."""
+    before = files(outside)
+    assert train.main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and len(said.splitlines()) == 1 and "Traceback" not in said
+    assert files(outside) == before
+    return said
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("command", ["predict", "fit", "test"])
+def test_nothing_runs_from_a_checkpoint(place, command, tmp_path, capsys):
+    mark = tmp_path / "outside" / "mark"
+    mark.parent.mkdir()
+    path = doctored(tmp_path / "a.ckpt", PLACES[place], {"_target_": "os.system", "command": f"touch {mark}"})
+    words = [command, f"ckpt_path={path}", f"root={tmp_path / 'outside' / 'runs'}", f"data.root={tmp_path / 'data'}"]
+    said = refused(words if PLACES[place] != ("data",) else words[:-1], mark.parent, capsys)
+    assert "os.system" in said
+    if place == "the facts":
+        assert "the fact name of a data module must be" in said
+    else:
+        assert "name the class on the command line too, or add trust=true" in said
+        refused([*words, "trust=true"], mark.parent, capsys)  # it is no class, and does not belong there
+
+
+@pytest.mark.parametrize("target", ["subprocess.Popen", "os.system", "builtins.exec", "bd_lightning.upgrade.upgrade"])
+def test_nothing_runs_from_an_autoencoder_or_a_merged_checkpoint(target, tmp_path, capsys):
+    mark = tmp_path / "outside" / "mark"
+    mark.parent.mkdir()
+    node = {"_target_": target, "args": f"touch {mark}", "shell": True}
+    for place in (("model",), ("model", "network")):
+        other = doctored(tmp_path / "other.ckpt", place, node, "relative")
+        words = ["predict", f"ckpt_path={V1 / 'relative.ckpt'}", f"merge={{{other}: 1.0}}", "logger=none"]
+        refused([*words, f"root={mark.parent / 'runs'}"], mark.parent, capsys)
+        with pytest.raises(UserError):
+            checkpoints.load(other)
+    encoder = write_autoencoder(tmp_path / "ae.ckpt", (1, 8, 8), "Digits")
+    stored = torch.load(encoder, weights_only=True)
+    torch.save({**stored, "hyper_parameters": {**stored["hyper_parameters"], "model": node}}, encoder)
+    words = ["data=digits_latent", f"data.autoencoder.ckpt_path={encoder}", "model=mlp", "logger=none"]
+    said = refused([*words, f"root={mark.parent / 'runs'}"], mark.parent, capsys)
+    assert "data.autoencoder" in said
+
+
+def test_classes_that_a_stored_config_names_are_not_even_imported(tmp_path, capsys, monkeypatch):
+    """Importing a module runs it."""
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\nclass Callback: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = doctored(tmp_path / "a.ckpt", ("callbacks", "more"), {"_target_": "stranger.Callback"})
+    assert train.main(["predict", f"ckpt_path={path}"]) == 2
+    assert "names 'stranger.Callback', which is no class of this suite" in capsys.readouterr().err
+    assert not (tmp_path / "mark").exists()
+
+
+OWN = "import lightning as L\n\n\nclass Mine(L.Callback):\n    pass\n"
+
+
+def test_a_class_of_ones_own_is_named_again_or_trusted(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = doctored(tmp_path / "run" / "checkpoints" / "a.ckpt", ("callbacks", "more"), {"_target_": "mine.Mine"})
+    stored = torch.load(path, weights_only=True)
+    stored["hyper_parameters"]["trust"] = True  # what the file says of itself does not count
+    torch.save(stored, path)
+    words = ["predict", f"ckpt_path={path}", "n=2", f"root={tmp_path}", "run_id=run", "callbacks.progress=null"]
+    assert train.main(words) == 2
+    assert "if you trust the file, name the class on the command line too, or add trust=true" in capsys.readouterr().err
+    assert train.main([*words, "trust=true"]) == 0
+    assert train.main([*words, "callbacks.more={_target_: mine.Mine}"]) == 0
+    assert train.main([*words, "callbacks.more=null"]) == 0
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"callbacks": {"more": {"_target_": "mine.Mine"}}}))
+    assert train.main([*words, f"--config={tmp_path / 'mine.yaml'}"]) == 0
+
+
+@pytest.mark.parametrize("damage", ["truncated", "not a mapping", "no weights", "other model"])
+def test_damaged_checkpoints_are_one_sentence(damage, tmp_path, capsys):
+    path = tmp_path / "a.ckpt"
+    shutil.copy(V1 / "default.ckpt", path)
+    words = ["predict", f"ckpt_path={path}", f"root={tmp_path}", "callbacks.progress=null"]
+    if damage == "truncated":
+        os.truncate(path, 30_000)
+    elif damage == "not a mapping":
+        torch.save([1, 2], path)
+    elif damage == "no weights":
+        checkpoint = torch.load(path, weights_only=True)
+        torch.save({key: value for key, value in checkpoint.items() if key != "state_dict"}, path)
+    else:
+        words.append("model.network.width=16")
+    said = refused(words, tmp_path, capsys)
+    assert ("do not fit the model: leave model as it was" if damage == "other model" else "is not a checkpoint") in said
