@@ -69,15 +69,13 @@ def upgrade(stored: Mapping[str, Any], place: str = "this config") -> dict[str, 
         )
     config = dict(stored)
     if given == 1:
-        config["model"] = _model(config.get("model"))
-        if isinstance(config.get("facts"), Mapping):
-            config["facts"] = _facts(config["facts"])
+        config |= {key: change(config[key]) for key, change in (("model", _model), ("facts", _facts)) if key in config}
     return {**config, "format": FORMAT}
 
 
 def is_record(layer: Mapping[str, Any]) -> bool:
     """Whether a file holds the whole config of a run, as run folders keep it."""
-    return "format" in layer or all(key in layer for key in RECORD)
+    return all(key in layer for key in RECORD)
 
 
 def _model(model: Any) -> Any:
@@ -125,10 +123,10 @@ def _sampler(node: Any) -> Any:
     return {"relaxation" if key == "churn" else key: value for key, value in node.items()}
 
 
-def _facts(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(facts: Any) -> Any:
     """Facts of format 1, as `facts.Facts.plain` gives them now."""
-    if "kind" in facts:
-        return dict(facts)
+    if not isinstance(facts, Mapping) or "kind" in facts:
+        return facts
     plain = {"name": facts.get("name", ""), "shape": facts["shape"]}
     if "v_min" in facts:
         ends = {"v_min": facts["v_min"], "v_max": facts["v_max"]}

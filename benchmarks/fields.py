@@ -1,6 +1,6 @@
-"""Every estimator on every low-dimensional target: field errors, distance of the samples, speed.
+"""Every objective on every low-dimensional target: field errors, distance of the samples, speed.
 
-    uv run --group benchmarks benchmarks/fields.py [--steps 500] [--seeds 3] [--jobs 2] [--out runs/fields]
+    uv run --group benchmarks benchmarks/fields.py [--steps 500] [--seeds 3] [--targets moons …] [--out runs/fields]
 
 Equal networks (MLP, width 128, depth 2, 2 for a pair), steps, batches (256), optimiser and averaging. A row that is
 finished is kept in OUT/rows.jsonl and not computed again, so that the command can be stopped and repeated. Prints
@@ -10,285 +10,296 @@ Markdown tables: mean ± sd over seeds of
   (single scale: σ = 0; multi-scale: mean over σ = 0.1, 0.3, 1, data with that noise);
 - W2 of 2,000 samples to 2,000 held-out points as a ratio to that of 2,000 training points, and the share of chains that
   were lost. Single scale: 300 plain steps from a Gaussian start; multi-scale: `MultistepDynamics`, 30 calls;
-- steps per second relative to the constant kernel (multi-scale, denoising): all rows take turns, step by step.
+- steps per second relative to the constant kernel (multi-scale, trace by Stein): all rows take turns, step by step.
 
 The peer is azula's KarrasDenoiser with the same network, trained with its own loss and sampled with its own Heun
 sampler (18 steps).
 """
 
-import argparse
 import json
-import math
 import statistics
 import sys
-import time
+from collections.abc import Callable
 from multiprocessing import get_context
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 
-from bd_lightning import build as builder
-from bd_lightning import config as configs
 from bd_lightning import dynamics, kernels
 from bd_lightning.distances import relative_error, wasserstein2
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP
+from bd_lightning.objectives import FieldDivergence, KernelRegression, Partners
+from bd_lightning.targets import Density
+from benchmarks import common
+from benchmarks.common import Recipe, Rows, Training, Turns, mean_sd, optional, table
 from callbacks.points import lattice
 from datamodules import Synthetic
 
 TARGETS = ("gaussians_1d", "uniform_1d", "gaussians_2d", "moons", "rings")
-LEVELS = (0.1, 0.3, 1.0)
-TRUTHS: dict[tuple, dict[str, torch.Tensor]] = {}
+TRUTHS: dict[tuple, dict[str, Tensor]] = {}
 BATCH, POINTS = 256, 2000
 EPSILON = 0.004
-SINGLE = {"multi_scale": False, "parametrisation": "direct", "estimator": "divergence", "scalar_weight": 1.0}
+RATE = 2e-3
+
+
+def single(kernel: kernels.Kernel, trace: str, pairs: str = "all") -> dict[str, Any]:
+    """Arguments of a model of a single scale."""
+    return {
+        "kernel": kernel,
+        "objective": FieldDivergence(scalar_weight=1.0, trace=trace),
+        "noise": None,
+        "partners": Partners(pairs),
+        "parametrisation": "direct",
+    }
+
+
+def multi(kernel: kernels.Kernel, trace: str) -> dict[str, Any]:
+    """Arguments of a multi-scale model."""
+    return {"kernel": kernel, "objective": FieldDivergence(trace=trace)}
+
+
 EXACT, SLICES, SLICED, CONSTANT = (
     kernels.Exact(EPSILON),
     kernels.ClosedFormSlices(EPSILON),
     kernels.Sliced(EPSILON),
     kernels.Constant(),
 )
-PAPER = "paper: sliced, one pair"
-BASE, PEER = "constant kernel (score matching)", "peer: azula, KarrasDenoiser"
-ESTIMATORS = {
-    f"single scale | {PAPER}": {"kernel": SLICED, "pairs": "single", "trace": "sliced", **SINGLE},
-    "single scale | exact kernel, one pair": {"kernel": EXACT, "pairs": "single", "trace": "exact", **SINGLE},
-    "single scale | exact kernel, all pairs": {"kernel": EXACT, "trace": "exact", **SINGLE},
-    "single scale | exact kernel, all pairs, Hutchinson": {"kernel": EXACT, "trace": "hutchinson", **SINGLE},
-    "single scale | closed-form slices": {"kernel": SLICES, "trace": "exact", **SINGLE},
-    f"single scale | {BASE}": {"kernel": CONSTANT, "trace": "exact", **SINGLE},
-    "single scale | regression, exact kernel": {"kernel": EXACT, **SINGLE, "estimator": "regression"},
-    "multi-scale | denoising, closed-form slices (default)": {"kernel": SLICES},
-    "multi-scale | denoising, drawn slices": {"kernel": SLICED},
-    "multi-scale | denoising, exact kernel": {"kernel": EXACT},
-    f"multi-scale | denoising, {BASE}": {"kernel": CONSTANT},
-    "multi-scale | divergence, closed-form slices": {"kernel": SLICES, "estimator": "divergence", "trace": "exact"},
-    "multi-scale | divergence, Hutchinson": {"kernel": SLICES, "estimator": "divergence", "trace": "hutchinson"},
-    "multi-scale | divergence, Gaussian v": {"kernel": SLICES, "estimator": "divergence", "trace": "gaussian"},
-    "multi-scale | regression, exact kernel": {"kernel": EXACT, "estimator": "regression", "parametrisation": "direct"},
-    f"multi-scale | {PEER}": {},
+PAPER = "single scale | paper: sliced, one pair"
+BASE = "multi-scale | trace by Stein, constant kernel (score matching)"
+PEER = "multi-scale | peer: azula, KarrasDenoiser"
+OURS: dict[str, dict[str, Any]] = {
+    PAPER: single(SLICED, "sliced", "single"),
+    "single scale | exact kernel, one pair": single(EXACT, "exact", "single"),
+    "single scale | exact kernel, all pairs": single(EXACT, "exact"),
+    "single scale | exact kernel, all pairs, Hutchinson": single(EXACT, "hutchinson"),
+    "single scale | closed-form slices": single(SLICES, "exact"),
+    "single scale | constant kernel (score matching)": single(CONSTANT, "exact"),
+    "single scale | regression, exact kernel": {**single(EXACT, "exact"), "objective": KernelRegression(1.0)},
+    "multi-scale | trace by Stein, closed-form slices (default)": multi(SLICES, "stein"),
+    "multi-scale | trace by Stein, drawn slices": multi(SLICED, "stein"),
+    "multi-scale | trace by Stein, exact kernel": multi(EXACT, "stein"),
+    BASE: multi(CONSTANT, "stein"),
+    "multi-scale | exact trace, closed-form slices": multi(SLICES, "exact"),
+    "multi-scale | trace by Hutchinson": multi(SLICES, "hutchinson"),
+    "multi-scale | trace by Gaussian v": multi(SLICES, "gaussian"),
+    "multi-scale | regression, exact kernel": {
+        "kernel": EXACT,
+        "objective": KernelRegression(),
+        "parametrisation": "direct",
+    },
 }
+NAMES = [*OURS, PEER]
+LEVELS = (0.1, 0.3, 1.0)
+
+
+class Ours(nn.Module):
+    """A model of this suite.
+
+    Args:
+        name: a row of `OURS`.
+        data: the data module.
+
+    Attributes:
+        levels: noise levels at which its fields are judged.
+        minimiser: what `truth` depends on beside the data.
+    """
+
+    def __init__(self, name: str, data: Synthetic) -> None:
+        super().__init__()
+        options = OURS[name]
+        network = MLP(data.shape, width=128, depth=2)
+        sampler: dynamics.Sampler = dynamics.MultistepDynamics(
+            levels=30, sigma_max=10.0, sigma_min=0.01, exact_score=True
+        )
+        self.levels: tuple[float, ...] = LEVELS
+        self.minimiser = f"{options['kernel']}, {type(options['objective']).__name__}"
+        if name.startswith("single scale"):
+            sampler, self.levels = dynamics.BellmanDynamics(steps=300, step_size=0.01), (0.0,)
+        other = MLP(data.shape, width=128, depth=2) if name == PAPER else None
+        self.model = BellmanDiffusion(
+            network, shape=data.shape, num_classes=0, sigma_data=data.sigma_data, samplers={"sde": sampler},
+            sampler="sde", scalar_network=other, **options,
+        )  # fmt: skip
+
+    def loss(self, x: Tensor) -> Tensor:
+        """The losses of both fields."""
+        return self.model.losses(x).total
+
+    @torch.no_grad()
+    def fields(self, x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """What is learned, by name, at x (B, d) and noise levels sigma (B,)."""
+        return dict(zip("sg", self.model.fields(x, sigma)))
+
+    def truth(self, density: Density, x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """What should have been learned there."""
+        return dict(zip("sg", self.model.analytic(density)(x, sigma)))
+
+    def sample(self, n: int, seed: int) -> Tensor:
+        """Those of n samples whose chains are not lost."""
+        try:
+            return self.model.sample(range(n), seed=seed, finite_part=True)
+        except dynamics.SamplingDiverged as error:
+            return error.x[~error.lost]
 
 
 class Peer(nn.Module):
-    """A score-based model of azula around the same network."""
+    """A score-based model of azula around the same network, with the surface of `Ours`."""
 
-    def __init__(self, dim: int) -> None:
+    levels: tuple[float, ...] = LEVELS
+    minimiser = "score"
+
+    def __init__(self, data: Synthetic) -> None:
         super().__init__()
-        from azula.denoise import KarrasDenoiser
-        from azula.noise import VESchedule
+        self.dim = data.density.dim
+        backbone, schedule = Backbone(self.dim), optional("azula.noise").VESchedule(0.01, 10.0)
+        self.denoiser = optional("azula.denoise").KarrasDenoiser(backbone, schedule)
 
-        class Backbone(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.network = MLP((dim,), width=128, depth=2)
-                self.network.scalar_head.requires_grad_(False)
-
-            def forward(self, x, c_time):
-                return self.network(x, c_time.expand(len(x)) / 4)[0]
-
-        self.denoiser = KarrasDenoiser(Backbone(), VESchedule(0.01, 10.0))
-
-    def loss(self, x: torch.Tensor) -> torch.Tensor:
+    def loss(self, x: Tensor) -> Tensor:
         """azula's weighted denoising loss, noise levels uniform in its time."""
         return self.denoiser.loss(x, torch.rand(len(x)))
 
     @torch.no_grad()
-    def score(self, x: torch.Tensor, sigma: float) -> torch.Tensor:
-        """∇log p_σ."""
-        t = torch.tensor(sigma / 0.01).log() / torch.tensor(1000.0).log()
-        return (self.denoiser(x, t.expand(len(x))).mean - x) / sigma**2
+    def fields(self, x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """½∇log p_σ, the gradient field of the constant kernel."""
+        t = sigma.div(0.01).log() / torch.tensor(1000.0).log()
+        return {"g": (self.denoiser(x, t).mean - x) / sigma[:, None] ** 2 / 2}
 
-    def sample(self, n: int, dim: int) -> torch.Tensor:
-        """n samples by azula's Heun sampler."""
-        from azula.sample import HeunSampler
+    def truth(self, density: Density, x: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+        """The same in closed form."""
+        return {"g": density.score(x, sigma) / 2}
 
-        sampler = HeunSampler(self.denoiser, steps=18, silent=True)
-        return sampler(sampler.init((n, dim)))
+    @torch.no_grad()
+    def sample(self, n: int, seed: int) -> Tensor:
+        """n samples by azula's Heun sampler, from the global random numbers."""
+        sampler = optional("azula.sample").HeunSampler(self.denoiser, steps=18, silent=True)
+        return sampler(sampler.init((n, self.dim)))
+
+
+class Backbone(nn.Module):
+    """The network as azula calls it; its scalar field is not used."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.network = MLP((dim,), width=128, depth=2)
+        self.network.scalar_head.requires_grad_(False)
+
+    def forward(self, x: Tensor, c_time: Tensor) -> Tensor:
+        """What azula's preconditioning asks for, at x (B, d)."""
+        return self.network(x, c_time.expand(len(x)) / 4)[0]
 
 
 def data_of(target: str) -> Synthetic:
     """The data module of a config."""
-    request = configs.parse([f"data={target}", f"data.batch_size={BATCH}"])
-    return builder.instantiate(configs.compose(request)["data"], "data")
+    return common.make_data(common.compose(f"data={target}", f"data.batch_size={BATCH}"))
 
 
-def build(estimator: str, data: Synthetic, seed: int) -> nn.Module:
+def build(name: str, data: Synthetic, seed: int) -> Any:
     """An untrained model."""
     torch.manual_seed(seed)
-    if PEER in estimator:
-        return Peer(data.density.dim)
-    options = ESTIMATORS[estimator]
-    network = MLP(data.shape, width=128, depth=2)
-    if options.get("multi_scale", True):
-        sampler = dynamics.MultistepDynamics(levels=30, sigma_max=10.0, sigma_min=0.01, exact_score=True)
-    else:
-        sampler = dynamics.BellmanDynamics(steps=300, step_size=0.01)
-    other = MLP(data.shape, width=128, depth=2) if PAPER in estimator else None
-    return BellmanDiffusion(
-        network, shape=data.shape, num_classes=0, sigma_data=data.sigma_data, samplers={"sde": sampler}, sampler="sde",
-        scalar_network=other, **options,
-    )  # fmt: skip
+    return Peer(data) if name == PEER else Ours(name, data)
 
 
-class Training:
-    """One model in training, a step at a time."""
-
-    def __init__(self, model: nn.Module, steps: int, lr: float = 2e-3) -> None:
-        self.model = model
-        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.995))
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr, (0.9, 0.99), weight_decay=0.0)
-        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
-            self.optimizer, lr, total_steps=steps, pct_start=0.1, cycle_momentum=False
-        )
-
-    def step(self, x: torch.Tensor) -> None:
-        """One optimiser step on a batch."""
-        if isinstance(self.model, Peer):
-            loss = self.model.loss(x)
-        else:
-            terms = self.model.losses(x)
-            loss = (terms["gradient"] + terms["scalar"]).mean()
-        self.optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-        self.average.update_parameters(self.model)
-
-
-def evaluate(model: nn.Module, data: Synthetic, seed: int) -> dict[str, float]:
+def evaluate(model: Any, data: Synthetic, seed: int) -> dict[str, float]:
     """Field errors, W2 and lost chains of an averaged model."""
     held_out, train = data.split("val").x, data.split("train").x
-    levels = LEVELS if getattr(model, "multi_scale", True) else (0.0,)
-    grid = lattice(data.density.dim, 3.0 if data.density.dim == 2 else 2.0 * data.sigma_data)[::3]
+    grid = lattice(data.density.dim, 3.0 if data.density.dim == 2 else 2.0 * data.sigma_data)
+    assert grid is not None
     errors: dict[str, list[float]] = {}
-    for level in levels:
+    for level in model.levels:
         noise = torch.randn(POINTS, data.density.dim, generator=torch.Generator().manual_seed(0))
-        for where, x in (("data", held_out[:POINTS] + level * noise), ("grid", grid)):
-            point, sigma = x.double(), torch.full((len(x),), level, dtype=torch.float64)
-            if isinstance(model, Peer):
-                found = {"g": model.score(x, level) / 2}
-            else:
-                with torch.no_grad():
-                    found = dict(zip("sg", model.fields(x, sigma.float())))
-            key = (data.name, str(getattr(model, "kernel", "")), getattr(model, "estimator", ""), level, where)
+        for where, x in (("data", held_out[:POINTS] + level * noise), ("grid", grid[::3])):
+            sigma = torch.full((len(x),), level, dtype=torch.float64)
+            found, key = model.fields(x, sigma.float()), (data.name, model.minimiser, level, where)
             if key not in TRUTHS:
-                density = data.density
-                peer = isinstance(model, Peer)
-                fields = ("", density.score(point, sigma) / 2) if peer else model.analytic(density)(point, sigma)
-                TRUTHS[key] = {name: field for name, field in zip("sg", fields) if name in found}
-            truth = TRUTHS[key]
-            for name, value in truth.items():
+                TRUTHS[key] = model.truth(data.density, x.double(), sigma)
+            for field, value in TRUTHS[key].items():
                 known = value.reshape(len(x), -1).isfinite().all(1)
                 if known.all() or where == "data":
-                    errors.setdefault(f"{name}_{where}", []).append(relative_error(found[name][known], value[known]))
-    row = {name: statistics.mean(values) for name, values in errors.items()}
-    lost = 0.0
+                    errors.setdefault(f"{field}_{where}", []).append(relative_error(found[field][known], value[known]))
     torch.manual_seed(seed)
-    if isinstance(model, Peer):
-        x = model.sample(POINTS, data.density.dim)
-    else:
-        try:
-            x = model.sample(range(POINTS), seed=seed, finite_part=True)
-        except dynamics.SamplingDiverged as error:
-            x = error.x[~error.lost]
-        lost = 1 - len(x) / POINTS
+    x = model.sample(POINTS, seed)
     floor = wasserstein2(train[:POINTS], held_out[:POINTS])
     w2 = wasserstein2(x, held_out[:POINTS]) / floor if len(x) else float("inf")
-    return row | {"w2_ratio": w2, "lost": lost}
+    row = {field: statistics.mean(values) for field, values in errors.items()}
+    return row | {"w2_ratio": w2, "lost": 1 - len(x) / POINTS}
 
 
-def one_row(task: tuple[str, str, int, int]) -> dict:
-    """Train and evaluate one estimator on one target with one seed."""
-    target, estimator, seed, steps = task
+def closure(model: Any, x: Tensor) -> Callable[[], Tensor]:
+    """The loss on a batch, still to be computed."""
+    return lambda: model.loss(x)
+
+
+def one_row(task: tuple[str, str, int, int]) -> dict[str, Any]:
+    """Train and evaluate one row on one target with one seed."""
+    target, name, seed, steps = task
     torch.set_num_threads(1)
     data = data_of(target)
-    training = Training(build(estimator, data, seed), steps)
-    batches = iter(data.train_dataloader())
-    for _ in range(steps):
-        training.step(next(batches)[0])
-    row = evaluate(training.average.module.eval(), data, seed)
-    return {"target": target, "estimator": estimator, "seed": seed, "steps": steps, **row}
+    training = Training(build(name, data, seed), Recipe(steps, RATE))
+    for _, (x, _) in zip(range(steps), common.batches(data)):
+        training.step(closure(training.model, x))
+    row = evaluate(training.averaged, data, seed)
+    return {"target": target, "name": name, "seed": seed, "steps": steps, **row}
 
 
 def speeds(steps: int = 60) -> dict[str, float]:
-    """Median seconds of a step of each estimator on gaussians_2d, taking turns in one thread."""
+    """Seconds of a step of each row on gaussians_2d in one thread, in units of those of the constant kernel."""
     torch.set_num_threads(1)
     data = data_of("gaussians_2d")
-    trainings = {name: Training(build(name, data, 0), steps) for name in ESTIMATORS}
-    seconds: dict[str, list[float]] = {name: [] for name in ESTIMATORS}
-    batches = iter(data.train_dataloader())
-    for k in range(steps):
-        x = next(batches)[0]
-        for name in sorted(trainings, reverse=bool(k % 2)):
-            start = time.perf_counter()
-            trainings[name].step(x)
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values[5:]) for name, values in seconds.items()}
+    trainings = {name: Training(build(name, data, 0), Recipe(steps, RATE)) for name in NAMES}
+    turns = Turns(NAMES, skip=5)
+    for _, (x, _) in zip(range(steps), common.batches(data)):
+        for name in turns.next():
+            with turns.clock(name):
+                trainings[name].step(closure(trainings[name].model, x))
+    return {name: turns.ratio(name, BASE) for name in NAMES}
 
 
-def cell(values: list[float], digits: int = 2) -> str:
-    """Mean ± sd, over as many seeds as there are."""
-    if not values:
-        return "–"
-    if not all(map(math.isfinite, values)):
-        return "not finite"
-    sd = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{sd}"
-
-
-def report(rows: list[dict], seconds: dict[str, float]) -> None:
+def report(rows: list[dict[str, Any]], times: dict[str, float]) -> None:
     """Print a table for each target, and one of the speeds."""
-    for target in TARGETS:
-        print(f"\n### {target}\n")
-        print("| scale | estimator | s, data | g, data | s, grid | g, grid | W2 / floor | lost % |")
-        print("|---|---|---|---|---|---|---|---|")
-        for estimator in ESTIMATORS:
-            mine = [r for r in rows if r["target"] == target and r["estimator"] == estimator]
-            cells = [cell([r[k] for r in mine if k in r]) for k in ("s_data", "g_data", "s_grid", "g_grid", "w2_ratio")]
-            lost = cell([100 * r["lost"] for r in mine], 1) if any(r["lost"] for r in mine) else "0"
-            print(f"| {estimator} | {' | '.join(cells)} | {lost} |")
-    base = seconds[f"multi-scale | denoising, {BASE}"]
-    print("\n| scale | estimator | steps per second, relative to the constant kernel |\n|---|---|---|")
-    for estimator, value in seconds.items():
-        print(f"| {estimator} | {base / value:.2f} |")
+    names = ["s_data", "g_data", "s_grid", "g_grid", "w2_ratio"]
+    for target in dict.fromkeys(row["target"] for row in rows):
+        lines = []
+        for name in NAMES:
+            mine = [r for r in rows if r["target"] == target and r["name"] == name]
+            lost = mean_sd((100 * r["lost"] for r in mine), 1) if any(r["lost"] for r in mine) else "0"
+            lines.append([name, *(mean_sd(r[key] for r in mine if key in r) for key in names), lost])
+        header = ["scale", "objective", "s, data", "g, data", "s, grid", "g, grid", "W2 / floor", "lost %"]
+        print(f"\n### {target}\n{table(header, lines)}")
+    header = ["scale", "objective", "steps per second, relative to the constant kernel"]
+    print(table(header, [[name, f"{1 / times[name]:.2f}"] for name in NAMES]))
 
 
 def main() -> None:
     """Run what is missing and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/fields"))
     options = parser.parse_args()
+    optional("azula")
+    kept, timing = Rows(options.out / "rows.jsonl"), options.out / "times.json"
     options.out.mkdir(parents=True, exist_ok=True)
-    path, timing = options.out / "rows.jsonl", options.out / "speeds.json"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    rows = [row for row in rows if row["steps"] == options.steps and row["seed"] < options.seeds]
-    done = {(row["target"], row["estimator"], row["seed"]) for row in rows}
     if not timing.is_file():
         timing.write_text(json.dumps(speeds()))
     tasks = [
-        (target, estimator, seed, options.steps)
+        (target, name, seed, options.steps)
         for seed in range(options.seeds)
-        for target in TARGETS
-        for estimator in ESTIMATORS
-        if (target, estimator, seed) not in done
+        for target in options.targets
+        for name in NAMES
+        if not kept.where(target=target, name=name, seed=seed, steps=options.steps)
     ]
     with get_context("spawn").Pool(options.jobs) as pool:
         for row in pool.imap_unordered(one_row, tasks):
-            rows.append(row)
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(f"{len(rows)} rows, last: {row['target']} {row['estimator']} seed {row['seed']}", file=sys.stderr)
-    report(rows, json.loads(timing.read_text()))
+            kept.add(**row)
+            print(f"{len(kept)} rows, last: {row['target']} {row['name']} seed {row['seed']}", file=sys.stderr)
+    wanted = [row for row in kept.where(steps=options.steps) if row["seed"] < options.seeds]
+    report([row for row in wanted if row["target"] in options.targets], json.loads(timing.read_text()))
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

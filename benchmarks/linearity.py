@@ -7,7 +7,7 @@ of 0–4, of 5–9 and of thinned classes (half the steps). Then draws n samples
 samples from averaged scores, Σ w_c ∇log p_c with Σ w_c = 1, which is all that a score model could do:
 
 - ten random weightings of the classes (Dirichlet, seed 0), also with weights corrected by 3 × 2,000 pilot samples of
-  seed 2 (`relative.calibrated`);
+  seed 2 (`fields.calibrated`);
 - the removal of one class, for three classes; and unlearning: the model of all digits minus the model of 5–9, by a
   negative weight, which leaves what was never told apart by classes;
 - the merge of the two half models, against the model of the union: histogram, and FID to the test split;
@@ -21,23 +21,19 @@ FILE with the suffix .gif, the way from one class to another by their weights, a
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from bd_lightning.relative import Mixture, calibrated, combine
 from torch import Tensor
 
 import train
 from bd_lightning import checkpoints
-from bd_lightning.dynamics import SampleNoise
+from bd_lightning.fields import FieldPair, Mixture, calibrated, combine
 from bd_lightning.latents import TrainedLatents
-from bd_lightning.modules import BellmanDiffusion
+from bd_lightning.modules import RelativeDensities
+from benchmarks import common
+from benchmarks.common import Rows, mean_sd, table
 from callbacks import ClassifierFeatures
 from callbacks.drawing import grid_image
 from callbacks.metrics import frechet_distance
@@ -49,25 +45,25 @@ THINNED = {digit: round(0.01 ** (c / 9), 4) for c, digit in enumerate(DIGITS)}  
 QUIET = ["logger=none", "callbacks.progress=null", "trainer.enable_progress_bar=false", "callbacks.trajectory=null"]
 
 
-class AveragedScores:
-    """Σ w_c ∇log p_c with Σ w_c = 1, as fields with the mobility one."""
+class AveragedScores(FieldPair):
+    """Σ w_c ∇log p_c with Σ w_c = 1, as fields with the mobility one.
+
+    Args:
+        mixture: the weights and the classes.
+    """
 
     def __init__(self, mixture: Mixture) -> None:
         self.mixture = mixture
 
-    def reference(self, sigma: Tensor) -> Tensor:
-        """One."""
-        return torch.ones_like(sigma)
-
-    def log_gradients(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """s, S and ∇log s."""
-        slope, total = torch.zeros_like(x), 0.0
+    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        """The fields (s, g) at x (B, d) and noise levels sigma (B,)."""
+        slope, total = torch.zeros_like(x), x.new_zeros(())
         for source, weights in self.mixture.terms:
             w = (weights * source.shares).clamp_min(0)
             slope = slope + torch.einsum("c,bc...->b...", w, source.components(x, sigma)[1])
             total = total + w.sum()
         score = slope / total - x / (sigma.square() + self.mixture.sigma_data**2)[:, None]
-        return torch.ones_like(sigma), score, torch.zeros_like(x)
+        return torch.ones_like(sigma), score / 2
 
 
 def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
@@ -81,7 +77,7 @@ def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
     return str(path)
 
 
-def models(options: argparse.Namespace) -> tuple[TrainedLatents, dict[str, BellmanDiffusion]]:
+def models(options: argparse.Namespace) -> tuple[TrainedLatents, dict[str, RelativeDensities]]:
     """The latent space, and the models of all digits and of the two halves."""
     code = checkpoint(options, "autoencoder", "experiment=autoencoder")
     common = ["experiment=mnist_latent", "model=relative", f"data.autoencoder.ckpt_path={code}", "model.lr=2e-3"]
@@ -93,11 +89,11 @@ def models(options: argparse.Namespace) -> tuple[TrainedLatents, dict[str, Bellm
         steps = options.steps // 2 if name == "thin" else options.steps
         length = [f"steps={steps}", f"eval_every={steps}"]
         path = checkpoint(options, name, *common, *length, f"data.images.keep={keep}")
-        found[name] = checkpoints.load(path, BellmanDiffusion)[0]
+        found[name] = checkpoints.load(path, RelativeDensities)[0]
     return TrainedLatents(code), found
 
 
-def requests(found: dict[str, BellmanDiffusion]) -> dict[str, tuple[Mixture, Tensor]]:
+def requests(found: dict[str, RelativeDensities]) -> dict[str, tuple[Mixture, Tensor]]:
     """What is asked for: a mixture and the histogram that it should have."""
     full, low, high = (found[name] for name in ("all", "low", "high"))
     one, asked = [(full.fields, DIGITS, 1.0)], {}
@@ -124,9 +120,70 @@ def requests(found: dict[str, BellmanDiffusion]) -> dict[str, tuple[Mixture, Ten
     return asked
 
 
+class Judge:
+    """What draws images, and counts their classes.
+
+    Args:
+        options: the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.space, self.models = models(options)
+        data = MNIST(root=options.data)
+        self.features = ClassifierFeatures()
+        self.features.prepare(data)
+        test = data.load_split("test")
+        self.real, labels = self.judge(test.x)
+        own = float((_shares(labels) - _shares(test.labels)).abs().sum())
+        seen, _ = self.judge(data.load_split("train").x[:10_000])
+        floor = frechet_distance(self.real, seen)
+        print(f"classifier: accuracy {self.features.accuracy:.1%} on validation, L1 {own:.4f} on the test split;")
+        print(f"FID of 10,000 training images to the test split {floor:.2f}")
+
+    def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (N, f) and classes (N,) of images, bytes (N, C, H, W)."""
+        parts = images.split(1000)
+        return torch.cat([self.features(x) for x in parts]), torch.cat([self.features.classify(x) for x in parts])
+
+    def draw(self, fields: FieldPair, n: int) -> Tensor:
+        """n images, bytes."""
+        model = self.models["all"]
+        codes = [model.sample(rows.tolist(), "sde", seed=1, fields=fields) for rows in torch.arange(n).split(2000)]
+        return torch.cat([to_uint8(self.space.decode(code)) for code in codes])
+
+    def pilot(self, mixture: Mixture) -> Tensor:
+        """2,000 codes of another seed."""
+        return self.models["all"].sample(range(2000), "sde", seed=2, fields=mixture)
+
+
+def _shares(labels: Tensor) -> Tensor:
+    return torch.bincount(labels, minlength=10) / len(labels)
+
+
+WAYS = ("", ", averaged scores", ", calibrated")
+
+
+def ways(name: str) -> list[str]:
+    """How a request is carried out: by the fields, by averaged scores, by the fields with calibrated weights."""
+    possible = {
+        "": True,
+        ", averaged scores": "minus" not in name,
+        ", calibrated": name.startswith(("weighting", "thinned, asked")),
+    }
+    return [way for way in WAYS if possible[way]]
+
+
+@torch.no_grad()
+def carry_out(judge: Judge, mixture: Mixture, way: str, options: argparse.Namespace) -> Tensor:
+    """Images of a request."""
+    if way == ", averaged scores":
+        return judge.draw(AveragedScores(mixture), options.n_averaged)
+    return judge.draw(calibrated(mixture, judge.pilot) if way else mixture, options.n)
+
+
 def main() -> None:
     """Train what is missing, run what is not in rows.jsonl, print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--data", default="data")
     parser.add_argument("--out", type=Path, default=Path("runs/linearity"))
     parser.add_argument("--n", type=int, default=10_000)
@@ -134,72 +191,39 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8000)
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
-    space, found = models(options)
-    data = MNIST(root=options.data)
-    features = ClassifierFeatures()
-    features.prepare(data)
-    test = data.load_split("test")
-    real = torch.cat([features(rows) for rows in test.x.split(1000)])
-    counted = torch.bincount(torch.cat([features.classify(rows) for rows in test.x.split(1000)]), minlength=10) / 1e4
-    own = float((counted - torch.bincount(test.labels) / 1e4).abs().sum())
-    train_features = torch.cat([features(rows) for rows in data.load_split("train").x[:10_000].split(1000)])
-    print(f"classifier: accuracy {features.accuracy:.1%} on validation, L1 {own:.4f} on the test split; ", end="")
-    print(f"FID of 10,000 training images to the test split {frechet_distance(real, train_features):.2f}\n")
-
-    path = options.out / "rows.jsonl"
-    rows = {row["request"]: row for row in map(json.loads, path.read_text().splitlines())} if path.is_file() else {}
-    sampler = found["all"].samplers["sde"]
-
-    def draw(fields: Callable, n: int) -> Tensor:
-        batches = torch.arange(n).split(2000)
-        codes = [sampler(fields, SampleNoise(rows.tolist(), found["all"].shape, seed=1)) for rows in batches]
-        return torch.cat([to_uint8(space.decode(code)) for code in codes])
-
-    def pilot(mixture: Mixture) -> Tensor:
-        return sampler(mixture, SampleNoise(range(2000), found["all"].shape, seed=2))
-
-    asked = requests(found)
+    judge, rows = Judge(options), Rows(options.out / "rows.jsonl")
+    asked = requests(judge.models)
     for name, (mixture, wanted) in asked.items():
-        for way in ("", ", averaged scores", ", calibrated"):
-            if name + way in rows or (way == ", calibrated" and not name.startswith(("weighting", "thinned, asked"))):
+        for way in ways(name):
+            if rows.where(request=name + way):
                 continue
-            if way == ", averaged scores" and "minus" in name:
-                continue
-            with torch.no_grad():
-                fields: Any = mixture
-                if way == ", averaged scores":
-                    fields = AveragedScores(mixture)
-                elif way:
-                    fields = calibrated(mixture, pilot)
-                images = draw(fields, options.n_averaged if isinstance(fields, AveragedScores) else options.n)
-                parts = images.split(1000)
-                labels = torch.cat([features.classify(part) for part in parts])
-                fid = frechet_distance(real, torch.cat([features(part) for part in parts]))
-            counted = torch.bincount(labels, minlength=10) / len(labels)
-            row = {
-                "request": name + way,
-                "asked": [round(w, 4) for w in wanted.tolist()],
-                "counted": [round(w, 4) for w in counted.tolist()],
-                "l1": float((counted - wanted).abs().sum()),
-                "fid": fid,
-                "n": len(images),
-            }
-            rows[name + way] = row
-            with path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            images = carry_out(judge, mixture, way, options)
+            features, labels = judge.judge(images)
+            counted = _shares(labels)
+            row = rows.add(
+                request=name + way,
+                asked=[round(w, 4) for w in wanted.tolist()],
+                counted=[round(w, 4) for w in counted.tolist()],
+                l1=float((counted - wanted).abs().sum()),
+                fid=frechet_distance(judge.real, features),
+                n=len(images),
+            )
             print(f"{name + way}: L1 {row['l1']:.3f}", file=sys.stderr)
-    report(rows, asked)
+    report({row["request"]: row for row in rows}, list(asked))
     if options.figure:
-        pictures = [
-            draw(asked[name][0], 16) for name in ("weighting 0", "without 1", "without 7", "all minus 5–9", "merge")
-        ]
-        grid_image(torch.cat(pictures), columns=16).save(options.figure)
-        frames = []
-        for t in torch.linspace(0, 1, 21).tolist():
-            mixture = combine([(found["all"].fields, DIGITS, 1.0)], {"1": 1 - t, "7": t})
-            frames.append(grid_image(draw(mixture, 32)))
-        path = options.figure.with_suffix(".gif")
-        frames[0].save(path, save_all=True, append_images=frames[1:] + frames[-2:0:-1], duration=150, loop=0)
+        draw(judge, asked, options.figure)
+
+
+def draw(judge: Judge, asked: dict[str, tuple[Mixture, Tensor]], path: Path) -> None:
+    """Samples of some requests, and the way from one class to another."""
+    names = ("weighting 0", "without 1", "without 7", "all minus 5–9", "merge")
+    grid_image(torch.cat([judge.draw(asked[name][0], 16) for name in names]), columns=16).save(path)
+    frames = []
+    for t in torch.linspace(0, 1, 21).tolist():
+        mixture = combine([(judge.models["all"].fields, DIGITS, 1.0)], {"1": 1 - t, "7": t})
+        frames.append(grid_image(judge.draw(mixture, 32)))
+    there_and_back = frames[1:] + frames[-2:0:-1]
+    frames[0].save(path.with_suffix(".gif"), save_all=True, append_images=there_and_back, duration=150, loop=0)
 
 
 def _left(row: dict) -> float:
@@ -207,25 +231,23 @@ def _left(row: dict) -> float:
     return sum(share for share, asked in zip(row["counted"], row["asked"]) if asked == 0)
 
 
-def report(rows: dict[str, dict], asked: dict) -> None:
+def report(rows: dict[str, dict], names: list[str]) -> None:
     """Print the table."""
-    print("| request | L1, fields | calibrated | averaged scores | removed class, fields | averaged scores | FID |")
-    print("|---|---|---|---|---|---|---|")
-    for name in asked:
-        mine, theirs = rows[name], rows.get(name + ", averaged scores")
+    lines = []
+    for name in names:
+        mine, theirs, third = rows[name], rows.get(f"{name}, averaged scores"), rows.get(f"{name}, calibrated")
         gone = ["–", "–"]
         if name.startswith(("without", "all minus")):
             gone = [f"{_left(row):.2%}" if row else "–" for row in (mine, theirs)]
-        averaged = f"{theirs['l1']:.3f}" if theirs else "–"
-        fid = f"{mine['fid']:.2f}" if name in ("merge", "union") else "–"
-        third = rows.get(f"{name}, calibrated")
-        corrected = f"{third['l1']:.3f}" if third else "–"
-        print(f"| {name} | {mine['l1']:.3f} | {corrected} | {averaged} | {gone[0]} | {gone[1]} | {fid} |")
+        found = [f"{row['l1']:.3f}" if row else "–" for row in (mine, third, theirs)]
+        lines.append([name, *found, *gone, f"{mine['fid']:.2f}" if name in ("merge", "union") else "–"])
+    header = ["request", "L1, fields", "calibrated", "averaged scores", "removed class, fields", "averaged scores"]
+    print(table([*header, "FID"], lines))
     for way in ("", ", calibrated", ", averaged scores"):
-        errors = torch.tensor([rows[f"weighting {i}{way}"]["l1"] for i in range(10)])
-        print(f"\nten weightings{way or ', fields'}: L1 {errors.mean():.3f} ± {errors.std():.3f}", end="")
+        errors = mean_sd((rows[f"weighting {i}{way}"]["l1"] for i in range(10)), 3)
+        print(f"\nten weightings{way or ', fields'}: L1 {errors}", end="")
     print()
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -6,7 +6,7 @@ The target is the mixture of `configs/data/gaussians_2d.yaml`, true weights .4/.
 ones, so that only the sampler errs. Rules, all from σ = 10 to 0.01, starts Gaussian:
 
 - plain: `AnnealedDynamics`, c = 0.6, 30 levels of 1 to 20 steps;
-- multistep: `MultistepDynamics`, churn 0.25, 10 to 80 levels;
+- multistep: `MultistepDynamics`, relaxation 0.25, 10 to 80 levels;
 - ODE: `ProbabilityFlow`, 5 to 40 steps.
 
 Prints a Markdown table of the largest error of a weight and of the mean squared distance to the nearest mode relative
@@ -14,26 +14,25 @@ to its true value. With --checkpoint of a `gaussians_2d` run it samples the trai
 from a uniform start, and counts the chains that are lost.
 """
 
-import argparse
 import dataclasses
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bd_lightning import build as builder
-from bd_lightning import config as configs
-from bd_lightning import kernels
+from bd_lightning import checkpoints, kernels
+from bd_lightning.cli import build
 from bd_lightning.distances import wasserstein2
 from bd_lightning.dynamics import AnnealedDynamics, MultistepDynamics, ProbabilityFlow, SampleNoise, Sampler
 from bd_lightning.fields import AnalyticFields
+from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.targets import GaussianMixture
+from benchmarks import common
+from benchmarks.common import table
 
-RANGE = {"sigma_max": 10.0, "sigma_min": 0.01, "exact_score": True}
+RANGE: dict[str, Any] = {"sigma_max": 10.0, "sigma_min": 0.01, "exact_score": True}
 KERNELS = {
     "exact": kernels.Exact(0.001),
     "closed-form slices": kernels.ClosedFormSlices(0.001),
@@ -46,7 +45,7 @@ def rules() -> Iterator[tuple[str, Sampler]]:
     for steps in (1, 5, 10, 20):
         yield "plain", AnnealedDynamics(levels=30, steps_per_level=steps, step_size=0.6, **RANGE)
     for levels in (10, 15, 20, 30, 40, 80):
-        yield "multistep", MultistepDynamics(levels=levels, churn=0.25, **RANGE)
+        yield "multistep", MultistepDynamics(levels=levels, relaxation=0.25, **RANGE)
     for steps in (5, 8, 10, 15, 20, 40):
         yield "ODE", ProbabilityFlow(steps=steps, **RANGE)
 
@@ -77,9 +76,7 @@ def figure(rows: list[dict], path: Path) -> None:
 
 def trained(path: str, chains: int, target: GaussianMixture) -> None:
     """Sample a checkpoint from both starts."""
-    stored = torch.load(path, map_location="cpu", weights_only=True)
-    model = builder.instantiate(stored["hyper_parameters"]["model"], "model", stored["hyper_parameters"]["facts"])
-    model.load_state_dict(stored["state_dict"])
+    model, _ = checkpoints.load(path, BellmanDiffusion)
     real, other = (target.sample(chains, torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
     def distances(x: Tensor) -> Tensor:
@@ -88,9 +85,8 @@ def trained(path: str, chains: int, target: GaussianMixture) -> None:
 
     floor = distances(other)
     print(f"W2: {len(floor)} sets of 2,000; standard error of the ratio of means in brackets")
-    print("| sampler | calls | start | lost | weights | largest error | spread | W2 / floor |")
-    print("|---|---|---|---|---|---|---|---|")
-    for name, sampler in model.eval().samplers.items():
+    lines = []
+    for name, sampler in model.samplers.items():
         for start in ("gaussian", "uniform"):
             model.samplers[name] = dataclasses.replace(sampler, start=start)
             x = model.sample(range(chains), name, seed=1, finite_part=True).double()
@@ -99,37 +95,34 @@ def trained(path: str, chains: int, target: GaussianMixture) -> None:
             found = distances(x)
             ratio = found.mean() / floor.mean()
             off = (found - ratio * floor[: len(found)]).std() / floor.mean() / len(found) ** 0.5
-            print(
-                f"| {name} | {sampler.calls} | {start} | {chains - len(x)} | {shown} | {error:.3f} | {spread:.3f} | ",
-                end="",
-            )
-            print(f"{ratio:.2f} ({off:.2f}) |", flush=True)
+            line = [name, sampler.calls, start, chains - len(x), shown, f"{error:.3f}", f"{spread:.3f}"]
+            lines.append([*line, f"{ratio:.2f} ({off:.2f})"])
+    print(table(["sampler", "calls", "start", "lost", "weights", "largest error", "spread", "W2 / floor"], lines))
 
 
 def main() -> None:
     """Run and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--chains", type=int, default=10_000)
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--checkpoint")
     options = parser.parse_args()
-    data = configs.compose(configs.parse(["data=gaussians_2d"]))["data"]
-    target = builder.instantiate(data["density"], "data.density")
+    target = build.instantiate(common.compose("data=gaussians_2d")["data"]["density"], "data.density")
     if options.checkpoint:
         trained(options.checkpoint, options.chains, target)
         return
-    rows = []
-    print("| kernel | rule | calls | weights | largest error | spread |\n|---|---|---|---|---|---|")
+    rows, lines = [], []
     for kernel, k in KERNELS.items():
         for rule, sampler in rules():
             x = sampler(AnalyticFields(target, k, 1.04), SampleNoise(range(options.chains), (2,), seed=1)).double()
             weights, error, spread = judge(x, target)
             rows.append({"kernel": kernel, "rule": rule, "calls": sampler.calls, "error": error})
             shown = " ".join(f"{w:.3f}" for w in weights)
-            print(f"| {kernel} | {rule} | {sampler.calls} | {shown} | {error:.3f} | {spread:.2f} |", flush=True)
+            lines.append([kernel, rule, sampler.calls, shown, f"{error:.3f}", f"{spread:.2f}"])
+    print(table(["kernel", "rule", "calls", "weights", "largest error", "spread"], lines))
     if options.figure:
         figure(rows, options.figure)
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -23,15 +23,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import lightning as L
 import torch
-from bd_lightning.build import instantiate
-from bd_lightning.config import compose, parse
 
 import train
 from bd_lightning.modules import BellmanDiffusion
+from benchmarks import common
+from benchmarks.common import now, table
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {"digits": [], "mnist": ["experiment=mnist_small"]}
@@ -92,8 +90,7 @@ class Clock(L.Callback):
 
 def build(name: str, *words: str) -> BellmanDiffusion:
     """The untrained model of an experiment."""
-    torch.manual_seed(0)
-    return instantiate(compose(parse([*EXPERIMENTS[name], *words]))["model"], "model", FACTS[name])
+    return common.make_model(common.compose(*EXPERIMENTS[name], *words), FACTS[name])
 
 
 def child(*words: str, at_once: int = 1) -> None:
@@ -132,27 +129,26 @@ def training(name: str, options: argparse.Namespace, place: str) -> None:
             found = [json.loads(Path(f"{place}/clock{k}.json").read_text()) for k in range(at_once)]
             row = {key: statistics.mean(one[key] for one in found) for key in found[0]}
             rows[run].append(row | {"rate": sum(one["rate"] for one in found)})
-    print(f"\n| {name} | images/s | forward | backward | optimiser | outside | against 1 process |")
-    print("|---|---|---|---|---|---|---|")
+    lines, parts = [], ("forward", "backward", "optimiser", "outside")
     for run, found in rows.items():
         middle = {key: statistics.median(row[key] for row in found) for key in found[0]}
-        shares = " | ".join(f"{middle[key]:.1%}" for key in ("forward", "backward", "optimiser", "outside"))
         ratios = [row["rate"] / one["rate"] for row, one in zip(found, rows["1 process"])]
         spread = f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-        print(f"| {run} | {middle['rate']:.0f} | {shares} | {spread} |")
+        lines.append([run, f"{middle['rate']:.0f}", *(f"{middle[part]:.1%}" for part in parts), spread])
+    print(table([name, "images/s", *parts, "against 1 process"], lines))
 
 
 def sampling(name: str) -> None:
     """Print samples per second of each sampler."""
     torch.set_num_threads(1)
     module = build(name).eval()
-    print(f"\n| {name}, sampler | network calls | batch | samples/s |\n|---|---|---|---|")
+    lines = []
     for sampler in module.samplers:
         for batch in (16, 64):
-            begun = time.perf_counter()
+            begun = now()
             module.sample(range(batch), sampler)
-            rate = batch / (time.perf_counter() - begun)
-            print(f"| {sampler} | {module.samplers[sampler].calls} | {batch} | {rate:.1f} |")
+            lines.append([sampler, module.samplers[sampler].calls, batch, f"{batch / (now() - begun):.1f}"])
+    print(table([f"{name}, sampler", "network calls", "batch", "samples/s"], lines))
 
 
 def step(module: BellmanDiffusion, batch: int, device: str = "cpu") -> None:
@@ -163,10 +159,11 @@ def step(module: BellmanDiffusion, batch: int, device: str = "cpu") -> None:
 
 def memory(name: str, place: str) -> None:
     """Print the peak of resident memory against the batch size, each in a process of its own."""
-    print(f"\n| {name}, batch | peak resident memory, MiB |\n|---|---|")
+    lines = []
     for batch in (16, 64, 256):
         child("--memory", name, str(batch), f"{place}/memory")
-        print(f"| {batch} | {float(Path(f'{place}/memory').read_text()):.0f} |", flush=True)
+        lines.append([batch, f"{float(Path(f'{place}/memory').read_text()):.0f}"])
+    print(table([f"{name}, batch", "peak resident memory, MiB"], lines), flush=True)
 
 
 def gpu(name: str, batch: int = 512, steps: int = 50) -> None:
@@ -191,16 +188,13 @@ def gpu(name: str, batch: int = 512, steps: int = 50) -> None:
     rates: dict[tuple[bool, bool], list[float]] = {kind: [] for kind in kinds}
     for _ in range(3):
         for kind in kinds:
-            torch.cuda.synchronize()
-            begun = time.perf_counter()
+            begun = now("cuda")
             for _ in range(steps):
                 runs[kind]()
-            torch.cuda.synchronize()
-            rates[kind].append(batch * steps / (time.perf_counter() - begun))
-    print(f"\n| {name} on {torch.cuda.get_device_name()}, batch {batch} | images/s |\n|---|---|")
-    for bf16, compiled in kinds:
-        words = f"{'bf16' if bf16 else 'float32'}{', compiled' * compiled}"
-        print(f"| {words} | {statistics.median(rates[bf16, compiled]):.0f} |")
+            rates[kind].append(batch * steps / (now("cuda") - begun))
+    words = {(bf16, compiled): f"{'bf16' if bf16 else 'float32'}{', compiled' * compiled}" for bf16, compiled in kinds}
+    lines = [[words[kind], f"{statistics.median(rates[kind]):.0f}"] for kind in kinds]
+    print(table([f"{name} on {torch.cuda.get_device_name()}, batch {batch}", "images/s"], lines))
     with torch.profiler.profile() as profile:
         runs[True, False]()
     print(profile.key_averages().table(sort_by="cuda_time_total", row_limit=15))
@@ -215,7 +209,7 @@ def main() -> None:
         step(build(name).train(), int(batch))
         Path(out).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--data-root", default="data")
@@ -235,4 +229,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

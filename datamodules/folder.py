@@ -1,20 +1,21 @@
 """Any folder of images."""
 
 import hashlib
-import os
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from bd_lightning.checks import in_range, positive
 from datamodules.base import DataError
+from datamodules.cache import load_cached, save_cached
+from datamodules.image_files import EXTENSIONS, find, problems, read
 from datamodules.images import ImageDataModule, to_unit
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
@@ -30,7 +31,6 @@ class FolderImages(Dataset):
     def __init__(self, files: list[tuple[Path, int]], channels: int, size: int) -> None:
         self.files, self.channels, self.size = files, channels, size
         self.labels = torch.tensor([label for _, label in files])
-        self.mode = {1: "L", 3: "RGB"}[channels]
         self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
     def take(self, rows: torch.Tensor) -> "FolderImages":
@@ -41,14 +41,8 @@ class FolderImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        path = self.files[index][0]
-        try:
-            with Image.open(path) as image:
-                pixels = v2.functional.pil_to_tensor(image.convert(self.mode))
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise DataError(f"cannot read the image {path}: {error}; repair or delete it") from error
-        pixels = self.resize(pixels)
-        return to_unit(pixels), int(self.labels[index])
+        pixels = v2.functional.pil_to_tensor(read(self.files[index][0], self.channels))
+        return to_unit(self.resize(pixels)), int(self.labels[index])
 
 
 class ImageFolder(ImageDataModule):
@@ -56,13 +50,16 @@ class ImageFolder(ImageDataModule):
 
     If the folder has `train` and `test` (or `val`) inside, these are the splits, and a missing one is cut from `train`
     (for validation) or is the other held-out one. Otherwise `val_fraction` of all images is held out, for validation
-    and test alike. Splits depend on file names only.
+    and test alike. Splits depend on file names only. Hidden files are passed over; links are followed, every
+    folder once.
 
     Args:
         folder: the folder.
         size: height and width of the images, in pixels.
         channels: 1 for grey, 3 for colour.
         val_fraction: share held out where the folder has no split for it.
+        max_broken: share of the files that may be unreadable (empty, dead links, no images); they are named and left
+            out. With more of them the folder is refused.
         sigma_data: standard deviation of the images in [−1, 1]; None measures it on up to 500 training images.
         options: arguments of `ImageDataModule`.
 
@@ -76,15 +73,17 @@ class ImageFolder(ImageDataModule):
         size: int = 32,
         channels: int = 3,
         val_fraction: float = 0.1,
+        max_broken: float = 0.01,
         sigma_data: float | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         positive(size=size)
         in_range(0.001, 0.9, val_fraction=val_fraction)
+        in_range(0, 1, max_broken=max_broken)
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
-        self.folder, self.shape = Path(folder), (channels, size, size)
+        self.folder, self.shape = Path(folder).expanduser(), (channels, size, size)
         self.name = f"ImageFolder-{self.folder.resolve().name}-{size}x{channels}"
         if not self.folder.is_dir():
             raise DataError(f"image folder not found: {folder}; set data.folder")
@@ -93,17 +92,17 @@ class ImageFolder(ImageDataModule):
             for split, options in _SPLITS.items()
         }
         train = places["train"] or self.folder
-        classes = sorted(p.name for p in train.iterdir() if p.is_dir())
+        classes = sorted(p.name for p in train.iterdir() if p.is_dir() and not p.name.startswith("."))
         self.class_names = tuple(classes)
-        held_out = {
-            split: self._scan(place)
-            for split, place in places.items()
-            if split != "train" and places["train"] and place
-        }
-        files = self._scan(train)
-        self.files = {"train": files, **held_out}
+        seen: set[str] = set()  # held-out folders first: a link to them among the training images is passed over
+        held_out = [split for split in ("val", "test") if places["train"] and places[split]]
+        scanned = {split: self._scan(places[split] or train, seen) for split in (*held_out, "train")}
+        self.files = self._readable(scanned, max_broken)
+        files = self.files["train"]
         if "val" not in held_out:
             order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
+            if len(files) == 1:
+                raise DataError(f"one image is not enough: {folder} has no others to hold out for validation")
             cut = max(1, round(val_fraction * len(files)))
             self.files["val"] = [files[i] for i in sorted(order[:cut])]
             self.files["train"] = [files[i] for i in sorted(order[cut:])]
@@ -123,14 +122,32 @@ class ImageFolder(ImageDataModule):
         files = [(split, str(path), path.stat().st_size) for split, f in self.files.items() for path, _ in f]
         return [*super().fingerprint, hashlib.sha256(repr(files).encode()).hexdigest()]
 
-    def _scan(self, place: Path) -> list[tuple[Path, int]]:
+    def _scan(self, place: Path, seen: set[str]) -> list[tuple[Path, int]]:
         files = []
-        for parent, folders, names in os.walk(place, followlinks=True):
-            folders.sort()
-            relative = Path(parent).relative_to(place).parts
-            label = self.class_names.index(relative[0]) if relative and relative[0] in self.class_names else 0
-            files += [(Path(parent) / n, label) for n in sorted(names) if n.lower().endswith(EXTENSIONS)]
+        for path in find(place, seen):
+            first = path.relative_to(place).parts[0]
+            files.append((path, self.class_names.index(first) if first in self.class_names else 0))
         return files
+
+    def _readable(self, found: dict[str, list[tuple[Path, int]]], most: float) -> dict[str, list[tuple[Path, int]]]:
+        """The files that can be opened; what was found out is kept in the cache."""
+        paths = [path for files in found.values() for path, _ in files]
+        state = [(str(path), *_size_and_time(path)) for path in paths]
+        digest = hashlib.sha256(repr(state).encode()).hexdigest()[:12]
+        cache = Path(self.root) / ".cache" / f"{self.name}-broken-{digest}.pt"
+        broken = load_cached(cache)
+        if broken is None:
+            broken = {str(path): why for path, why in problems(paths).items()}
+            save_cached(broken, cache)
+        if broken:
+            named = "; ".join(f"{path} ({why})" for path, why in list(broken.items())[:20])
+            named += "; …" if len(broken) > 20 else ""
+            count = f"{len(broken)} of {len(paths)} image files cannot be read: {named}"
+            if len(broken) > most * len(paths):
+                share = math.ceil(100 * len(broken) / len(paths)) / 100
+                raise DataError(f"{count}. Repair or delete them, or set data.max_broken={share:g} to leave them out")
+            rank_zero_info(f"{count}; they are left out")
+        return {split: [row for row in files if str(row[0]) not in broken] for split, files in found.items()}
 
     def _measure(self) -> float:
         files = self.files["train"]
@@ -139,3 +156,11 @@ class ImageFolder(ImageDataModule):
 
     def read_split(self, split: str) -> Any:
         return FolderImages(self.files[split], self.shape[0], self.shape[1])
+
+
+def _size_and_time(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file; zeros for a link to nothing."""
+    try:
+        return path.stat().st_size, path.stat().st_mtime_ns
+    except OSError:
+        return 0, 0

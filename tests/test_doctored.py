@@ -145,3 +145,8 @@ def test_damaged_checkpoints_are_one_sentence(damage, tmp_path, capsys):
         words.append("model.network.width=16")
     said = refused(words, tmp_path, capsys)
     assert ("do not fit the model: leave model as it was" if damage == "other model" else "is not a checkpoint") in said
+
+
+def test_calibrating_needs_a_mixture(capsys):
+    assert train.main(["predict", f"ckpt_path={V1 / 'relative.ckpt'}", "calibrate=100"]) == 2
+    assert "calibrate corrects the weights of a mixture" in capsys.readouterr().err

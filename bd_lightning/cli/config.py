@@ -162,8 +162,11 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
         config = _choose(config, base, _named("experiment", experiment), f"experiment '{experiment}'")
     for path in request.files:
         layer = load(path)
-        record = is_record(layer)
-        config = _repeat(config, upgrade(layer, path)) if record else _choose(config, base, layer, path)
+        if is_record(layer):
+            config = _repeat(config, upgrade(layer, path))
+        else:
+            upgrade(layer, path)  # refuses a later format; words of an earlier one are answered by `build.check`
+            config = _choose(config, base, {key: value for key, value in layer.items() if key != "format"}, path)
     choices = {group: name for group, name in request.choices.items() if group != "experiment"}
     config = _choose(config, base, {"defaults": choices}, "the command line")
     for key, value in request.values:
@@ -177,8 +180,11 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
 def _choose(config: dict[str, Any], base: dict[str, Any], layer: dict[str, Any], where: str) -> dict[str, Any]:
     """A config with one more layer: the files that it chooses, then its values."""
     layer = dict(layer)
+    choices = layer.pop("defaults", None) or {}
+    if not isinstance(choices, dict):
+        raise ConfigError(f"'defaults' in {where} must be a mapping of groups to files, got {choices!r}")
     chosen = {}
-    for group, name in (layer.pop("defaults", None) or {}).items():
+    for group, name in choices.items():
         if group not in GROUPS:
             raise ConfigError(f"{where} chooses from an unknown group '{group}'.{suggest(str(group), GROUPS)}")
         chosen[group] = merge(base.get(group) or {}, _named(group, str(name)))

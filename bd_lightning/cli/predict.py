@@ -62,7 +62,10 @@ def run(plan: Plan) -> None:
     objects.prepare(config)
     model = objects.model(plan, facts)
     labels = choose_labels(config["labels"] or [], facts, model)
-    drawing = mixing(plan, facts, model) if any(config[key] for key in ("mix", "remove", "merge")) else model
+    mixed = any(config[key] for key in ("mix", "remove", "merge"))
+    if config["calibrate"] and not mixed:
+        raise UserError("calibrate corrects the weights of a mixture: give mix, remove or merge too")
+    drawing = mixing(plan, facts, model) if mixed else model
     folder = plan.run_dir / folder_name(plan, model.sampler)
     writer = build_writer(plan, facts, folder)
     trainer = objects.trainer(plan, logger=False, callbacks=[writer, *progress_bars(plan)])

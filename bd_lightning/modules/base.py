@@ -2,12 +2,14 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from bd_lightning.checks import UserError, in_range, one_of, positive
 
@@ -22,6 +24,31 @@ def batch_seed(trainer: L.Trainer, seed: int = 0) -> int:
     epoch, batch = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
     place = (seed, trainer.global_rank, epoch.processed, batch.ready)  # type: ignore[attr-defined]
     return int(np.random.SeedSequence(place).generate_state(1)[0])
+
+
+def learning_rate(step: int, warmup_steps: int = 0, decay_steps: int | None = None) -> float:
+    """The learning rate at a step as a share of the full one.
+
+    Args:
+        step: optimiser steps done so far.
+        warmup_steps: steps over which it rises linearly.
+        decay_steps: steps until a cosine has brought it to zero; None leaves it where it is.
+    """
+    warm = min(1.0, (step + 1) / (warmup_steps + 1))
+    return warm * (0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps))) if decay_steps else 1.0)
+
+
+def adam(
+    parameters: Iterable[nn.Parameter],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    warmup_steps: int,
+    decay_steps: int | None,
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """Adam with decoupled weight decay, and the schedule of its rate (see `learning_rate`), to be stepped with it."""
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+    return optimizer, LambdaLR(optimizer, lambda step: learning_rate(step, warmup_steps, decay_steps))
 
 
 class Module(L.LightningModule):
@@ -131,12 +158,8 @@ class Module(L.LightningModule):
         """Adam with linear warm-up and, if asked for, cosine decay over the run, stepped every batch."""
         batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
         lr = self.lr * batches ** LR_POWERS[self.lr_scaling]
-        optimizer = torch.optim.AdamW(self.parameters(), lr=lr, betas=self.betas, weight_decay=self.weight_decay)
-        total = int(self.trainer.estimated_stepping_batches) if self.lr_decay == "cosine" else 0
-
-        def rate(step: int) -> float:
-            warm = min(1.0, (step + 1) / (self.warmup_steps + 1))
-            return warm * (0.5 * (1 + math.cos(math.pi * min(1.0, step / total))) if total else 1.0)
-
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+        total = int(self.trainer.estimated_stepping_batches) if self.lr_decay == "cosine" else None
+        optimizer, scheduler = adam(
+            self.parameters(), lr, self.betas, self.weight_decay, self.warmup_steps, decay_steps=total
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

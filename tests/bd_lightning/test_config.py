@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from bd_lightning.checks import UserError
 from bd_lightning.cli import config as configs
 from bd_lightning.cli.build import check, instantiate
 from bd_lightning.cli.config import ConfigError, compose, parse
@@ -182,11 +183,15 @@ def test_broken_files_are_named(tmp_path):
         ("a: [1", "cannot read"),
         ("- 1\n- 2", "expected a mapping"),
         ("defaults: {dta: x}", "'dta'"),
+        ("defaults: [mnist]", "'defaults' in .*broken.yaml must be a mapping"),
+        ("format: 9\nsteps: 3", "written by a later version"),
     ):
         file = tmp_path / "broken.yaml"
         file.write_text(text)
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(UserError, match=message):
             composed("--config", str(file))
+    file.write_text("format: 2\nmodel: {lr: 0.5}\ntrust: true")
+    assert (config := composed("--config", str(file)))["model"]["lr"] == 0.5 and config["trust"] is True
 
 
 def test_facts_reach_nested_nodes_and_explicit_values_win():

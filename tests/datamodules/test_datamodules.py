@@ -126,9 +126,11 @@ def test_bad_data_is_named(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="no images for the train split"):
         ImageFolder(str(tmp_path / "empty"), sigma_data=0.5)
     root = write_folder(tmp_path / "a")
-    (root / "cat" / "0.png").write_bytes(b"not a picture")
+    cut = (root / "cat" / "0.png").read_bytes()[:400]  # a whole header, and not all of the pixels
+    (root / "cat" / "0.png").write_bytes(cut)
     with pytest.raises(DataError, match=r"cannot read the image .*cat/0.png.*repair or delete it"):
-        [item for item in ImageFolder(str(root), size=8, sigma_data=0.5).load_split("train")]
+        data = ImageFolder(str(root), size=8, sigma_data=0.5)
+        [item for split in ("train", "val") for item in data.load_split(split)]
     with pytest.raises(DataError, match="fewer than one batch; set data.batch_size to 21 or less"):
         ImageFolder(str(write_folder(tmp_path / "b")), size=8, batch_size=22, val_fraction=0.125).split("train")
     with pytest.raises(ValueError, match="channels must be 1"):

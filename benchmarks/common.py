@@ -1,0 +1,299 @@
+"""What the benchmarks share: building, training as train.py trains, timing in turns, rows that are kept, and tables."""
+
+import argparse
+import importlib
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from bd_lightning.checks import UserError
+from bd_lightning.cli import build
+from bd_lightning.cli import config as configs
+from bd_lightning.modules.base import Module, adam
+
+# ---- the command line
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """A parser whose help is the benchmark's own text."""
+    return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Run a benchmark; a mistake of the user is one sentence and the exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def optional(package: str) -> Any:
+    """A module of a package that is for comparisons alone.
+
+    Raises:
+        UserError: if it is not installed.
+    """
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"this benchmark compares with {package.partition('.')[0]}, and '{error.name}' is not installed: "
+            "run it with uv run --group benchmarks"
+        ) from error
+
+
+# ---- data and models from the words of a command line
+
+
+def compose(*words: str) -> dict[str, Any]:
+    """The config of `train.py words`, checked."""
+    config = configs.compose(configs.parse(list(words)))
+    build.check(config)
+    return config
+
+
+def make_data(config: Mapping[str, Any]) -> Any:
+    """The data module of a config."""
+    return build.instantiate(config["data"], "data")
+
+
+def make_model(config: Mapping[str, Any], facts: Mapping[str, Any], seed: int = 0) -> Any:
+    """The untrained model of a config, from the initial weights of a seed, for data with `facts.arguments`."""
+    torch.manual_seed(seed)
+    return build.instantiate(config["model"], "model", facts)
+
+
+def batches(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training batches (x, label) without end."""
+    while True:
+        yield from data.train_dataloader()
+
+
+# ---- training
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How train.py trains: the arguments of `modules.base.Module`, with clipping and averaging.
+
+    Args:
+        steps: optimiser steps, over which the rate decays.
+        lr: learning rate.
+        betas: Adam's decay rates.
+        weight_decay: decoupled weight decay.
+        warmup_steps: steps over which the rate rises linearly.
+        decay: whether it falls to zero by a cosine.
+        clip: largest norm of the gradient; None does not clip.
+        averaging: weight of the past in the moving average of the weights.
+        bf16: forward and backward pass in bfloat16.
+    """
+
+    steps: int
+    lr: float
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    warmup_steps: int = 100
+    decay: bool = True
+    clip: float | None = 1.0
+    averaging: float = 0.995
+    bf16: bool = False
+
+    @classmethod
+    def of(cls, model: Module, config: Mapping[str, Any], steps: int, bf16: bool = False) -> "Recipe":
+        """The recipe of a config, whose model is built already."""
+        return cls(
+            steps=steps,
+            lr=model.lr,
+            betas=model.betas,
+            weight_decay=model.weight_decay,
+            warmup_steps=model.warmup_steps,
+            decay=model.lr_decay == "cosine",
+            clip=config["trainer"].get("gradient_clip_val"),
+            averaging=config["callbacks"]["ema"]["decay"],
+            bf16=bf16,
+        )
+
+
+class Training:
+    """One model in training, a step at a time.
+
+    Args:
+        model: any module with parameters; it is put in training mode.
+        recipe: how it is trained.
+    """
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        self.model: Any = model.train()
+        self.recipe = recipe
+        self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True)
+        self.optimizer, self.schedule = adam(
+            model.parameters(), recipe.lr, recipe.betas, recipe.weight_decay, recipe.warmup_steps,
+            decay_steps=recipe.steps if recipe.decay else None,
+        )  # fmt: skip
+
+    @property
+    def averaged(self) -> Any:
+        """The model with averaged weights, in evaluation mode."""
+        return self.average.module.eval()
+
+    def update(self, loss: Callable[[], Tensor]) -> None:
+        """Forward and backward pass of a loss, clipping and the optimiser: what timings of a step are of."""
+        device = next(self.model.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            value = loss()
+        self.optimizer.zero_grad()
+        value.backward()
+        if self.recipe.clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimizer.step()
+
+    def follow(self) -> None:
+        """The rest of a step: the rate and the average."""
+        self.schedule.step()
+        self.average.update_parameters(self.model)
+
+    def step(self, loss: Callable[[], Tensor]) -> None:
+        """One whole step."""
+        self.update(loss)
+        self.follow()
+
+
+# ---- time and memory
+
+
+def now(device: torch.device | str = "cpu") -> float:
+    """Seconds on a clock, once the device has finished what it was asked for."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+class Turns:
+    """Seconds of several things that take turns, so that what else the machine does falls on all of them.
+
+    Args:
+        names: what they are called.
+        device: where they compute.
+        skip: first turns that are not counted.
+    """
+
+    def __init__(self, names: Iterable[str], device: torch.device | str = "cpu", skip: int = 0) -> None:
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}
+        self.device, self.skip, self.turn = device, skip, 0
+
+    def next(self) -> list[str]:
+        """The names in the order of the next turn, which is reversed every other time."""
+        self.turn += 1
+        return list(self.seconds) if self.turn % 2 else list(reversed(self.seconds))
+
+    @contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        """Take the time of what is done inside."""
+        start = now(self.device)
+        yield
+        self.seconds[name].append(now(self.device) - start)
+
+    def median(self, name: str) -> float:
+        """Median seconds of one of them."""
+        return statistics.median(self.seconds[name][self.skip :])
+
+    def ratio(self, name: str, base: str) -> float:
+        """Median over the turns of the time of one in units of that of another in the same turn."""
+        pairs = list(zip(self.seconds[name], self.seconds[base]))[self.skip :]
+        return statistics.median(a / b for a, b in pairs)
+
+
+def step_memory(loss: Callable[[], Tensor], model: nn.Module) -> float:
+    """Bytes of a training step: the peak on a GPU; on a CPU what autograd keeps for its backward pass."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        loss().backward()
+        return float(torch.cuda.max_memory_allocated(device))
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        try:
+            key, size = t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()
+        except RuntimeError:  # inside forward-mode differentiation tensors do not show their storage
+            key, size = -len(kept), t.nbytes
+        if key not in own:
+            kept[key] = size
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = loss()
+    value.backward()
+    return float(sum(kept.values()))
+
+
+# ---- rows and tables
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """Finished rows, one JSON object a line, so that a benchmark can be stopped and repeated.
+
+    A line that a killed run left unfinished is dropped.
+
+    Args:
+        path: the file; it need not be there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        text = path.read_text() if path.is_file() else ""
+        whole, _, rest = text.rpartition("\n")
+        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
+        if rest:
+            path.write_text(f"{whole}\n" if whole else "")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def add(self, **row: Any) -> dict[str, Any]:
+        """Keep one more row."""
+        self.rows.append(row)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def where(self, **values: Any) -> list[dict[str, Any]]:
+        """The rows that have these values, oldest first."""
+        return [row for row in self.rows if all(key in row and row[key] == v for key, v in values.items())]
+
+
+def mean_sd(values: Iterable[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over as many seeds as there are."""
+    found = list(values)
+    if not found:
+        return "–"
+    if not all(map(math.isfinite, found)):
+        return "not finite"
+    sd = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):.{digits}f}{sd}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table, an empty line before it."""
+
+    def line(cells: Sequence[Any]) -> str:
+        return f"| {' | '.join(map(str, cells))} |"
+
+    return "\n".join(["", line(header), "|" + "---|" * len(header), *map(line, rows)])

@@ -1,0 +1,84 @@
+"""Image files of any kind: which there are under a folder, whether they can be opened, and their pixels as bytes."""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from datamodules.base import DataError
+
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def find(place: Path, seen: set[str]) -> Iterator[Path]:
+    """Paths of the image files under a folder, in order of their names.
+
+    Folders and files may be links. One that leads to a folder seen before, such as one around it, is passed over, so
+    that no image is found twice. Hidden files are passed over: macOS puts `._name.png`, which is none, beside an image.
+
+    Args:
+        place: the folder.
+        seen: real paths of folders that were visited before; those visited now are added.
+    """
+    for parent, folders, names in os.walk(place, followlinks=True):
+        if os.path.realpath(parent) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+                yield Path(parent, name)
+
+
+def problem(path: Path) -> str | None:
+    """What keeps a file from being opened as an image of bytes, in a few words; None if nothing does.
+
+    Its header is read, not its pixels: a file that was cut off in its middle is only found out when it is decoded.
+    """
+    try:
+        if path.stat().st_size == 0:
+            return "empty"
+        with Image.open(path) as image:
+            return _refused(image)
+    except FileNotFoundError:
+        return "a link to nothing"
+    except _UNREADABLE as error:
+        return str(error).partition(" '")[0].partition(": ")[0] or type(error).__name__
+
+
+def problems(paths: Iterable[Path]) -> dict[Path, str]:
+    """Those files among `paths` that cannot be opened as images, with the reason of each."""
+    paths = list(paths)
+    with ThreadPoolExecutor(8) as pool:
+        return {path: found for path, found in zip(paths, pool.map(problem, paths)) if found}
+
+
+def _refused(image: Image.Image) -> str | None:
+    if image.mode == "F" or image.mode == "I" and image.format != "PNG":
+        return f"pixels of {image.mode == 'F' and 'floating point' or '32 bits'}, whose black and white are not known"
+    return None
+
+
+def read(path: Path, channels: int) -> Image.Image:
+    """An image of bytes, grey (1 channel) or colour (3). Pixels of 16 bits keep their scale.
+
+    Raises:
+        DataError: naming the file, and the reason.
+    """
+    try:
+        with Image.open(path) as image:
+            reason = _refused(image)
+            if reason:
+                raise DataError(f"cannot read the image {path}: {reason}; save it with 8 or 16 bits")
+            if image.mode.startswith("I"):  # 16 bits; convert() would clip them
+                image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
+            elif image.mode in ("P", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+            return image.convert({1: "L", 3: "RGB"}[channels])
+    except _UNREADABLE as error:
+        raise DataError(f"cannot read the image {path}: {error}; repair or delete it") from error

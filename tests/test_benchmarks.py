@@ -1,0 +1,197 @@
+"""What the benchmarks share, and that each of them starts."""
+
+import importlib
+import math
+import sys
+
+import pytest
+import torch
+
+from bd_lightning.checks import UserError
+from bd_lightning.modules.base import learning_rate
+from benchmarks import common, peers
+
+NAMES = ("fields", "images", "kernels", "linearity", "mode_weights", "scaling", "soak")
+OPTIONAL = ("azula", "diffusers", "torchcfm")
+
+
+def test_every_benchmark_is_imported_without_its_peers(monkeypatch, capsys):
+    """In this process with the packages hidden; --help prints the benchmark's own text."""
+    for package in OPTIONAL:
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    for name in NAMES:
+        module = importlib.import_module(f"benchmarks.{name}")
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", "--help"])
+        with pytest.raises(SystemExit) as stop:
+            module.main()
+        assert stop.value.code == 0
+        assert f"benchmarks/{name}.py" in capsys.readouterr().out
+
+
+def test_a_missing_peer_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "azula", None)
+    with pytest.raises(UserError, match="compares with azula.*not installed"):
+        common.optional("azula")
+    monkeypatch.setattr(sys, "argv", ["fields.py"])
+    with pytest.raises(SystemExit) as stop:
+        common.run(importlib.import_module("benchmarks.fields").main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: this benchmark compares with azula")
+
+
+def test_rows_are_kept_and_a_torn_line_is_dropped(tmp_path):
+    path = tmp_path / "out" / "rows.jsonl"
+    rows = common.Rows(path)
+    assert len(rows) == 0 and not path.exists()
+    rows.add(name="a", seed=0, fid=math.inf)
+    rows.add(name="a", seed=1, fid=2.5)
+    rows.add(kind="speed", values={"a": 1.0})
+    with path.open("a") as file:
+        file.write('{"name": "b", "se')  # killed here
+    again = common.Rows(path)
+    assert list(again) == list(rows)
+    assert again.where(name="a", seed=1) == [{"name": "a", "seed": 1, "fid": 2.5}]
+    assert not again.where(name="b") and len(again.where(name="a")) == 2
+    again.add(name="b", seed=0)
+    assert list(common.Rows(path)) == [*rows, {"name": "b", "seed": 0}]
+
+
+def test_tables():
+    cells = [common.mean_sd([1.0, 2.0, 3.0], 1), common.mean_sd([0.5]), common.mean_sd([])]
+    assert cells == ["2.0 ± 1.0", "0.50", "–"]
+    assert common.mean_sd([1.0, math.inf]) == common.mean_sd([math.nan]) == "not finite"
+    assert common.table(["x", "FID"], [["a", 1], ["b", "2.0 ± 1.0"]]) == (
+        "\n| x | FID |\n|---|---|\n| a | 1 |\n| b | 2.0 ± 1.0 |"
+    )
+
+
+def test_turns_alternate_and_ratios_are_taken_step_by_step(monkeypatch):
+    turns = common.Turns(["a", "b"], skip=1)
+    assert [turns.next() for _ in range(3)] == [["a", "b"], ["b", "a"], ["a", "b"]]
+    turns.seconds = {"a": [99.0, 2.0, 30.0, 4.0], "b": [1.0, 1.0, 10.0, 4.0]}
+    assert turns.ratio("a", "b") == 2.0 and turns.median("a") == 4.0 and turns.ratio("b", "b") == 1.0
+    clock = iter([1.0, 3.5])
+    monkeypatch.setattr(common.time, "perf_counter", lambda: next(clock))
+    with turns.clock("b"):
+        pass
+    assert turns.seconds["b"][-1] == 2.5
+
+
+def test_training_is_that_of_train_py(tmp_path):
+    """Weights and averages after a few steps, against Lightning with the same batches and noise."""
+    import lightning as L
+
+    from callbacks import AveragedWeights
+
+    steps, words = 6, ["model=points", "data=gaussians_1d", "data.batch_size=32", "callbacks=points"]
+    config = common.compose(*words, "model.warmup_steps=2")
+    data = common.make_data(config)
+    facts = data.facts.arguments
+    batches = [batch for _, batch in zip(range(steps), common.batches(data))]
+
+    ours = common.make_model(config, facts, seed=3)
+    recipe = common.Recipe.of(ours, config, steps)
+    assert (recipe.warmup_steps, recipe.clip, recipe.averaging, recipe.decay) == (2, 1.0, 0.995, True)
+    training = common.Training(ours, recipe)
+    for k, (x, label) in enumerate(batches):
+        torch.manual_seed(k)
+        training.step(lambda x=x, label=label: ours.losses(x, label).total)
+
+    theirs = common.make_model(config, facts, seed=3)
+    theirs.on_train_batch_start = lambda batch, batch_idx: torch.manual_seed(batch_idx)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=steps, gradient_clip_val=1.0, logger=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[AveragedWeights(0.995)], default_root_dir=tmp_path,
+        enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(theirs, torch.utils.data.DataLoader(batches, batch_size=None))
+    averaged = training.averaged.state_dict()
+    for name, value in theirs.state_dict().items():  # Lightning leaves the averaged weights in the module
+        torch.testing.assert_close(averaged[name], value, rtol=1e-6, atol=1e-7)
+    moved = [(a - b).abs().max() for a, b in zip(ours.state_dict().values(), averaged.values())]
+    assert max(moved) > 1e-4
+
+
+def test_the_learning_rate():
+    assert learning_rate(0, 4) == pytest.approx(0.2) and learning_rate(99, 4) == 1
+    assert learning_rate(50, 0, 100) == pytest.approx(0.5) and learning_rate(100, 0, 100) == pytest.approx(0)
+    assert learning_rate(500, 0, 100) == pytest.approx(0)  # not up again
+
+
+FACTS = {"shape": (2,), "num_classes": 3, "sigma_data": 2.0}
+CONFIG = {"model": {"network": {"_target_": "bd_lightning.networks.MLP", "width": 8, "depth": 1}}}
+
+
+class Fixed(torch.nn.Module):
+    """A network that answers with the same vector everywhere, and remembers what it was told."""
+
+    conditional = False
+
+    def forward(self, x, c_noise, label=None):
+        self.told = x, c_noise, label
+        return torch.ones_like(x) / 2, None
+
+
+def test_flow_matching():
+    noise, x = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[3.0, -2.0], [4.0, 1.0]])
+    point, target = peers.straight_path(noise, x, torch.tensor([0.25, 1.0]))
+    assert torch.equal(point, torch.tensor([[1.5, 1.0], [4.0, 1.0]]))
+    assert torch.equal(target, torch.tensor([[2.0, -4.0], [4.0, 0.0]]))
+    peer = peers.FlowMatching(CONFIG, FACTS)
+    peer.network = Fixed()
+    torch.manual_seed(0)
+    loss = peer.loss(x, torch.zeros(2, dtype=torch.long))
+    torch.manual_seed(0)
+    noise, t = torch.randn(2, 2), torch.rand(2)
+    assert loss == pytest.approx(float((x / 2 - noise - 0.5).square().mean()))
+    torch.testing.assert_close(peer.network.told[0], (1 - t)[:, None] * noise + t[:, None] * x / 2)
+    torch.testing.assert_close(peer.network.told[1], ((1 - t) / t).log() / 4)
+    assert peer.network.told[2] is None
+
+
+def test_ddpm():
+    alphas = peers.alphas_cumprod()
+    assert alphas[0] == pytest.approx(1 - 1e-4) and alphas[1] == pytest.approx((1 - 1e-4) * (1 - 1e-4 - 0.0199 / 999))
+    assert alphas[-1] == pytest.approx(4.04e-5, rel=1e-2)
+    noised = peers.noised(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 2.0]]), torch.tensor([0.36]))
+    torch.testing.assert_close(noised, torch.tensor([[0.6 * 3 + 0.8, 1.6]]))
+    peer, x = peers.DDPM(CONFIG, FACTS), torch.tensor([[3.0, -2.0], [4.0, 1.0]])
+    peer.network = Fixed()
+    torch.manual_seed(0)
+    loss = peer.loss(x, torch.zeros(2, dtype=torch.long))
+    torch.manual_seed(0)
+    noise, t = torch.randn(2, 2), torch.randint(0, 1000, (2,))
+    assert loss == pytest.approx(float((noise - 0.5).square().mean()))
+    torch.testing.assert_close(peer.network.told[0], peers.noised(x / 2, noise, alphas[t]))
+    torch.testing.assert_close(peer.network.told[1], ((1 - alphas[t]) / alphas[t]).sqrt().log() / 4)
+
+
+def test_the_line_is_that_of_torchcfm():
+    matching = pytest.importorskip("torchcfm.conditional_flow_matching")
+    noise, x, t = torch.randn(5, 1, 4, 4), torch.randn(5, 1, 4, 4), torch.rand(5)
+    _, point, target = matching.ConditionalFlowMatcher(sigma=0.0).sample_location_and_conditional_flow(noise, x, t)
+    for found, expected in zip(peers.straight_path(noise, x, t), (point, target)):
+        torch.testing.assert_close(found, expected)
+
+
+def test_the_betas_are_those_of_diffusers():
+    diffusers = pytest.importorskip("diffusers")
+    scheduler = diffusers.DDPMScheduler(num_train_timesteps=1000, clip_sample=False)
+    torch.testing.assert_close(peers.alphas_cumprod(), scheduler.alphas_cumprod)
+    x, noise, t = torch.randn(5, 2), torch.randn(5, 2), torch.arange(0, 1000, 200)
+    torch.testing.assert_close(peers.noised(x, noise, peers.alphas_cumprod()[t]), scheduler.add_noise(x, noise, t))
+    peer = peers.DDPM(CONFIG, FACTS)
+    for sampler in peer.samplers.values():
+        with torch.no_grad():
+            assert sampler(peer, range(3), None).isfinite().all()
+
+
+def test_heun_follows_the_velocity():
+    """A constant velocity of ½ takes every start ½ further, in units of the data."""
+    peer = peers.FlowMatching(CONFIG, FACTS)
+    start = peer.start(range(4))
+    network, calls = Fixed(), []
+    network.register_forward_hook(lambda *_: calls.append(1))
+    peer.start, peer.network = lambda rows: start, network
+    torch.testing.assert_close(peer.samplers["Heun"](peer, range(4), None), 2.0 * (start + 0.5))
+    assert len(calls) == peers.CALLS
