@@ -13,6 +13,7 @@ from torchvision.transforms import v2
 from bd_lightning.checks import in_range, positive
 from datamodules.base import DataError
 from datamodules.images import ImageDataModule, to_unit
+from datamodules.subsets import random_subset
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -63,7 +64,7 @@ class ImageFolder(ImageDataModule):
         size: height and width of the images, in pixels.
         channels: 1 for grey, 3 for colour.
         val_fraction: share held out where the folder has no split for it.
-        sigma_data: standard deviation of the images in [−1, 1]; None measures it on up to 500 training images.
+        sigma_data: standard deviation of the images in [−1, 1]; None measures it on 500 training images at random.
         options: arguments of `ImageDataModule`.
 
     Raises:
@@ -134,7 +135,7 @@ class ImageFolder(ImageDataModule):
 
     def _measure(self) -> float:
         files = self.files["train"]
-        some = FolderImages(files[:: max(1, len(files) // 500)][:500], self.shape[0], self.shape[1])
+        some = FolderImages([files[i] for i in random_subset(len(files), 500)], self.shape[0], self.shape[1])
         return round(float(torch.stack([some[i][0] for i in range(len(some))]).std()), 4)
 
     def read_split(self, split: str) -> Any:
