@@ -83,7 +83,7 @@ class Evaluation(L.Callback):
         """Evaluate, on rank 0, what was drawn, or None if chains were lost; returns None if there is nothing to log."""
         raise NotImplementedError
 
-    def log(self, trainer: L.Trainer, pl_module: SampleModule, values: dict[str, float]) -> None:
+    def log_values(self, trainer: L.Trainer, pl_module: SampleModule, values: dict[str, float]) -> None:
         """Log values, which are the same on every rank."""
         pl_module.log_dict(values, sync_dist=True)
 
@@ -104,7 +104,7 @@ class Evaluation(L.Callback):
                     found = self.judge(trainer, pl_module, stage, sampler, drawn)
             found = trainer.strategy.broadcast(found)
             if found is not None:
-                self.log(trainer, pl_module, found.values)
+                self.log_values(trainer, pl_module, found.values)
                 if trainer.is_global_zero and self.record is not None:
                     append_record(trainer, self.record, {"step": step_of(trainer), **found.row})
 

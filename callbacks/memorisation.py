@@ -116,7 +116,7 @@ class Memorisation(Evaluation):
         self._draw(trainer, samples, ours[:, 0], index[:, 0], theirs[:, 0], data)
         return Findings({f"memorisation/{k}": v for k, v in values.items()}, {**values, "summary": summary})
 
-    def log(self, trainer: L.Trainer, pl_module: SampleModule, values: dict[str, float]) -> None:
+    def log_values(self, trainer: L.Trainer, pl_module: SampleModule, values: dict[str, float]) -> None:
         """Log values at the step that the weights come from; Lightning's own step is zero in a test."""
         if trainer.is_global_zero:
             for logger in trainer.loggers:

@@ -93,6 +93,7 @@ def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypa
     monkeypatch.setattr("callbacks.metrics.KEPT", 300)
     data, model = Digits(root=str(tmp_path)), Drawn()
     strategy = SimpleNamespace(barrier=lambda name: None, reduce_boolean_decision=lambda done, all: done)
+    strategy.broadcast = lambda found: found
     trainer = SimpleNamespace(
         datamodule=data, lightning_module=model, global_rank=0, world_size=1, global_step=0, is_global_zero=True,
         strategy=strategy, sanity_checking=False, default_root_dir=str(tmp_path), loggers=[],
