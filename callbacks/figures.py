@@ -1,5 +1,6 @@
 """Pictures of data in few dimensions: learned fields beside the true ones, samples over contours, marginals."""
 
+import textwrap
 from collections.abc import Sequence
 
 import lightning as L
@@ -193,11 +194,12 @@ def sample_figure(x: Tensor, real: Tensor, density: Density | None, extent: floa
     shown = len(columns)
     wide = min(4, shown)
     figure = Figure(figsize=(2.2 * wide, 1.8 * -(-shown // wide)), dpi=120, layout="constrained")
-    for i, axes in zip(range(shown), figure.subplots(-(-shown // wide), wide, squeeze=False).flat):
+    for i, name in enumerate(columns):
+        axes = figure.add_subplot(-(-shown // wide), wide, i + 1)
         low, high = float(real[:, i].min()) - 0.5, float(real[:, i].max()) + 0.5
-        for values, name in ((real, "held out"), (x, "samples")):
-            axes.hist(values[:, i], bins=30, range=(low, high), density=True, alpha=0.5, label=name)
-        axes.set_title(columns[i], fontsize=8)
+        for values, label in ((real, "held out"), (x, "samples")):
+            axes.hist(values[:, i], bins=30, range=(low, high), density=True, alpha=0.5, label=label)
+        axes.set_title(textwrap.fill(name, 26), fontsize=8, parse_math=False)
         axes.tick_params(labelsize=6)
     figure.axes[0].legend(fontsize=6)
     return figure
