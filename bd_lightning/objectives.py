@@ -35,6 +35,7 @@ from bd_lightning.targets import Density
 __all__ = [
     "DensityRatio",
     "FieldDivergence",
+    "FieldObjective",
     "KernelRegression",
     "Losses",
     "NoiseLevels",
@@ -127,8 +128,12 @@ class Objective(ABC):
         """The fields that the losses are minimised by, for data of a density in closed form."""
 
 
+class FieldObjective(Objective):
+    """Base of the objectives that train one pair of fields (`LearnedFields`) by pairs of points."""
+
+
 @dataclass(frozen=True)
-class FieldDivergence(Objective):
+class FieldDivergence(FieldObjective):
     """The two field divergences, E[‖g‖² + m̂ tr ∇g] and E[s² − 2m̂s] (arXiv 2410.01796, §3); see `divergences`.
 
     Args:
@@ -185,7 +190,7 @@ class FieldDivergence(Objective):
 
 
 @dataclass(frozen=True)
-class KernelRegression(Objective):
+class KernelRegression(FieldObjective):
     """Squared errors (s − m̂)² and ‖g − ∇m̂‖² at query points off the data, for low dimension.
 
     With the exact kernel these are the fields of p smoothed by the kernel, wherever the proposal reaches.

@@ -6,8 +6,8 @@ import torch
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
-from bd_lightning.build import instantiate
-from bd_lightning.config import compose, parse
+from bd_lightning.cli.build import instantiate
+from bd_lightning.cli.config import compose, parse
 
 FACTS = {"shape": (1, 4, 4), "num_classes": 2, "sigma_data": 0.7}
 SIZE = 6

@@ -98,7 +98,7 @@ def test_merge_joins_models_of_disjoint_data(halves, classify):
         (["mix={3: -1.0}"], "the weights of the mixture sum to -1; they must sum to a positive number"),
         (["remove=[0,1,2,3,4,5,6,7,8,9]"], "the weights of the mixture sum to 0"),
         (["mix={3: much}"], "'mix.3' must be float, got 'much'"),
-        (["remove=7"], "'remove' must be"),
+        (["remove={7: 1}"], "'remove' must be"),
         (["mix={3: 1.0}", "calibrate=-1"], "'calibrate' must not be negative, got -1"),
         (["merge={nowhere.ckpt: 1.0}"], "checkpoint not found: nowhere.ckpt"),
         (["mix={3: 1.0}", "labels=[3]"], "give one of the two"),
@@ -114,9 +114,9 @@ def test_models_that_do_not_fit_each_other(whole, root, capsys):
         assert train.main(["predict", f"ckpt_path={whole}", *words]) == 2
         return capsys.readouterr().err
 
-    other = fit(root, "other", 1, "model.noise_std=1.0")
+    other = fit(root, "other", 1, "model.noise.std=1.0")
     assert "cannot be merged with" in (message := refused(f"merge={{{other}: 1.0}}"))
-    assert "noise_mean and noise_std [-0.5, 1.0] against [-0.5, 1.5]" in message
+    assert "noise.mean and noise.std [-0.5, 1.0] against [-0.5, 1.5]" in message
     points = root / "runs" / "bellman-diffusion" / "points" / "checkpoints" / "last.ckpt"
     words = ["data=wine", "model=relative", "model.network.per_class=false", "callbacks=points", "callbacks.best=null"]
     words += ["callbacks.metrics=null", "callbacks.figures=null", "callbacks.trajectory=null", "data.batch_size=32"]

@@ -37,7 +37,7 @@ def run(plan: Plan) -> None:
         announce(plan, trainer, data, model)
     carry_out(plan, trainer, data, model)
     if trainer.is_global_zero:
-        finish(plan, callbacks)
+        finish(plan, callbacks, model)
 
 
 def refuse_other_data(trained: Facts, given: Facts) -> None:
@@ -111,11 +111,11 @@ def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
                 logger.close(failed)
 
 
-def finish(plan: Plan, callbacks: list[Any]) -> None:
-    """Say how good it is, where everything is and how to sample from it."""
+def finish(plan: Plan, callbacks: list[Any], model: Any) -> None:
+    """Say how good it is, where everything is and how to go on with it."""
     for callback in objects.evaluations(callbacks):
         if callback.record and (plan.run_dir / callback.record).is_file():
             print(json.loads((plan.run_dir / callback.record).read_text())[-1]["summary"])
     best, last = (plan.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     checkpoint = best if best.is_file() else last
-    print(f"everything is in {short(plan.run_dir)}; to sample: train.py predict ckpt_path={short(checkpoint)} n=64")
+    print(f"everything is in {short(plan.run_dir)}; {model.next_step(short(checkpoint))}")

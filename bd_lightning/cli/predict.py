@@ -61,6 +61,7 @@ def run(plan: Plan) -> None:
     assert facts is not None  # a plan to predict has a checkpoint
     objects.prepare(config)
     model = objects.model(plan, facts)
+    model.check_predict()
     labels = choose_labels(config["labels"] or [], facts, model)
     mixed = any(config[key] for key in ("mix", "remove", "merge"))
     if config["calibrate"] and not mixed:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bd_lightning.checks import in_range
+from bd_lightning.checks import UserError, in_range
 from bd_lightning.modules.base import Module
 from bd_lightning.networks.autoencoder import Decoder, Encoder, check_latent
 
@@ -69,6 +69,17 @@ class Autoencoder(Module):
         kl = (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1) / 2
         loss = error + self.kl_weight * kl
         return {"loss": loss.mean(), "squared_error": error.mean(), "kl": kl.mean()}, {}
+
+    def check_predict(self) -> None:
+        """An autoencoder has no samples of its own."""
+        raise UserError(
+            "an autoencoder draws no samples: learn in its codes, with experiment=mnist_latent (or data=digits_latent) "
+            "data.autoencoder.ckpt_path=<this checkpoint>, and predict from that run"
+        )
+
+    def next_step(self, checkpoint: str) -> str:
+        """Its codes are data for another run."""
+        return f"to learn in its codes: train.py experiment=mnist_latent data.autoencoder.ckpt_path={checkpoint}"
 
     @torch.no_grad()
     def sample(

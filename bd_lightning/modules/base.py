@@ -90,6 +90,17 @@ class Module(L.LightningModule):
         self.warmup_steps, self.lr_decay, self.lr_scaling = warmup_steps, lr_decay, lr_scaling
         self.loaded_step = 0
 
+    def check_predict(self) -> None:
+        """Refuse to draw samples, where the model has none of its own.
+
+        Raises:
+            UserError: saying what it is for.
+        """
+
+    def next_step(self, checkpoint: str) -> str:
+        """What one does with a trained model, for the last line of a run: words and a command line."""
+        return f"to sample: train.py predict ckpt_path={checkpoint} n=64"
+
     def mixture_source(self) -> Any:
         """The fields that mixtures of classes and models are made of.
 

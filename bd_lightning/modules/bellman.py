@@ -13,7 +13,7 @@ from bd_lightning.fields import LearnedFields
 from bd_lightning.kernels import Kernel
 from bd_lightning.modules.generator import Generator
 from bd_lightning.networks.base import Network
-from bd_lightning.objectives import FieldDivergence, Losses, NoiseLevels, Objective, Partners
+from bd_lightning.objectives import FieldDivergence, FieldObjective, Losses, NoiseLevels, Partners
 
 
 class BellmanDiffusion(Generator):
@@ -60,7 +60,7 @@ class BellmanDiffusion(Generator):
         sigma_data: float,
         samplers: dict[str, Sampler | None],
         sampler: str = "ode",
-        objective: Objective | None = None,
+        objective: FieldObjective | None = None,
         noise: NoiseLevels | None = NoiseLevels(),  # noqa: B008 (frozen)
         partners: Partners = Partners(),  # noqa: B008 (frozen)
         scalar_network: Network | None = None,
