@@ -1,7 +1,7 @@
 """Reading and writing checkpoints: tensors and plain data only, with the config that rebuilds the model."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,12 @@ def restore(module: Module, checkpoint: Mapping[str, Any], path: str | Path) -> 
         raise UserError(f"the weights in {path} do not fit the model: leave model as it was ({reason})") from error
 
 
-def load(path: str | Path, kind: type[Module] = Module, named: Collection[str] | None = ()) -> tuple[Any, dict]:
+def load(path: str | Path, kind: type[Module] = Module) -> tuple[Any, dict]:
     """Build the module of a checkpoint with its (averaged) weights, frozen and in evaluation mode.
 
     Args:
         path: the checkpoint.
         kind: the class that the module has to be of.
-        named: classes beside those of this suite that it may hold; None allows any.
 
     Returns:
         The module and the stored config, `facts` among it, in today's format.
@@ -104,8 +103,7 @@ def load(path: str | Path, kind: type[Module] = Module, named: Collection[str] |
     """
     checkpoint = read(path)
     stored = checkpoint["hyper_parameters"]
-    if named is not None:
-        build.refuse_strangers(stored["model"], str(path), named)
+    build.refuse_strangers(stored["model"], str(path))
     build.check_kind(stored["model"], "model", build.KINDS["model"])
     module = build.instantiate(stored["model"], "model", facts.read(stored["facts"]).arguments)
     if not isinstance(module, kind):

@@ -21,7 +21,6 @@ class Plan:
         command: "fit", "validate", "test" or "predict".
         config: the config, resolved and checked.
         run_dir: the run folder.
-        named: classes beside the suite's own that configs of checkpoints may name; None allows any.
         new: whether the run begins in a folder of its own, which must not be there yet.
         checkpoint: the checkpoint that `config["ckpt_path"]` names, as `checkpoints.read` gives it.
     """
@@ -29,7 +28,6 @@ class Plan:
     command: str
     config: Mapping[str, Any]
     run_dir: Path
-    named: frozenset[str] | None
     new: bool = False
     checkpoint: Mapping[str, Any] | None = None
 
@@ -59,9 +57,9 @@ def resolve(argv: Sequence[str]) -> Plan:
         UserError: for anything that is the user's to put right.
     """
     request = configs.parse(argv)
-    config = configs.compose(request)
+    asked = config = configs.compose(request)
     build.check_keys(config)
-    named = None if config["trust"] else frozenset(build.targets(config))
+    build.trusted.set(None if config["trust"] else frozenset(build.targets(config)))
     path = _existing(config) if config["ckpt_path"] == "last" else config["ckpt_path"]
     checkpoint = None
     if path:
@@ -69,11 +67,14 @@ def resolve(argv: Sequence[str]) -> Plan:
 
         checkpoint = checkpoints.read(path)
         config = configs.compose(request, checkpoint["hyper_parameters"])
-        if named is not None:
-            build.refuse_strangers(config, path, named)
+        build.refuse_strangers(config, path)
+        if not asked["trust"]:
+            refuse_elsewhere(config, asked, path)
     elif request.command != "fit":
         raise UserError(f"{request.command} needs ckpt_path=<run folder>/checkpoints/best.ckpt")
     repeated, config["ckpt_path"] = config["ckpt_path"] == "last", path
+    if path and folders.folder_of(path) != folders.run_folder(config, request.command == "fit"):
+        config["root"] = asked["root"]  # a stored config does not say where a new folder goes
     build.check(config)
     refuse_numbers(config["trainer"])
     run_dir = folders.run_folder(config, request.command == "fit")
@@ -82,7 +83,31 @@ def resolve(argv: Sequence[str]) -> Plan:
         folders.refuse_existing(run_dir)
     if path and checkpoint and request.command == "fit":
         folders.refuse_lost_steps(run_dir, Path(path), checkpoint["global_step"], config["steps"])
-    return Plan(request.command, config, run_dir, named, new, checkpoint)
+    return Plan(request.command, config, run_dir, new, checkpoint)
+
+
+def refuse_elsewhere(config: Mapping[str, Any], asked: Mapping[str, Any], place: str) -> None:
+    """Refuse a stored config that has callbacks write outside the run folder.
+
+    Args:
+        config: the config, with the stored one in it.
+        asked: what the command line says without it.
+        place: the checkpoint, for the message.
+
+    Raises:
+        UserError: naming the key, and how to allow it.
+    """
+    callbacks = config["callbacks"] if isinstance(config["callbacks"], Mapping) else {}
+    for name, node in callbacks.items():
+        mine = (asked["callbacks"] or {}).get(name)
+        for key in ("dirpath", "filename"):
+            value = node.get(key) if isinstance(node, Mapping) else None
+            own = isinstance(mine, Mapping) and mine.get(key) == value
+            if isinstance(value, str) and not own and (key == "dirpath" or "/" in value or "\\" in value):
+                raise UserError(
+                    f"{place} has 'callbacks.{name}.{key}' {value!r}, which leads out of the run folder: say so on the "
+                    "command line too, or add trust=true"
+                )
 
 
 AT_LEAST = {

@@ -137,7 +137,7 @@ def mixing(plan: Plan, facts: Facts, model: Any) -> Drawing:
     mine = identity(model, facts)
     others = []
     for path, weight in (config["merge"] or {}).items():
-        other, stored = checkpoints.load(path, type(model), plan.named)
+        other, stored = checkpoints.load(path, type(model))
         its = facts_of.read(stored["facts"])
         for what, theirs in identity(other, its).items():
             if mine[what] != theirs:
