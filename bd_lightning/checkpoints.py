@@ -80,10 +80,10 @@ def restore(module: Module, checkpoint: Mapping[str, Any], path: str | Path) -> 
     Raises:
         UserError: if they are not those of such a module.
     """
-    module.on_load_checkpoint(dict(checkpoint))
     try:
+        module.on_load_checkpoint(dict(checkpoint))
         module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:  # of other shapes, names or types
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights in {path} do not fit the model: leave model as it was ({reason})") from error
 
