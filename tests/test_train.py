@@ -185,7 +185,7 @@ def test_training_on_two_processes(root):
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1  # rank 0 alone starts a run
     assert done.stdout.count("everything is in") == 1
     with Image.open(folder / "samples" / "ode-0000012.png") as grid:
-        assert grid.size == (8 * 34 + 2, 34 + 2)
+        assert grid.size == (8 * 66 + 2, 66 + 2)
 
 
 @pytest.mark.parametrize("data", ["digits", "mnist", "cifar10", "folder"])
