@@ -69,7 +69,9 @@ def refuse_strangers(node: Any, place: str) -> None:
         ConfigError: naming the class, and how to allow it.
     """
     named = trusted.get()
-    for path in sorted(targets(node)) if named is not None else ():
+    if named is None:
+        return
+    for path in sorted(targets(node)):
         if path.partition(".")[0] not in OWN and path not in SHIPPED and path not in named:
             raise ConfigError(
                 f"{place} names '{path}', which is no class of this suite and could do anything: if you trust the "
