@@ -1,5 +1,6 @@
 """What goes into a checkpoint when a run does not end as planned."""
 
+import math
 import signal
 import threading
 from typing import Any
@@ -109,8 +110,10 @@ class LastCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Carry paths over to a run folder that was moved, without which Lightning forgets the best score."""
         for callback in trainer.checkpoint_callbacks:
+            if not isinstance(callback, ModelCheckpoint):
+                continue
             state = checkpoint["callbacks"].get(callback.state_key, {})
-            old, new = state.get("dirpath"), getattr(callback, "dirpath", None)
+            old, new = state.get("dirpath"), callback.dirpath
             if old and new and old != new:
                 state["dirpath"] = new
                 for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
@@ -140,14 +143,14 @@ class LastCheckpoint(ModelCheckpoint):
     ) -> None:
         """Save if it is time and no validation follows, which saves by itself."""
         due = self.every and trainer.global_step % self.every == 0
-        due = due and (trainer.fit_loop.total_batch_idx + 1) % trainer.val_check_batch != 0
+        due = due and (trainer.fit_loop.total_batch_idx + 1) % (trainer.val_check_batch or math.inf) != 0
         if due and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> Any:
         """Save, unless the loss is no longer finite, nothing can be saved, or the weights are half changed."""
         steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
-        batches = trainer.fit_loop.epoch_loop.batch_progress.total
+        batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         changing = steps.total.ready != steps.total.completed  # the optimiser was at work
         changed = batches.ready != batches.processed and trainer.global_step != self.begun  # and not all counted yet
         if not (isinstance(exception, (NonFiniteLoss, SavingFailed)) or changing or changed):

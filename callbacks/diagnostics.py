@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bd_lightning.checks import UserError, one_of
-from callbacks.drawing import run_folder
+from callbacks.records import run_folder
 
 
 class NonFiniteLoss(UserError):
@@ -64,7 +64,7 @@ class TrainingDiagnostics(L.Callback):
         """Log the norm of the gradient; stop at one that is not finite, or leave the step out."""
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:
+        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("train/gradient_norm", norm)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # float16 looks after itself
         if scaled or torch.isfinite(norm + self.loss):
@@ -97,8 +97,8 @@ class TrainingDiagnostics(L.Callback):
         self.samples += len(outputs.get("sigma", batch[0])) * trainer.world_size
         self.seconds += now - self.last
         self.last = now
-        due = trainer.global_step % trainer.log_every_n_steps == 0 and trainer.global_step != self.logged_step
-        if due and trainer.global_step > 0:
+        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due and trainer.global_step not in (0, self.logged_step):
             self.logged_step = trainer.global_step
             pl_module.log_dict(self.values(), on_step=True)
             self._clear()
@@ -112,6 +112,8 @@ class FieldDiagnostics(TrainingDiagnostics):
         near_zero: s counts as near zero below this share of its typical size m_ref.
         options: arguments of `TrainingDiagnostics`.
     """
+
+    sums: dict[str, Tensor]
 
     def __init__(
         self,
@@ -137,7 +139,7 @@ class FieldDiagnostics(TrainingDiagnostics):
 
     def _clear(self) -> None:
         super()._clear()
-        self.sums: dict[str, Tensor] = {}
+        self.sums = {}
 
     def values(self) -> dict[str, float]:
         """Means over the batches since they were last logged."""

@@ -1,40 +1,80 @@
-"""Drawing samples on all ranks, and putting pictures and records where people look for them."""
+"""Drawing samples on all ranks."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import torch
-from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import SamplingDiverged
+from datamodules.base import DataModule
 
 
-def check_sampler(pl_module: L.LightningModule, name: str | None, owner: str) -> None:
-    """Refuse a sampler that the module does not have.
+class SampleModule(Protocol):
+    """What callbacks use of a LightningModule that draws samples (see `bd_lightning.modules`).
+
+    The last four have a meaning where samples are vectors.
+
+    Attributes:
+        device: where it computes.
+        samplers: samplers by name, each with `calls`, its number of network calls.
+        sampler: name of the default one.
+        conditional: whether classes have to be asked for.
+        num_classes: number of classes.
+        sample: draws samples of given indices.
+        all_gather: the tensors of all ranks, one above the other.
+        log_dict: logs numbers.
+        dim: number of data dimensions.
+        multi_scale: fields at every noise level, or at σ = 0 alone.
+        fields: the learned fields, a function of points and noise levels.
+        analytic: the fields that the losses are minimised by for a density in closed form.
+    """
+
+    device: torch.device
+    samplers: Mapping[str, Any]
+    sampler: str
+    conditional: bool
+    num_classes: int
+    sample: Any
+    all_gather: Any
+    log_dict: Any
+    dim: int
+    multi_scale: bool
+    fields: Any
+    analytic: Any
+
+
+SHAPES = {"images": (3, "points"), "vectors": (1, "images")}
+"""Kinds of samples: number of axes, and the callbacks to choose instead."""
+
+
+def check(trainer: L.Trainer, pl_module: Any, owner: str, kind: str, samplers: Iterable[str | None]) -> None:
+    """Refuse samples of another kind, and samplers that the module does not have.
+
+    Args:
+        trainer: the trainer, with its data module.
+        pl_module: the module.
+        owner: name of the callback.
+        kind: "images" or "vectors".
+        samplers: names of samplers; None stands for the module's own choice.
 
     Raises:
-        UserError: naming the callback and the samplers that exist.
+        UserError: naming the callback, and what there is to choose.
     """
-    if name is not None and name not in pl_module.samplers:
-        raise UserError(f"{owner}: no sampler named '{name}'; the model has {', '.join(pl_module.samplers)}")
+    shape, (axes, others) = data_of(trainer).observed.shape, SHAPES[kind]
+    if len(shape) != axes:
+        raise UserError(f"{owner} is for {kind}, and a sample has shape {shape}: choose callbacks={others}")
+    for name in samplers:
+        if name is not None and name not in pl_module.samplers:
+            raise UserError(f"{owner}: no sampler named '{name}'; the model has {', '.join(pl_module.samplers)}")
 
 
-def need_images(trainer: L.Trainer, owner: str) -> None:
-    """Refuse data that is not images.
-
-    Raises:
-        UserError: naming the callback and what to choose instead.
-    """
-    shape = trainer.datamodule.observed.shape  # type: ignore[attr-defined]
-    if len(shape) != 3:
-        raise UserError(f"{owner} is for images, and a sample has shape {shape}: choose callbacks=points")
+def data_of(trainer: L.Trainer) -> DataModule:
+    """The data module of a trainer."""
+    return trainer.datamodule  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -49,8 +89,15 @@ def all_or_none(trainer: L.Trainer) -> Iterator[None]:
         raise lost or UserError("samples were lost on another rank")
 
 
+def classes_of(pl_module: SampleModule, indices: Sequence[int]) -> Tensor | None:
+    """Class i modulo the number of classes for sample i, (B,); None where no class has to be asked for."""
+    if not pl_module.conditional:
+        return None
+    return torch.tensor([i % pl_module.num_classes for i in indices], device=pl_module.device)
+
+
 def draw(
-    trainer: L.Trainer, pl_module: L.LightningModule, n: int, batch_size: int, seed: int, sampler: str | None
+    trainer: L.Trainer, pl_module: SampleModule, n: int, batch_size: int, seed: int, sampler: str | None
 ) -> Iterator[Tensor]:
     """This rank's share of n samples, decoded by the data module, a batch at a time.
 
@@ -60,15 +107,13 @@ def draw(
     mine = range(trainer.global_rank, n, trainer.world_size)
     for start in range(0, len(mine), batch_size):
         indices = mine[start : start + batch_size]
-        label = None
-        if pl_module.conditional:
-            label = torch.tensor([i % pl_module.num_classes for i in indices], device=pl_module.device)
+        label = classes_of(pl_module, indices)
         x = pl_module.sample(indices, sampler=sampler, seed=seed, label=label)
-        yield trainer.datamodule.decode(x)  # type: ignore[attr-defined]
+        yield data_of(trainer).decode(x)
 
 
 def draw_together(
-    trainer: L.Trainer, pl_module: L.LightningModule, n: int, batch_size: int, seed: int, sampler: str | None
+    trainer: L.Trainer, pl_module: SampleModule, n: int, batch_size: int, seed: int, sampler: str | None
 ) -> Tensor:
     """All n samples on every rank, in order and decoded, shape (n, *shape), on the CPU.
 
@@ -81,60 +126,5 @@ def draw_together(
         mine = torch.cat(list(draw(trainer, pl_module, padded, batch_size, seed, sampler)))
     if world == 1:
         return mine[:n].cpu()
-    shares = pl_module.all_gather(mine)  # (world, n / world, *shape)
+    shares: Tensor = pl_module.all_gather(mine)  # (world, n / world, *shape)
     return shares.transpose(0, 1).flatten(0, 1)[:n].cpu()
-
-
-def grid_image(images: Tensor, columns: int = 8, zoom: int | None = None) -> Image.Image:
-    """A picture of images, bytes of shape (n, C, H, W), enlarged without smoothing to at least 32 pixels each."""
-    zoom = zoom or max(1, 32 // images.shape[-1])
-    images = images.repeat_interleave(zoom, -1).repeat_interleave(zoom, -2)
-    return Image.fromarray(make_grid(images, nrow=columns, padding=2).permute(1, 2, 0).numpy())
-
-
-def run_folder(trainer: L.Trainer) -> Path:
-    """The run folder."""
-    return Path(trainer.default_root_dir)
-
-
-def step_of(trainer: L.Trainer) -> int:
-    """The optimiser step that the module's weights come from, also when they were loaded to be evaluated."""
-    return max(trainer.global_step, trainer.lightning_module.loaded_step)
-
-
-def publish_image(trainer: L.Trainer, key: str, path: Path, caption: str) -> None:
-    """Log a picture that lies at `path` with every logger that takes pictures. Call on rank 0."""
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_image"):
-            logger.log_image(key, [str(path)], step=step_of(trainer), caption=[caption])
-
-
-def publish_animation(
-    trainer: L.Trainer, name: str, pictures: list[Image.Image], seconds: float, hold: float = 1.0
-) -> None:
-    """Write pictures as <run folder>/samples/trajectory-<name>.gif, the last one held, and log them as a video."""
-    path = run_folder(trainer) / "samples" / f"trajectory-{name}.gif"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    times = [round(1000 * seconds / len(pictures))] * (len(pictures) - 1) + [round(1000 * hold)]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=times, loop=0)
-    for logger in trainer.loggers:
-        if hasattr(logger, "log_video"):
-            logger.log_video(f"trajectory/{name}", [str(path)], step=trainer.global_step, format=["gif"])
-
-
-def append_record(trainer: L.Trainer, name: str, row: dict[str, Any]) -> None:
-    """Append a row to <run folder>/<name>, a JSON list; "summary" of the last row is printed when the run ends.
-
-    It takes the place of a row of the same step and protocol, which a run that was killed had written before.
-    """
-    path = run_folder(trainer) / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rows = json.loads(path.read_text()) if path.is_file() else []
-
-    def place(one: dict[str, Any]) -> tuple:
-        return one["step"], one.get("protocol"), set(one)
-
-    rows = [old for old in rows if place(old) != place(row)]
-    part = Path(f"{path}.part")
-    part.write_text(json.dumps([*rows, row], indent=1))
-    part.replace(path)

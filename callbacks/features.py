@@ -63,7 +63,8 @@ class ClassifierFeatures(ImageFeatures):
         positive(width=width, steps=steps, batch_size=batch_size)
         self.num_features, self.steps, self.batch_size, self.seed = width, steps, batch_size, seed
         self.key = ("classifier-2", width, steps, batch_size, seed)
-        self.trunk, self.head = nn.Identity(), nn.Identity()
+        self.trunk: nn.Module = nn.Identity()
+        self.head: nn.Module = nn.Identity()
         self.accuracy = float("nan")
 
     @property

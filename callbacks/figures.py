@@ -1,37 +1,45 @@
 """Pictures of data in few dimensions: learned fields beside the true ones, samples over contours, marginals."""
 
+import textwrap
+from collections.abc import Sequence
+
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from bd_lightning.checks import UserError, positive
-from callbacks.drawing import check_sampler, draw_together, publish_image, run_folder, step_of
-from callbacks.points import default_levels, fields_at, lattice, need_vectors, true_fields
+from bd_lightning.checks import positive
+from bd_lightning.targets import Density
+from callbacks.drawing import SampleModule, data_of, draw_together
+from callbacks.evaluation import Evaluation
+from callbacks.pictures import figure_image, publish_picture
+from callbacks.points import default_levels, fields_at, lattice, true_fields
 from callbacks.samples import Trajectory
+from datamodules.subsets import random_subset
 
 
-class FieldFigures(L.Callback):
+class FieldFigures(Evaluation):
     """Figures at every validation, written to <run folder>/figures/<name>-<step>.png and logged as figures/<name>.
 
     - `fields`, in one and two dimensions: both learned fields and, where the data is a density in closed form, the
       true ones beside them: curves, or heat maps and arrows.
     - `samples`: a histogram over the density in one dimension; points over its contours in two; in more, histograms
-      of the first columns of samples and held-out data.
+      of the columns of samples and held-out data.
 
     Args:
         n: number of samples shown.
         sampler: name of the module's sampler; None takes its default.
         level: noise level of the fields, in data units; None takes 0.3 for a multi-scale model and 0 otherwise.
         extent: half the side of what is shown, in data units; None takes 1.3 times the largest coordinate of the data.
-        columns: at most so many columns of data in more than two dimensions.
+        columns: at most so many columns of data in more than two dimensions; None shows all.
         seed: seed of the samples.
     """
+
+    subject = "figure of samples"
+    stages = ("val",)
+    kind = "vectors"
 
     def __init__(
         self,
@@ -39,75 +47,82 @@ class FieldFigures(L.Callback):
         sampler: str | None = None,
         level: float | None = None,
         extent: float | None = None,
-        columns: int = 12,
+        columns: int | None = None,
         seed: int = 1,
     ) -> None:
-        positive(n=n, columns=columns, extent=1.0 if extent is None else extent)
+        positive(n=n, columns=1 if columns is None else columns, extent=1.0 if extent is None else extent)
         if level is not None and not level >= 0:
             raise ValueError(f"level must not be negative, got {level}")
         self.n, self.sampler, self.level, self.extent = n, sampler, level, extent
         self.columns, self.seed = columns, seed
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that samples are vectors, and the name of the sampler."""
-        need_vectors(trainer, type(self).__name__)
-        check_sampler(pl_module, self.sampler, type(self).__name__)
+    def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> Tensor:
+        """The samples."""
+        return draw_together(trainer, pl_module, self.n, self.n, self.seed, sampler)
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw and write the figures."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        sampler = self.sampler or pl_module.sampler
-        with isolate_rng():
-            try:
-                x = draw_together(trainer, pl_module, self.n, self.n, self.seed, sampler)
-            except UserError as error:
-                x = None
-                rank_zero_info(f"no figure of samples at step {trainer.global_step}: {error}")
-        if not trainer.is_global_zero:
-            return
+    def judge(
+        self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str, drawn: Tensor | None
+    ) -> None:
+        """Write the figures: that of the fields also if chains were lost."""
+        data = data_of(trainer)
         real = data.split("val").x
         extent = self.extent or 1.3 * float(real.abs().max())
         if pl_module.dim <= 2:
             level = self.level
             if level is None:
                 level = sorted(default_levels(pl_module))[len(default_levels(pl_module)) // 2]
-            figure = field_figure(pl_module, getattr(data, "density", None), level, extent)
-            self._publish(trainer, "fields", figure, f"fields at σ = {level:g}")
-        if x is not None:
-            figure = sample_figure(x, real, getattr(data, "density", None), extent, self.columns)
-            self._publish(trainer, "samples", figure, f"{sampler}, {pl_module.samplers[sampler].calls} network calls")
-
-    def _publish(self, trainer: L.Trainer, name: str, figure: Figure, caption: str) -> None:
-        path = run_folder(trainer) / "figures" / f"{name}-{step_of(trainer):07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path)
-        publish_image(trainer, f"figures/{name}", path, caption)
+            figure = field_figure(pl_module, data.density, level, extent)
+            publish_picture(trainer, "figures/fields", figure.savefig, f"fields at σ = {level:g}")
+        if drawn is not None:
+            names = column_names(trainer, self.columns)
+            figure = sample_figure(drawn, real, data.density, extent, names)
+            caption = f"{sampler}, {pl_module.samplers[sampler].calls} network calls"
+            publish_picture(trainer, "figures/samples", figure.savefig, caption)
 
 
 class PointTrajectory(Trajectory):
-    """The way of a sampler from its start to the data, as an animation of points; see `Trajectory`."""
+    """The way of a sampler from its start to the data, as an animation of points; see `Trajectory`.
+
+    Args:
+        n: number of samples.
+        sampler: name of the module's sampler.
+        frames: number of frames, spread over the steps.
+        seconds: length of the animation.
+        seed: seed of the samples.
+        columns: at most so many columns of data in more than two dimensions; None shows all.
+    """
+
+    kind = "vectors"
 
     def __init__(
-        self, n: int = 1000, sampler: str = "sde", frames: int = 40, seconds: float = 4.0, seed: int = 0
+        self,
+        n: int = 1000,
+        sampler: str = "sde",
+        frames: int = 40,
+        seconds: float = 4.0,
+        seed: int = 0,
+        columns: int | None = 6,
     ) -> None:
         super().__init__(n, sampler, frames, seconds, seed)
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that samples are vectors, and the name of the sampler."""
-        need_vectors(trainer, type(self).__name__)
-        check_sampler(pl_module, self.sampler, type(self).__name__)
+        positive(columns=1 if columns is None else columns)
+        self.columns = columns
 
     def picture(self, trainer: L.Trainer, x: Tensor) -> Image.Image:
         """One frame; the window follows the points in from afar."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        extent = max(1.3 * float(data.split("val").x.abs().max()), 2 * float(x.square().mean().sqrt()))
-        figure = sample_figure(x, data.split("val").x, getattr(data, "density", None), extent, columns=6)
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+        data = data_of(trainer)
+        real = data.split("val").x
+        extent = max(1.3 * float(real.abs().max()), 2 * float(x.square().mean().sqrt()))
+        return figure_image(sample_figure(x, real, data.density, extent, column_names(trainer, self.columns)))
 
 
-def field_figure(pl_module, density, level: float, extent: float) -> Figure:
+def column_names(trainer: L.Trainer, limit: int | None = None) -> tuple[str, ...]:
+    """Names of the columns of the data, at most `limit`; data without names has its columns numbered."""
+    data = data_of(trainer)
+    names = data.facts.columns or tuple(f"column {i}" for i in range(data.shape[0]))
+    return tuple(names[:limit])
+
+
+def field_figure(pl_module: SampleModule, density: Density | None, level: float, extent: float) -> Figure:
     """Learned fields and, for a density in closed form, the minimisers of the losses beside them; d = 1 or 2."""
     x = lattice(pl_module.dim, extent)
     assert x is not None
@@ -143,8 +158,11 @@ def field_figure(pl_module, density, level: float, extent: float) -> Figure:
     return figure
 
 
-def sample_figure(x: Tensor, real: Tensor, density, extent: float, columns: int) -> Figure:
-    """Samples (n, d) over the density, or over held-out data (m, d) where there is none in closed form."""
+def sample_figure(x: Tensor, real: Tensor, density: Density | None, extent: float, columns: Sequence[str]) -> Figure:
+    """Samples (n, d) over the density, or over held-out data (m, d) where there is none in closed form.
+
+    In more than two dimensions there is a histogram for each of the first columns that have a name in `columns`.
+    """
     d = x.shape[1]
     if d == 1:
         figure = Figure(figsize=(4.5, 3), dpi=120, layout="constrained")
@@ -168,18 +186,20 @@ def sample_figure(x: Tensor, real: Tensor, density, extent: float, columns: int)
             levels = [top * share for share in (0.02, 0.1, 0.3, 0.6, 0.9)]
             axes.contour(line, line, heights.T, levels=levels, colors="k", linewidths=0.6)
         else:
-            axes.plot(real[:2000, 0], real[:2000, 1], "k.", ms=1, alpha=0.5)
+            some = real[random_subset(len(real), 2000)]
+            axes.plot(some[:, 0], some[:, 1], "k.", ms=1, alpha=0.5)
         axes.plot(x[:, 0], x[:, 1], ".", ms=2, alpha=0.6)
         axes.set(aspect="equal", xlim=(-extent, extent), ylim=(-extent, extent))
         return figure
-    shown = min(d, columns)
+    shown = len(columns)
     wide = min(4, shown)
     figure = Figure(figsize=(2.2 * wide, 1.8 * -(-shown // wide)), dpi=120, layout="constrained")
-    for i, axes in zip(range(shown), figure.subplots(-(-shown // wide), wide, squeeze=False).flat):
+    for i, name in enumerate(columns):
+        axes = figure.add_subplot(-(-shown // wide), wide, i + 1)
         low, high = float(real[:, i].min()) - 0.5, float(real[:, i].max()) + 0.5
-        for values, name in ((real, "held out"), (x, "samples")):
-            axes.hist(values[:, i], bins=30, range=(low, high), density=True, alpha=0.5, label=name)
-        axes.set_title(f"column {i}", fontsize=8)
+        for values, label in ((real, "held out"), (x, "samples")):
+            axes.hist(values[:, i], bins=30, range=(low, high), density=True, alpha=0.5, label=label)
+        axes.set_title(textwrap.fill(name, 26), fontsize=8, parse_math=False)
         axes.tick_params(labelsize=6)
     figure.axes[0].legend(fontsize=6)
     return figure

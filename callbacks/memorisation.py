@@ -1,27 +1,21 @@
 """Whether samples are copies of training images."""
 
-from typing import Any
+from typing import cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from bd_lightning.checks import UserError, in_range, positive
-from callbacks.drawing import (
-    append_record,
-    check_sampler,
-    draw_together,
-    grid_image,
-    need_images,
-    publish_image,
-    run_folder,
-    step_of,
-)
+from bd_lightning.checks import in_range, positive
+from callbacks.drawing import SampleModule, data_of, draw_together
+from callbacks.evaluation import Evaluation, Findings
+from callbacks.pictures import grid_image, publish_picture
+from callbacks.records import step_of
 from datamodules.images import ImageDataModule, to_uint8
+from datamodules.subsets import random_subset
 
 
 def nearest_two(x: Tensor, data: ImageDataModule, split: str = "train") -> tuple[Tensor, Tensor]:
@@ -71,7 +65,7 @@ def memorisation(samples: Tensor, held_out: Tensor, ratio: float = 1 / 3) -> dic
     }
 
 
-class Memorisation(L.Callback):
+class Memorisation(Evaluation):
     """Distances of samples to their nearest training images, against those of test images, at every test.
 
     Logged as memorisation/… (see `memorisation`), written to <run folder>/memorisation.json with its protocol, and
@@ -79,12 +73,16 @@ class Memorisation(L.Callback):
     above that image.
 
     Args:
-        n: number of samples, and the largest number of test images.
+        n: number of samples, and the largest number of test images, which are a random subset of the split.
         sampler: name of the module's sampler; None takes its default.
         batch_size: samples drawn at a time on each rank.
         ratio: of the ratio test.
         seed: seed of the samples.
     """
+
+    record = "memorisation.json"
+    subject = "memorisation"
+    stages = ("test",)
 
     def __init__(
         self, n: int = 1000, sampler: str | None = None, batch_size: int = 500, ratio: float = 1 / 3, seed: int = 1
@@ -93,46 +91,50 @@ class Memorisation(L.Callback):
         in_range(0, 1, ratio=ratio)
         self.n, self.sampler, self.batch_size, self.ratio, self.seed = n, sampler, batch_size, ratio, seed
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the data and the name of the sampler."""
-        need_images(trainer, type(self).__name__)
-        check_sampler(pl_module, self.sampler, type(self).__name__)
+    def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> Tensor:
+        """The samples."""
+        return draw_together(trainer, pl_module, self.n, self.batch_size, self.seed, sampler)
 
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Draw, compare, write."""
-        sampler = self.sampler or pl_module.sampler
-        try:
-            with isolate_rng():
-                images = draw_together(trainer, pl_module, self.n, self.batch_size, self.seed, sampler)
-        except UserError as error:
-            rank_zero_info(f"no memorisation at step {step_of(trainer)}: {error}")
-            return
-        if not trainer.is_global_zero:
-            return
-        data: Any = trainer.datamodule.observed  # type: ignore[attr-defined]
-        samples, held_out = to_uint8(images), _first(data, "test", self.n)
+    def judge(
+        self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str, drawn: Tensor | None
+    ) -> Findings | None:
+        """Distances to training images, said and drawn."""
+        if drawn is None:
+            return None
+        data = cast(ImageDataModule, data_of(trainer).observed)
+        samples, held_out = to_uint8(drawn), some_images(data, "test", self.n)
         ours, index = nearest_two(samples, data)
         theirs, _ = nearest_two(held_out, data)
         values = memorisation(ours, theirs, self.ratio)
-        for logger in trainer.loggers:
-            logger.log_metrics({f"memorisation/{k}": v for k, v in values.items()}, step=step_of(trainer))
         summary = (
             f"median distance to the nearest training image {values['distance_ratio']:.2f} times that of test images; "
             f"{values['close']:.1%} of samples nearer than 99 % of test images (1.0% without memorisation); "
             f"{values['copies']:.2%} copies by the ratio test ({values['copies_held_out']:.2%} of test images): "
             f"{self.n} samples ({sampler}, seed {self.seed}), {len(held_out)} test images of {data.name}, pixels"
         )
-        append_record(trainer, "memorisation.json", {"step": step_of(trainer), **values, "summary": summary})
         rank_zero_info(f"Memorisation: {summary}")
         self._draw(trainer, samples, ours[:, 0], index[:, 0], theirs[:, 0], data)
+        return Findings({f"memorisation/{k}": v for k, v in values.items()}, {**values, "summary": summary})
+
+    def log_values(self, trainer: L.Trainer, pl_module: SampleModule, values: dict[str, float]) -> None:
+        """Log values at the step that the weights come from; Lightning's own step is zero in a test."""
+        if trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=step_of(trainer))
 
     def _draw(
-        self, trainer: L.Trainer, samples: Tensor, ours: Tensor, index: Tensor, theirs: Tensor, data: Any
+        self,
+        trainer: L.Trainer,
+        samples: Tensor,
+        ours: Tensor,
+        index: Tensor,
+        theirs: Tensor,
+        data: ImageDataModule,
     ) -> None:
         nearest = ours.argsort()[:16]
         train = Subset(data.load_split("train"), index[nearest].tolist())
         twins, _ = next(iter(DataLoader(train, len(train), collate_fn=data.collate)))
-        figure = Figure(figsize=(8, 5), layout="constrained")
+        figure = Figure(figsize=(8, 5), dpi=120, layout="constrained")
         top, bottom = figure.subplots(2, 1)
         bins = torch.linspace(0, float(torch.cat([ours, theirs]).max()), 50).tolist()
         for values, label in ((theirs, "test images"), (ours, "samples")):
@@ -142,17 +144,12 @@ class Memorisation(L.Callback):
         bottom.imshow(grid_image(torch.cat([samples[nearest], to_uint8(twins)]), columns=16))
         bottom.set_title("the samples nearest to a training image, above it", fontsize=9)
         bottom.axis("off")
-        path = run_folder(trainer) / "samples" / f"memorisation-{step_of(trainer):07d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120)
-        publish_image(trainer, "memorisation", path, f"{self.n} samples, seed {self.seed}")
+        caption = f"{self.n} samples, seed {self.seed}"
+        publish_picture(trainer, "samples/memorisation", figure.savefig, caption, key="memorisation")
 
 
-def _first(data: ImageDataModule, split: str, n: int) -> Tensor:
-    """The first n images of a split, bytes."""
-    rows: list[Tensor] = []
-    for x, _ in DataLoader(data.load_split(split), 500, collate_fn=data.collate):
-        rows.append(to_uint8(x))
-        if sum(map(len, rows)) >= n:
-            break
-    return torch.cat(rows)[:n]
+def some_images(data: ImageDataModule, split: str, n: int) -> Tensor:
+    """At most n images of a split, a random subset with a fixed seed, bytes."""
+    images = data.load_split(split)
+    chosen = Subset(images, random_subset(len(images), n))
+    return torch.cat([to_uint8(x) for x, _ in DataLoader(chosen, 500, collate_fn=data.collate)])

@@ -1,23 +1,25 @@
 """FID, KID, precision and recall of samples, with the protocol written beside every number."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from bd_lightning.checks import UserError, in_range, positive
-from callbacks.drawing import all_or_none, append_record, check_sampler, draw, need_images, step_of
+from bd_lightning.checks import in_range, positive
+from callbacks.drawing import SampleModule, all_or_none, data_of, draw
+from callbacks.evaluation import Evaluation, Findings, Metric
 from callbacks.features import ImageFeatures
 from datamodules.cache import cache_path, load_cached, save_cached
 from datamodules.images import ImageDataModule, to_uint8
+from datamodules.subsets import random_subset
 
 KEPT = 10_000
 """Features of so many samples are kept, for KID's subsets and for precision and recall. FID keeps sums alone."""
@@ -67,13 +69,14 @@ def precision_recall(samples: Tensor, real: Tensor, neighbours: int = 3) -> tupl
     return found["precision"], found["recall"]
 
 
-class ImageMetrics(L.Callback):
+class ImageMetrics(Evaluation):
     """FID, KID, precision and recall at every validation and test, logged as <stage>/fid and so on.
 
     The reference features are computed once and cached under <data.root>/.cache, keyed by data set, split and
     features. The reference split is the running stage's own, unless the data module says otherwise (`Digits` compares
     with its training images). With them are kept two numbers that FID should be read against: its value between real
-    images (the reference and a disjoint split) and for uniform noise. Every row goes to <run folder>/fid.json
+    images (the reference and a disjoint split) and for uniform noise. FID takes the whole reference; where other
+    numbers take fewer images, these are a random subset with a fixed seed. Every row goes to <run folder>/fid.json
     with its protocol.
 
     Args:
@@ -86,6 +89,10 @@ class ImageMetrics(L.Callback):
         manifold: precision and recall are those of at most so many samples and as many real images; 0 leaves them out.
         seed: seed of the samples.
     """
+
+    metrics = (Metric("fid", 1), Metric("kid", 4), Metric("precision", 3, "max"), Metric("recall", 3, "max"))
+    record = "fid.json"
+    subject = "FID"
 
     def __init__(
         self,
@@ -110,10 +117,9 @@ class ImageMetrics(L.Callback):
         """Train or load the features and the reference statistics, on rank 0 first."""
         if stage not in ("fit", "validate", "test"):
             return
-        need_images(trainer, type(self).__name__)
-        check_sampler(pl_module, self.sampler, type(self).__name__)
+        super().setup(trainer, pl_module, stage)
         held_out = "test" if stage == "test" else "val"
-        data: ImageDataModule = trainer.datamodule.observed  # type: ignore[attr-defined]
+        data = cast(ImageDataModule, data_of(trainer).observed)
         if not trainer.is_global_zero:
             trainer.strategy.barrier("features")
         self.features.prepare(data)
@@ -133,16 +139,16 @@ class ImageMetrics(L.Callback):
         self.references.clear()
 
     def _embed(self, data: ImageDataModule, split: str, device: torch.device, limit: int | None = None) -> Tensor:
-        rows: list[Tensor] = []
-        for x, _ in DataLoader(data.load_split(split), data.eval_batch_size, collate_fn=data.collate):
-            rows.append(self.features(to_uint8(x).to(device)).cpu())
-            if limit is not None and sum(map(len, rows)) >= limit:
-                break
-        return torch.cat(rows)
+        """Features of a split, or of a random subset of it, in random order: any first rows are a random subset."""
+        images = data.load_split(split)
+        chosen = Subset(images, random_subset(len(images), len(images) if limit is None else limit))
+        loader = DataLoader(chosen, data.eval_batch_size, collate_fn=data.collate)
+        rows = torch.cat([self.features(to_uint8(x).to(device)).cpu() for x, _ in loader])
+        return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
     def _reference(self, data: ImageDataModule, held_out: str, device: torch.device) -> dict[str, Any]:
         split = held_out if data.reference_split == "stage" else data.reference_split
-        path = cache_path(data, f"reference-{split}", self.features.key)
+        path = cache_path(data, f"reference-{split}", "random subsets", self.features.key)
         cached = load_cached(path)
         if cached is None:
             features = self._embed(data, split, device)
@@ -158,15 +164,16 @@ class ImageMetrics(L.Callback):
                 "features": features,
                 "split": split,
                 "floor": frechet_distance(features, real),
-                "floor_split": f"{len(real)} {other} images",
+                "floor_split": f"{len(real)} {other} images{', at random' if len(real) == len(features) else ''}",
                 "noise": frechet_distance(features, torch.cat(noise)[: len(features)]),
             }
             save_cached(cached, path)
         return cached
 
-    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, n: int) -> None:
-        reference = self.references[stage]
-        real = reference["features"]
+    def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> dict[str, float]:
+        """FID, KID, precision and recall of the samples of all ranks, the same on each."""
+        n = self.n if stage == "val" else self.n_test
+        real = self.references[stage]["features"]
         fid = FrechetInceptionDistance(feature=Given(real.shape[1])).to(pl_module.device)
         subset = min(self.kid_subset, n, len(real))
         kid = KernelInceptionDistance(feature=Given(real.shape[1]), subsets=50, subset_size=subset)
@@ -176,67 +183,55 @@ class ImageMetrics(L.Callback):
         for rows in mine.split(5000):  # states of all ranks are added up
             fid.update(rows.to(pl_module.device).double(), real=True)
         kid.update(mine[:share].to(pl_module.device) / self.features.kid_scale, real=True)
-        sampler = self.sampler or pl_module.sampler
-        few = min(self.manifold, KEPT, n, len(real))
         kept: list[Tensor] = []
-        try:
-            with isolate_rng():
-                with all_or_none(trainer):
-                    for x in draw(trainer, pl_module, n, self.batch_size, self.seed, sampler):
-                        rows = self.features(to_uint8(x))
-                        fid.update(rows.double(), real=False)
-                        part = rows[: max(0, share - sum(map(len, kept)))]
-                        if len(part):
-                            kid.update(part / self.features.kid_scale, real=False)
-                            kept.append(part)
-                torch.manual_seed(0)  # KID draws subsets
-                values = {f"{stage}/fid": fid.compute().float()}
-                if subset == self.kid_subset:
-                    values[f"{stage}/kid"] = kid.compute()[0].float()
-                if few // trainer.world_size > 3:
-                    ours = pl_module.all_gather(torch.cat(kept)[: few // trainer.world_size]).flatten(0, -2)
-                    precision, recall = precision_recall(ours, real[: len(ours)].to(ours.device))
-                    values[f"{stage}/precision"] = torch.tensor(precision, device=pl_module.device)
-                    values[f"{stage}/recall"] = torch.tensor(recall, device=pl_module.device)
-        except UserError as error:
-            rank_zero_info(f"no FID at step {trainer.global_step}: {error}")
-            values = {f"{stage}/fid": torch.tensor(float("inf"), device=pl_module.device)}
-        facts = {"fid/floor": reference["floor"], "fid/noise": reference["noise"], **self.features.facts}
-        pl_module.log_dict(values | facts, sync_dist=True)  # the same on every rank
-        if trainer.is_global_zero:
-            self._record(trainer, pl_module, stage, n, sampler, {k: float(v) for k, v in values.items()})
+        with all_or_none(trainer):
+            for x in draw(trainer, pl_module, n, self.batch_size, self.seed, sampler):
+                rows = self.features(to_uint8(x))
+                fid.update(rows.double(), real=False)
+                part = rows[: max(0, share - sum(map(len, kept)))]
+                if len(part):
+                    kid.update(part / self.features.kid_scale, real=False)
+                    kept.append(part)
+        torch.manual_seed(0)  # KID draws subsets
+        values = {"fid": float(fid.compute().float())}
+        if subset == self.kid_subset:
+            values["kid"] = float(kid.compute()[0].float())
+        few = self._manifold(n, len(real), trainer.world_size)
+        if few // trainer.world_size > 3:
+            ours = pl_module.all_gather(torch.cat(kept)[: few // trainer.world_size]).flatten(0, -2)
+            values["precision"], values["recall"] = precision_recall(ours, real[: len(ours)].to(ours.device))
+        return values
 
-    def _record(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str, n: int, sampler: str, values: dict
-    ) -> None:
+    def _manifold(self, n: int, references: int, world_size: int) -> int:
+        """Number of samples, and of real images, that precision and recall are of: the same from each rank."""
+        return min(self.manifold, KEPT, n, references) // world_size * world_size
+
+    def judge(
+        self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str, drawn: dict[str, float] | None
+    ) -> Findings:
+        """The numbers with their protocol; FID is infinite if chains were lost."""
         reference = self.references[stage]
-        manifold = min(self.manifold, KEPT, n, len(reference["features"])) // trainer.world_size * trainer.world_size
+        values = {f"{stage}/{name}": value for name, value in (drawn or {"fid": math.inf}).items()}
+        n = self.n if stage == "val" else self.n_test
+        manifold = self._manifold(n, len(reference["features"]), trainer.world_size)
         row = {
-            "step": step_of(trainer),
             **values,
             "floor": round(reference["floor"], 2),
             "noise": round(reference["noise"], 2),
             "protocol": (
                 f"{n} samples ({sampler}, {pl_module.samplers[sampler].calls} network calls, seed {self.seed}) against "
-                f"{len(reference['features'])} {reference['split']} images of {trainer.datamodule.observed.name}; "  # type: ignore[attr-defined]
+                f"{len(reference['features'])} {reference['split']} images of {data_of(trainer).observed.name}; "
                 f"{self.features.description}; "
                 f"floor: {reference['floor_split']}; noise: uniform bytes"
                 + (f"; precision, recall: {manifold} of each, 3 neighbours" if manifold else "")
             ),
         }
-        kid = f", KID {values[f'{stage}/kid']:.4f}" if f"{stage}/kid" in values else ""
+        more = f", KID {values[f'{stage}/kid']:.4f}" if f"{stage}/kid" in values else ""
         if f"{stage}/precision" in values:
-            kid += f", precision {values[f'{stage}/precision']:.3f}, recall {values[f'{stage}/recall']:.3f}"
+            more += f", precision {values[f'{stage}/precision']:.3f}, recall {values[f'{stage}/recall']:.3f}"
         row["summary"] = (
-            f"FID {values[f'{stage}/fid']:.2f}{kid} (real images {row['floor']:.2f}, noise {row['noise']:.1f}): "
+            f"FID {values[f'{stage}/fid']:.2f}{more} (real images {row['floor']:.2f}, noise {row['noise']:.1f}): "
             f"{row['protocol']}"
         )
-        append_record(trainer, "fid.json", row)
-
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """FID and KID of the validation samples."""
-        self._run(trainer, pl_module, "val", self.n)
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """FID and KID of the test samples."""
-        self._run(trainer, pl_module, "test", self.n_test)
+        facts = {"fid/floor": reference["floor"], "fid/noise": reference["noise"], **self.features.facts}
+        return Findings(values | facts, row)

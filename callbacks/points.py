@@ -1,29 +1,17 @@
 """Numbers for data in few dimensions: distances to held-out samples, weights of the modes, errors of the fields."""
 
-from typing import Any
+import math
 
 import lightning as L
 import torch
-from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
-from bd_lightning.checks import UserError, positive
+from bd_lightning.checks import positive
 from bd_lightning.distances import mmd, relative_error, wasserstein2
-from bd_lightning.kernels import Exact
 from bd_lightning.targets import Density
-from callbacks.drawing import append_record, check_sampler, draw_together, step_of
-
-
-def need_vectors(trainer: L.Trainer, owner: str) -> None:
-    """Refuse data that is not vectors.
-
-    Raises:
-        UserError: naming the callback and what to choose instead.
-    """
-    shape = trainer.datamodule.observed.shape  # type: ignore[attr-defined]
-    if len(shape) != 1:
-        raise UserError(f"{owner} is for vectors, and a sample has shape {shape}: choose callbacks=images")
+from callbacks.drawing import SampleModule, data_of, draw_together
+from callbacks.evaluation import Evaluation, Findings, Metric
+from datamodules.base import DataModule
 
 
 def lattice(dim: int, extent: float) -> Tensor | None:
@@ -34,12 +22,12 @@ def lattice(dim: int, extent: float) -> Tensor | None:
     return torch.cartesian_prod(*[axis] * dim).reshape(-1, dim)
 
 
-def default_levels(pl_module: L.LightningModule) -> tuple[float, ...]:
+def default_levels(pl_module: SampleModule) -> tuple[float, ...]:
     """Noise levels at which fields are looked at: three for a multi-scale model, σ = 0 otherwise."""
     return (0.1, 0.3, 1.0) if pl_module.multi_scale else (0.0,)
 
 
-class PointMetrics(L.Callback):
+class PointMetrics(Evaluation):
     """Distances between samples and held-out data, at every validation and test.
 
     Logged under <stage>/: `w2` and `mmd`, the 2-Wasserstein distance and the maximum mean discrepancy to held-out
@@ -64,6 +52,11 @@ class PointMetrics(L.Callback):
         seed: seed of the samples.
     """
 
+    metrics = (Metric("w2"), Metric("w2_ratio"), Metric("mmd"))
+    record = "distances.json"
+    subject = "distances"
+    kind = "vectors"
+
     def __init__(
         self,
         n: int = 2000,
@@ -77,12 +70,7 @@ class PointMetrics(L.Callback):
         self.floors: dict[str, tuple[float, float]] = {}
         self.truths: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check that samples are vectors, and the name of the sampler."""
-        need_vectors(trainer, type(self).__name__)
-        check_sampler(pl_module, self.sampler, type(self).__name__)
-
-    def _floor(self, data: Any, split: str) -> tuple[float, float]:
+    def _floor(self, data: DataModule, split: str) -> tuple[float, float]:
         """Mean distances between training and held-out points."""
         if split not in self.floors:
             train = data.split("train").x
@@ -90,11 +78,11 @@ class PointMetrics(L.Callback):
             self.floors[split] = self._distances(train[order[: self._total(data)]], data, split)
         return self.floors[split]
 
-    def _total(self, data: Any) -> int:
+    def _total(self, data: DataModule) -> int:
         """Number of samples: of every repeat, or as many as there are training points."""
         return min(self.n * self.repeats, len(data.split("train")))
 
-    def _distances(self, x: Tensor, data: Any, split: str) -> tuple[float, float]:
+    def _distances(self, x: Tensor, data: DataModule, split: str) -> tuple[float, float]:
         """W2 and MMD of x to held-out points, the mean over chunks of n."""
         held_out = data.split(split).x
         held_out = held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(1))]
@@ -106,57 +94,46 @@ class PointMetrics(L.Callback):
         w2, discrepancy = torch.tensor(pairs).mean(0).tolist()
         return w2, discrepancy
 
-    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        held_out = data.split(stage).x
-        n = self._total(data)
-        sampler = self.sampler or pl_module.sampler
-        values: dict[str, float] = {}
-        with isolate_rng():
-            try:
-                x = draw_together(trainer, pl_module, n, self.n, self.seed, sampler)
-            except UserError as error:
-                rank_zero_info(f"no distances at step {trainer.global_step}: {error}")
-                values = {"w2": float("inf"), "mmd": float("inf")}
-            if trainer.is_global_zero:
-                density = getattr(data, "density", None)
-                if not values:
-                    w2, discrepancy = self._distances(x, data, stage)
-                    values = {"w2": w2, "w2_ratio": w2 / self._floor(data, stage)[0], "mmd": discrepancy}
-                    if density is not None and len(density.mode_weights) > 1:
-                        values |= mode_shares(x, density)
-                if density is not None:
-                    values |= self._field_errors(pl_module, density, held_out, stage)
-        values = trainer.strategy.broadcast(values)
-        pl_module.log_dict(
-            {f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True
-        )  # the same everywhere
-        if trainer.is_global_zero:
-            calls = pl_module.samplers[sampler].calls
-            w2_floor, mmd_floor = self._floor(data, stage)
-            row = {
-                "step": step_of(trainer),
-                **{f"{stage}/{name}": value for name, value in values.items()},
-                "w2_floor": w2_floor,
-                "mmd_floor": mmd_floor,
-                "protocol": (
-                    f"{n} samples ({sampler}, {calls} network calls, seed {self.seed}), {min(n, self.n)} at a time, "
-                    f"against {min(self.n, len(held_out))} points of the {stage} split of {data.name}; "
-                    f"floor: {n} training points in their place"
-                ),
-            }
-            modes = f", largest error of a mode's weight {values['mode_error']:.3f}" if "mode_error" in values else ""
-            row["summary"] = (
-                f"W2 {values['w2']:.4f} (floor {w2_floor:.4f}), "
-                f"MMD {values['mmd']:.4f} (floor {mmd_floor:.4f}){modes}: {row['protocol']}"
-            )
-            append_record(trainer, "distances.json", row)
+    def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> Tensor:
+        """The samples."""
+        return draw_together(trainer, pl_module, self._total(data_of(trainer)), self.n, self.seed, sampler)
+
+    def judge(
+        self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str, drawn: Tensor | None
+    ) -> Findings:
+        """Distances, which are infinite if chains were lost, and errors of the fields."""
+        data = data_of(trainer)
+        n, held_out = self._total(data), data.split(stage).x
+        w2_floor, mmd_floor = self._floor(data, stage)
+        if drawn is None:
+            values = {"w2": math.inf, "mmd": math.inf}
+        else:
+            w2, discrepancy = self._distances(drawn, data, stage)
+            values = {"w2": w2, "w2_ratio": w2 / w2_floor, "mmd": discrepancy}
+            if data.density is not None and len(data.density.mode_weights) > 1:
+                values |= mode_shares(drawn, data.density)
+        if data.density is not None:
+            values |= self._field_errors(pl_module, data.density, held_out, stage)
+        modes = f", largest error of a mode's weight {values['mode_error']:.3f}" if "mode_error" in values else ""
+        protocol = (
+            f"{n} samples ({sampler}, {pl_module.samplers[sampler].calls} network calls, seed {self.seed}), "
+            f"{min(n, self.n)} at a time, "
+            f"against {min(self.n, len(held_out))} points of the {stage} split of {data.name}; "
+            f"floor: {n} training points in their place"
+        )
+        summary = (
+            f"W2 {values['w2']:.4f} (floor {w2_floor:.4f}), "
+            f"MMD {values['mmd']:.4f} (floor {mmd_floor:.4f}){modes}: {protocol}"
+        )
+        logged = {f"{stage}/{name}": value for name, value in values.items()}
+        more = {"w2_floor": w2_floor, "mmd_floor": mmd_floor, "protocol": protocol, "summary": summary}
+        return Findings(logged, {**logged, **more})
 
     def _field_errors(
-        self, pl_module: L.LightningModule, density: Density, held_out: Tensor, stage: str
+        self, pl_module: SampleModule, density: Density, held_out: Tensor, stage: str
     ) -> dict[str, float]:
-        points = held_out[:2000]
-        values = {}
+        points = held_out[:2000]  # independent samples of the density
+        values: dict[str, float] = {}
         for level in default_levels(pl_module):
             generator = torch.Generator().manual_seed(2)
             places = {"data": points + level * torch.randn(points.shape, generator=generator)}
@@ -171,15 +148,6 @@ class PointMetrics(L.Callback):
                 values |= {f"{kind}_{name}": value for kind, value in errors.items()}
         return values
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Distances to the validation split."""
-        if not trainer.sanity_checking:
-            self._run(trainer, pl_module, "val")
-
-    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Distances to the test split."""
-        self._run(trainer, pl_module, "test")
-
 
 def mode_shares(x: Tensor, density: Density) -> dict[str, float]:
     """Share of points x (B, d) in each mode, as mode_<k>, and mode_error, the largest difference from the weights."""
@@ -189,14 +157,14 @@ def mode_shares(x: Tensor, density: Density) -> dict[str, float]:
     return values | {"mode_error": float((shares - truth).abs().max())}
 
 
-def true_fields(pl_module: L.LightningModule, density: Density, x: Tensor, level: float) -> tuple[Tensor, Tensor]:
+def true_fields(pl_module: SampleModule, density: Density, x: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """The minimisers s* (B,) and g* (B, d) of a module's losses at points x (B, d) and noise level σ."""
     x = x.double()
     return pl_module.analytic(density)(x, x.new_full((len(x),), level))
 
 
 @torch.no_grad()
-def fields_at(pl_module: L.LightningModule, x: Tensor, level: float) -> tuple[Tensor, Tensor]:
+def fields_at(pl_module: SampleModule, x: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """A module's fields s (B,) and g (B, d) at points x (B, d) and noise level σ, on the CPU."""
     x = x.to(pl_module.device)
     s, g = pl_module.fields(x, x.new_full((len(x),), level))
@@ -204,7 +172,7 @@ def fields_at(pl_module: L.LightningModule, x: Tensor, level: float) -> tuple[Te
 
 
 def field_errors(
-    pl_module: L.LightningModule, density: Density, x: Tensor, level: float, truth: tuple[Tensor, Tensor]
+    pl_module: SampleModule, density: Density, x: Tensor, level: float, truth: tuple[Tensor, Tensor]
 ) -> dict[str, float]:
     """Relative errors s_error and g_error of a module's fields at points x (B, d) and noise level σ.
 
@@ -215,7 +183,7 @@ def field_errors(
     true_s, true_g = truth
     known = true_g.isfinite().all(1)  # a box has no score outside
     errors = {"s_error": relative_error(s, true_s), "g_error": relative_error(g[known], true_g[known])}
-    if level == 0 and isinstance(pl_module.kernel, Exact):
+    if level == 0 and pl_module.fields.mobility_is_density:
         p, grad_p = density.smoothed(x.double())
         errors["p_error"] = relative_error(s, p)
         if grad_p.isfinite().all() and grad_p.any():

@@ -7,11 +7,12 @@ from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
 from bd_lightning.checks import positive
+from callbacks.evaluation import shown
 
 
 class StepProgress(ProgressBar):
-    """Shows steps, time left, the smoothed loss, and the latest FID or Wasserstein distance. Epochs of small data sets
-    are too short to watch.
+    """Shows steps, time left, the smoothed loss, and the latest value of the first metric of each `Evaluation`. Epochs
+    of small data sets are too short to watch.
 
     Args:
         refresh_rate: steps between updates.
@@ -34,7 +35,7 @@ class StepProgress(ProgressBar):
         """Print without tearing the bar."""
         tqdm.write(" ".join(map(str, args)))
 
-    def _open(self, total: int | None, what: str, initial: int = 0) -> None:
+    def _open(self, total: float | None, what: str, initial: int = 0) -> None:
         self.bar = tqdm(total=total, initial=initial, desc=what, disable=not self.enabled, dynamic_ncols=True)
 
     def _close(self) -> None:
@@ -55,11 +56,7 @@ class StepProgress(ProgressBar):
         if self.bar is not None and (step % self.refresh_rate == 0 or step == self.bar.total) and step > self.bar.n:
             loss = float(outputs["loss"])
             self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
-            shown = {"loss": f"{self.loss:.3f}"}
-            for name, digits in (("fid", 1), ("w2", 3)):
-                if f"val/{name}" in trainer.callback_metrics:
-                    shown[name] = f"{float(trainer.callback_metrics[f'val/{name}']):.{digits}f}"
-            self.bar.set_postfix(shown, refresh=False)
+            self.bar.set_postfix({"loss": f"{self.loss:.3f}", **shown(trainer)}, refresh=False)
             self.bar.update(step - self.bar.n)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from bd_lightning.checks import UserError, positive
-from callbacks.drawing import append_record, publish_animation, publish_image, run_folder, step_of
 from callbacks.evaluation import Evaluation, Metric
+from callbacks.pictures import publish_animation, publish_image
+from callbacks.records import append_record, run_folder, step_of
 from datamodules.environments import Environment
 from datamodules.experience import Greedy, play
 

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from callbacks.drawing import grid_image
+from callbacks.pictures import grid_image
 from datamodules.images import to_uint8
 
 
@@ -57,7 +57,8 @@ class SampleWriter(BasePredictionWriter):
         """Wait for all ranks, then put the samples together."""
         trainer.strategy.barrier("samples written")
         if trainer.is_global_zero:
-            self.finish(len(trainer.predict_dataloaders.dataset), pl_module)
+            loader: Any = trainer.predict_dataloaders
+            self.finish(len(loader.dataset), pl_module)
 
 
 class ImageWriter(SampleWriter):

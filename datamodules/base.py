@@ -13,6 +13,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from bd_lightning.checks import UserError, in_range, positive
 from bd_lightning.facts import Facts, SampleFacts
+from bd_lightning.targets import Density
 
 
 class DataError(UserError):
@@ -102,6 +103,7 @@ class DataModule(Data):
         class_names: names of the classes, in label order; empty if there are none.
         sigma_data: standard deviation of the training samples in the model's units.
         reference_split: split that samples are compared with: "stage" is the held-out split of the running stage.
+        density: the density that the samples are from, where it is known in closed form.
 
     Args:
         root: folder of data sets; also holds what is derived from them.
@@ -116,6 +118,7 @@ class DataModule(Data):
     class_names: tuple[str, ...] = ()
     sigma_data: float
     reference_split: str = "stage"
+    density: Density | None = None
 
     def __init__(
         self,

@@ -15,6 +15,7 @@ from datamodules.base import DataError
 from datamodules.cache import load_cached, save_cached
 from datamodules.image_files import EXTENSIONS, find, problems, read
 from datamodules.images import ImageDataModule, to_unit
+from datamodules.subsets import random_subset
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
 
@@ -60,7 +61,7 @@ class ImageFolder(ImageDataModule):
         val_fraction: share held out where the folder has no split for it.
         max_broken: share of the files that may be unreadable (empty, dead links, no images); they are named and left
             out. With more of them the folder is refused.
-        sigma_data: standard deviation of the images in [−1, 1]; None measures it on up to 500 training images.
+        sigma_data: standard deviation of the images in [−1, 1]; None measures it on 500 training images at random.
         options: arguments of `ImageDataModule`.
 
     Raises:
@@ -151,7 +152,7 @@ class ImageFolder(ImageDataModule):
 
     def _measure(self) -> float:
         files = self.files["train"]
-        some = FolderImages(files[:: max(1, len(files) // 500)][:500], self.shape[0], self.shape[1])
+        some = FolderImages([files[i] for i in random_subset(len(files), 500)], self.shape[0], self.shape[1])
         return round(float(torch.stack([some[i][0] for i in range(len(some))]).std()), 4)
 
     def read_split(self, split: str) -> Any:

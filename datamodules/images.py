@@ -13,6 +13,7 @@ from torch import Tensor
 from bd_lightning.checks import in_range
 from bd_lightning.modules.base import batch_seed
 from datamodules.base import DataModule, Rows
+from datamodules.subsets import random_subset
 
 FLIPS = 1_000_003  # keeps mirroring apart from the noise of the fields
 
@@ -48,7 +49,7 @@ class ImageDataModule(DataModule):
     Args:
         flip: mirror training images left to right at random.
         keep: names of the only classes to keep; or the share, in [0, 1], of the training images of some classes that is
-            kept (the first ones), where a share of zero takes the class out of every split.
+            kept (a random subset), where a share of zero takes the class out of every split.
         options: arguments of `DataModule`.
     """
 
@@ -80,7 +81,7 @@ class ImageDataModule(DataModule):
 
     @property
     def fingerprint(self):
-        return [*super().fingerprint, sorted(self.shares.items())]
+        return [*super().fingerprint, sorted(self.shares.items()), "random shares"]
 
     @abstractmethod
     def read_split(self, split: str) -> Any:
@@ -98,7 +99,7 @@ class ImageDataModule(DataModule):
         for label, share in self.shares.items():
             found = (rows.labels == label).nonzero()[:, 0]
             part = share if split == "train" else math.ceil(share)
-            chosen.append(found[: math.ceil(part * len(found))])
+            chosen.append(found[random_subset(len(found), math.ceil(part * len(found)))])
         left = rows.take(torch.cat(chosen).sort().values)
         number = torch.zeros(len(self.shares), dtype=torch.long)
         number[[label for label, share in self.shares.items() if share > 0]] = torch.arange(len(self.class_names))

@@ -20,6 +20,8 @@ class Synthetic(DataModule):
         options: arguments of `DataModule`.
     """
 
+    density: Density
+
     def __init__(
         self, density: Density, size: int = 1_000_000, held_out: int = 10_000, data_seed: int = 0, **options: Any
     ) -> None:

@@ -108,7 +108,7 @@ def test_pictures_are_written(tmp_path, cache):
     grids = [f"{sampler}-{step:07d}.png" for sampler in ("ode", "sde") for step in (6, 12)]
     assert names == [*grids, "trajectory-sde.gif"]
     with Image.open(tmp_path / "samples" / grids[0]) as grid:
-        assert grid.size == (8 * 34 + 2, 2 * 34 + 2)  # eight 8×8 images a row, enlarged fourfold
+        assert grid.size == (8 * 66 + 2, 2 * 66 + 2)  # eight 8×8 images a row, enlarged eightfold
     with Image.open(tmp_path / "samples" / names[-1]) as animation:
         assert 2 <= animation.n_frames <= 5  # equal frames are merged
 
@@ -126,7 +126,7 @@ def test_fid_is_recorded_with_its_protocol_and_does_not_depend_on_the_batch(tmp_
     assert values[0] == pytest.approx(values[1], rel=1e-4)
     row = rows[-1]
     assert 0 < row["floor"] < row["noise"] / 5 and row["floor"] < row["val/fid"]
-    for word in ("80 samples (ode, 7 network calls, seed 1)", "1500 train images of Digits", "accuracy", "297 test"):
+    for word in ("80 samples (ode, 7 network calls, seed 1)", "1500 train images of Digits", "accuracy", "149 test"):
         assert word in row["protocol"]
 
 

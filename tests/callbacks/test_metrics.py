@@ -1,5 +1,6 @@
 """FID, its features and its caches."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,12 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import UserError
 from callbacks import ClassifierFeatures, ImageMetrics, InceptionFeatures
-from callbacks.features import load_cached, save_cached
-from callbacks.memorisation import memorisation, nearest_two
+from callbacks.features import ImageFeatures
+from callbacks.memorisation import memorisation, nearest_two, some_images
 from callbacks.metrics import frechet_distance, precision_recall
 from datamodules import Digits, to_uint8
+from datamodules.cache import load_cached, save_cached
+from datamodules.images import ByteImages, ImageDataModule, to_unit
 
 
 def features(root, **options):
@@ -73,6 +76,17 @@ class Drawn:
         return x[None]
 
 
+def fake_trainer(data, model, folder):
+    """A trainer of one process, as far as evaluations look at it."""
+    strategy = SimpleNamespace(
+        barrier=lambda name: None, reduce_boolean_decision=lambda done, all: done, broadcast=lambda found: found
+    )
+    return SimpleNamespace(
+        datamodule=data, lightning_module=model, global_rank=0, world_size=1, global_step=0, is_global_zero=True,
+        strategy=strategy, sanity_checking=False, default_root_dir=str(folder), loggers=[],
+    )  # fmt: skip
+
+
 def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypatch):
     """FID uses every sample and keeps none; at most KEPT features stay for the other metrics."""
     kept, batches = [], []
@@ -92,11 +106,7 @@ def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypa
     monkeypatch.setattr("callbacks.metrics.draw", noise)
     monkeypatch.setattr("callbacks.metrics.KEPT", 300)
     data, model = Digits(root=str(tmp_path)), Drawn()
-    strategy = SimpleNamespace(barrier=lambda name: None, reduce_boolean_decision=lambda done, all: done)
-    trainer = SimpleNamespace(
-        datamodule=data, lightning_module=model, global_rank=0, world_size=1, global_step=0, is_global_zero=True,
-        strategy=strategy, sanity_checking=False, default_root_dir=str(tmp_path), loggers=[],
-    )  # fmt: skip
+    trainer = fake_trainer(data, model, tmp_path)
     metrics = ImageMetrics(ClassifierFeatures(steps=50), n=5000, batch_size=100, kid_subset=100)
     metrics.setup(trainer, model, "test")
     metrics.on_test_epoch_end(trainer, model)
@@ -105,6 +115,77 @@ def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypa
     expected = frechet_distance(metrics.references["test"]["features"], rows)
     assert model.logged["test/fid"] == pytest.approx(expected, rel=1e-5)
     assert model.logged["test/kid"] > 0 and model.logged["test/precision"] < 0.5
+
+
+class Shades(ImageDataModule):
+    """Images of ten classes, told apart by their brightness, either class by class or in random order."""
+
+    shape, sigma_data, sizes = (1, 8, 8), 0.5, {"train": 6000, "val": 1500, "test": 1500}
+
+    def __init__(self, shuffled, **options):
+        super().__init__(**options)
+        self.name = f"Shades-{shuffled}"
+        self.shuffled = shuffled
+
+    def read_split(self, split):
+        generator = torch.Generator().manual_seed(len(split))
+        labels = torch.arange(self.sizes[split]) * 10 // self.sizes[split]
+        noise = torch.randint(0, 30, (len(labels), *self.shape), generator=generator)
+        rows = ByteImages((20 * labels[:, None, None, None] + noise).to(torch.uint8), labels)
+        return rows.take(torch.randperm(len(labels), generator=generator)) if self.shuffled else rows
+
+
+class Halves(ImageFeatures):
+    """Brightness of the halves of an image."""
+
+    num_features, description, key, kid_scale = 2, "brightness of both halves", ("halves",), 100.0
+
+    def prepare(self, data):
+        pass
+
+    def forward(self, images):
+        return images.float().flatten(2).unflatten(2, (2, -1)).mean((1, 3))
+
+
+def evaluated(data, folder, monkeypatch, samples):
+    """The record of a validation of given samples."""
+
+    def given(trainer, model, n, batch_size, seed, sampler):
+        yield samples[:n]
+
+    monkeypatch.setattr("callbacks.metrics.draw", given)
+    monkeypatch.setattr("callbacks.metrics.KEPT", 400)
+    trainer, model = fake_trainer(data, Drawn(), folder), Drawn()
+    metrics = ImageMetrics(Halves(), n=400, kid_subset=100)
+    metrics.setup(trainer, model, "validate")
+    metrics.on_validation_epoch_end(trainer, model)
+    return json.loads((folder / "fid.json").read_text())[-1]
+
+
+def test_the_order_of_the_data_does_not_matter(tmp_path, monkeypatch):
+    """Where fewer images are taken than there are, they are a random subset, not the first class."""
+    rows = {}
+    for shuffled in (True, False):
+        data, folder = Shades(shuffled, root=str(tmp_path)), tmp_path / str(shuffled)
+        fresh = to_unit(Shades(True).read_split("test").x)  # as good as samples can be
+        rows[shuffled] = evaluated(data, folder, monkeypatch, fresh)
+        assert "; floor: 1500 train images, at random;" in rows[shuffled]["protocol"]
+        half = evaluated(data, tmp_path / f"{shuffled}-half", monkeypatch, fresh[fresh.mean((1, 2, 3)) < fresh.mean()])
+        assert half["val/precision"] > 0.9 and half["val/recall"] == pytest.approx(0.5, abs=0.15)
+    for name in ("val/precision", "val/recall"):
+        assert rows[True][name] > 0.9 and rows[False][name] == pytest.approx(rows[True][name], abs=0.06)
+    assert rows[False]["floor"] < 0.02 * rows[False]["noise"] and rows[True]["floor"] < 0.02 * rows[True]["noise"]
+    assert rows[False]["val/fid"] == pytest.approx(rows[True]["val/fid"], rel=1e-3)  # the reference is whole
+    assert rows[False]["val/kid"] == pytest.approx(rows[True]["val/kid"], abs=0.05)
+
+
+def test_held_out_images_of_memorisation_are_a_random_subset(tmp_path):
+    data = Shades(False, root=str(tmp_path))
+    found = some_images(data, "test", 200)
+    shades = (found.float().mean((1, 2, 3)) / 20).long()  # classes, by their brightness
+    assert len(found) == 200 and len(set(shades.tolist())) >= 10
+    assert torch.equal(found, some_images(data, "test", 200))  # and the same at every test
+    assert len(some_images(data, "test", 5000)) == 1500
 
 
 def test_classifier_is_trained_once_and_cached(tmp_path, monkeypatch):

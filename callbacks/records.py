@@ -1,0 +1,36 @@
+"""Files of numbers in the run folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+
+def run_folder(trainer: L.Trainer) -> Path:
+    """The run folder."""
+    return Path(trainer.default_root_dir)
+
+
+def step_of(trainer: L.Trainer) -> int:
+    """The optimiser step that the module's weights come from, also when they were loaded to be evaluated."""
+    module: Any = trainer.lightning_module
+    return max(trainer.global_step, module.loaded_step)
+
+
+def append_record(trainer: L.Trainer, name: str, row: dict[str, Any]) -> None:
+    """Append a row to <run folder>/<name>, a JSON list; "summary" of the last row is printed when the run ends.
+
+    It takes the place of a row of the same step and protocol, which a run that was killed had written before.
+    """
+    path = run_folder(trainer) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = json.loads(path.read_text()) if path.is_file() else []
+
+    def place(one: dict[str, Any]) -> tuple:
+        return one["step"], one.get("protocol"), set(one)
+
+    rows = [old for old in rows if place(old) != place(row)]
+    part = Path(f"{path}.part")
+    part.write_text(json.dumps([*rows, row], indent=1))
+    part.replace(path)
