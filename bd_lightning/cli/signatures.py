@@ -68,7 +68,7 @@ def _collect_fields(source: Source, cls: ast.ClassDef, names: dict[str, None]) -
         return True  # its annotations are no fields
     for node in cls.body:
         if isinstance(node, ast.AnnAssign) and not ast.unparse(node.annotation).startswith("ClassVar"):
-            if node.value is not None and ast.unparse(node.value).startswith("field("):
+            if node.value is not None and "init=" in ast.unparse(node.value):
                 return False
             names[ast.unparse(node.target)] = None
     return ast.unparse(cls.decorator_list[0]) in ("dataclass", "dataclass(frozen=True)")
