@@ -40,8 +40,8 @@ from bd_lightning.dynamics import SamplingDiverged
 from benchmarks import common
 from benchmarks.common import Recipe, Rows, Training, Turns, mean_sd, now, optional, step_memory, table
 from benchmarks.peers import CALLS, DDPM, Draw, FlowMatching
-from callbacks.drawing import grid_image
 from callbacks.metrics import Given, frechet_distance, precision_recall
+from callbacks.pictures import grid_image
 from datamodules import to_uint8
 
 EQUAL = [f"model.samplers.sde.levels={CALLS}", "model.samplers.sde.relaxation=0.5", "model.samplers.ode.steps=18"]

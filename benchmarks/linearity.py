@@ -35,8 +35,8 @@ from bd_lightning.modules import RelativeDensities
 from benchmarks import common
 from benchmarks.common import Rows, mean_sd, table
 from callbacks import ClassifierFeatures
-from callbacks.drawing import grid_image
 from callbacks.metrics import frechet_distance
+from callbacks.pictures import grid_image
 from datamodules import MNIST, to_uint8
 
 DIGITS = [str(c) for c in range(10)]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd_lightning import build as builder
+from bd_lightning.cli import build as builder
 from bd_lightning.dynamics import BellmanDynamics, SampleNoise
 from bd_lightning.modules import ReturnLearner
 from bd_lightning.returns import (

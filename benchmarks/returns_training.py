@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd_lightning import build as builder
-from bd_lightning import config as configs
+from bd_lightning.cli import build as builder
+from bd_lightning.cli import config as configs
 from bd_lightning.modules import ReturnLearner
 from bd_lightning.returns import bellman_target, td_loss
 from datamodules import Environment

@@ -1,6 +1,6 @@
 """What a model of returns does: episodes under its greedy policy, and pictures of the distributions it has learned."""
 
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import numpy as np
@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from bd_lightning.checks import UserError, positive
+from bd_lightning.modules import ReturnLearner
 from callbacks.evaluation import Evaluation, Metric
 from callbacks.pictures import publish_animation, publish_image
 from callbacks.records import append_record, run_folder, step_of
@@ -115,7 +116,7 @@ class EpisodeReturns(Evaluation):
             )
         if stream.cut and data.cap is not None:
             self._tell_of_cuts(data)
-        if trainer.global_step % trainer.log_every_n_steps == 0:
+        if trainer.global_step % cast(Any, trainer).log_every_n_steps == 0:
             values = {"env_steps": stream.steps, "epsilon": stream.exploration}
             values |= {"episodes_cut": stream.cut, "returns_outside": stream.outside}
             if stream.finished:
@@ -124,7 +125,13 @@ class EpisodeReturns(Evaluation):
 
     def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         data = need_environment(trainer, type(self).__name__)
-        returns, cut = play(self.envs, data.shape, interruptible(trainer, pl_module.greedy), self.episodes, self.seed)
+        returns, cut = play(
+            self.envs,
+            data.shape,
+            interruptible(trainer, cast(ReturnLearner, pl_module).greedy),
+            self.episodes,
+            self.seed,
+        )
         if cut.any() and data.cap is not None:
             self._tell_of_cuts(data)
         mean, error = float(returns.mean()), float(returns.std() / len(returns) ** 0.5)
@@ -216,8 +223,8 @@ class ReturnFigures(L.Callback):
 @torch.no_grad()
 def return_densities(pl_module: L.LightningModule) -> tuple[Tensor, Tensor, Tensor]:
     """A grid (Q,), densities (P, A, Q) and means (P, A) of the returns in the module's probe states."""
-    rep = pl_module.representation
-    w = pl_module.weights(pl_module.probes)
+    model = cast(ReturnLearner, pl_module)
+    rep, w = model.representation, model.weights(model.probes)
     x = rep.grid(500)
     return x.cpu(), rep.fields(w, x)[0].cpu(), rep.mean(w).cpu()
 

@@ -200,7 +200,7 @@ class Environment(Data):
 
     def train_dataloader(self) -> DataLoader:
         """The endless stream of batches, of which each is collected when it is asked for."""
-        model = self.trainer.lightning_module  # type: ignore[union-attr]
+        model: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         rank = self.trainer.global_rank  # type: ignore[union-attr]
         self.experience = self.open(self.seed + 1000 * rank).bind(model.greedy)
         if self.steps:  # resumed: ε goes on from there, after a new warm-up

@@ -71,7 +71,8 @@ def read(path: Path, channels: int) -> Image.Image:
         DataError: naming the file, and the reason.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path) as file:
+            image: Image.Image = file
             reason = _refused(image)
             if reason:
                 raise DataError(f"cannot read the image {path}: {reason}; save it with 8 or 16 bits")

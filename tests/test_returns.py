@@ -317,7 +317,7 @@ MISTAKES = [
         "the options {'is_slippery': False} are meant for FrozenLake-v1, and env is CliffWalking-v1: "
         "set data.options=null, or data.options_for=CliffWalking-v1 if they are for it too",
     ),
-    ("model=mlp", "'model' (BellmanDiffusion) needs sigma_data, which this data does not have"),
+    ("model=mlp", "sigma_data, which this data does not have"),
     ("data=digits", "'model' (ReturnLearner) needs actions, which this data does not have"),
     ("data=digits model=mlp", "EpisodeReturns is for environments, and data is Digits"),
 ]

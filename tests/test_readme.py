@@ -1,0 +1,60 @@
+"""What the README shows runs as it is printed there."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["steps=2", "eval_every=2", "callbacks.metrics.n=100", "callbacks.figures=null", "callbacks.trajectory=null"]
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Trains for two steps with a module `mine` and a config; returns the run folder."""
+
+    def train_with(mine, config, *words):
+        (tmp_path / "mine.py").write_text(mine)
+        (tmp_path / "mine.yaml").write_text(config)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, "mine", raising=False)
+        words = ["experiment=gaussians_2d", "--config", str(tmp_path / "mine.yaml"), *SMALL, *words]
+        assert train.main([*words, "logger=none", f"root={tmp_path}", "run_id=mine"]) == 0
+        return tmp_path / "bellman-diffusion" / "mine"
+
+    return train_with
+
+
+def test_the_python_example_samples_what_it_was_trained_on(capsys):
+    example, _ = blocks("README.md", "python")
+    names = {"__name__": "readme"}
+    exec(compile(example, "README.md", "exec"), names)
+    assert names["samples"].shape == (1000, 2)
+    assert abs(float((names["samples"][:, 0] < 0).float().mean()) - 0.7) < 0.1
+    assert capsys.readouterr().out.startswith("left mode: 0.")
+
+
+def test_the_recipe_for_a_density_trains(run):
+    _, mine = blocks("README.md", "python")
+    folder = run(mine, *blocks("README.md", "yaml"), "data.size=2000", "data.held_out=200")
+    assert (folder / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_the_recipes_for_everything_else_train(run, capsys):
+    page = "docs/guide/extending.md"
+    folder = run("\n".join(blocks(page, "python")), *blocks(page, "yaml"))
+    ckpt = folder / "checkpoints" / "last.ckpt"
+    assert train.main(["predict", f"ckpt_path={ckpt}", "n=4", "trust=true"]) == 0
+    assert "4 rows of samples.csv" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)", (ROOT / "README.md").read_text()))))
+def test_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
