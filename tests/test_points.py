@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageSequence
 
 import train
-from bd_lightning import build, distances
+from bd_lightning import checkpoints, distances
 from callbacks.points import field_errors, mode_shares, true_fields
 from datamodules import Synthetic, Table
 from oracles import square
@@ -19,7 +19,7 @@ SHORT = [
     "model.network.width=32", "model.network.depth=1", "callbacks.trajectory.n=50",
     "callbacks.trajectory.frames=6", "callbacks.metrics.n=200",
 ]  # fmt: skip
-SYNTHETIC = ["data.size=4000", "data.held_out=700", "data.batch_size=128", "model.queries=64"]
+SYNTHETIC = ["data.size=4000", "data.held_out=700", "data.batch_size=128", "model.partners.queries=64"]
 
 
 def launch(root, *words):
@@ -71,9 +71,7 @@ def test_wandb_has_figures_and_animation(finished):
 
 def test_logged_numbers_are_those_of_the_checkpoint(finished):
     """Recomputed from the checkpoint with averaged weights, by the pure functions."""
-    stored = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
-    model = build.instantiate(stored["hyper_parameters"]["model"], "model", stored["hyper_parameters"]["facts"])
-    model.load_state_dict(stored["state_dict"])
+    model, _ = checkpoints.load(finished / "checkpoints" / "last.ckpt")
     data = Synthetic(square(), size=4000, held_out=700, batch_size=128)
     x, held_out = model.sample(range(600), seed=1), data.split("val").x
     row = last_row(finished)
@@ -108,27 +106,32 @@ def test_experiments_run(name, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ["model=regression", "model.queries=64"],
-        ["model=regression", "model.queries=64", "model.kernel.epsilon=0.02", "model.multi_scale=true"],
+        ["model=regression", "model.partners.queries=64"],
+        [
+            "model=regression",
+            "model.partners.queries=64",
+            "model.kernel.epsilon=0.02",
+            "model.noise={_target_: bd_lightning.objectives.NoiseLevels}",
+        ],
         ["model=paper"],
-        ["model.estimator=divergence", "model.trace=gaussian", "model.pairs=single"],
+        ["model.objective.trace=gaussian", "model.partners.pairs=single"],
         ["model.kernel={_target_: bd_lightning.kernels.Sliced, slices: 3}"],
         ["model.kernel._target_=bd_lightning.kernels.Exact", "model.parametrisation=direct"],
     ],
     ids=["regression", "multi-scale regression", "paper", "divergence", "sliced", "exact"],
 )
-def test_estimators_are_chosen_by_config(words, tmp_path):
+def test_objectives_are_chosen_by_config(words, tmp_path):
     quick = ["steps=4", "eval_every=4", "logger=none", "run_id=x"]
     if "model=regression" in words or "model=paper" in words:
         quick.append("model.samplers.sde.steps=20")
-    if any("multi_scale=true" in word for word in words):
+    if any("NoiseLevels" in word for word in words):
         sampler = "{_target_: bd_lightning.dynamics.MultistepDynamics, levels: 8}"
         quick = [word for word in quick if "sde.steps" not in word] + [f"model.samplers.sde={sampler}"]
     choice = [word for word in words if word.startswith("model=")]
     rest = [word for word in words if not word.startswith("model=")]
     assert launch(tmp_path, "experiment=gaussians_1d", *choice, *SHORT, *SYNTHETIC[:3], *rest, *quick) == 0
     row = last_row(tmp_path / "bellman-diffusion" / "x")
-    single = "model=regression" in words and not any("multi_scale" in word for word in words)
+    single = "model=regression" in words and not any("NoiseLevels" in word for word in words)
     if single:  # the paper's own fields have errors of their own
         assert {"val/p_error_data", "val/grad_p_error_grid"} <= row.keys()
 
@@ -159,11 +162,11 @@ def test_wine_is_a_word(tmp_path):
     assert not (folder / "figures" / "fields-0000004.png").exists()  # thirteen dimensions
     table = Table(dataset="wine", batch_size=64, val_fraction=0.2, test_fraction=0.2)
     stored = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]["facts"]
-    assert stored["columns"] == table.columns and stored["scale"] == table.scale.tolist()
+    assert stored["columns"] == list(table.columns) and stored["scale"] == table.scale.tolist()
 
 
 MISTAKES = [
-    ("data=gaussians_2d", "a U-Net needs images of shape (channels, height, width), the data has shape [2]"),
+    ("data=gaussians_2d", "a U-Net needs images of shape (channels, height, width), the data has shape (2,)"),
     (
         "data=gaussians_2d model=points",
         "is for images, and a sample has shape (2,): choose callbacks=points",
@@ -176,16 +179,19 @@ MISTAKES = [
     ("experiment=gaussians_2d model.kernel.epsilon=-0.1", "epsilon must be positive, got -0.1"),
     ("experiment=gaussians_2d model.samplers.sde.levels=0", "levels must be positive, got 0"),
     ("experiment=gaussians_2d model.samplers.sde.sigma_min=-1.0", "sigma_min must be positive, got -1.0"),
-    ("experiment=gaussians_2d model.samplers.sde.churn=-1.0", "churn must lie between 0 and inf, got -1.0"),
+    ("experiment=gaussians_2d model.samplers.sde.relaxation=-1.0", "relaxation must lie between 0 and inf, got -1.0"),
     ("experiment=gaussians_2d model.samplers.sde.start=cube", "start must be one of gaussian, uniform; got 'cube'"),
     (
         "experiment=moons model=regression model.samplers.sde.step_size=0.0",
         "step_size must be positive, got 0.0",
     ),
     ("experiment=gaussians_2d model=regression model.samplers.sde.steps=-5", "steps must be positive, got -5"),
-    ("experiment=gaussians_2d model.noise_std=0.0", "noise_std must be positive, got 0.0"),
-    ("experiment=gaussians_2d model.queries=0", "queries must be at least 1, got 0"),
-    ("experiment=gaussians_2d model.estimator=regression", "estimator=regression needs kernel=Exact"),
+    ("experiment=gaussians_2d model.noise.std=0.0", "std must be positive, got 0.0"),
+    ("experiment=gaussians_2d model.partners.queries=0", "queries must be at least 1, got 0"),
+    (
+        "experiment=gaussians_2d model.objective._target_=bd_lightning.objectives.KernelRegression",
+        "KernelRegression needs kernel=Exact",
+    ),
     ("experiment=gaussians_2d callbacks.metrics.n=0", "n must be positive, got 0"),
     ("experiment=gaussians_2d callbacks.figures.level=-1.0", "level must not be negative, got -1.0"),
     ("experiment=tabular data=table data.file=nowhere.csv", "table not found: nowhere.csv; set data.file"),
