@@ -1,6 +1,7 @@
 """Several runs beside each other: as text, and as a page."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from typing import Any
 
@@ -55,10 +56,14 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
     configs = [flat(run.config) for run in runs]
     keys = dict.fromkeys(key for config in configs for key in config)
     rows = {key: [str(config[key]) if key in config else "–" for config in configs] for key in keys}
+    rows = {key: values for key, values in rows.items() if len(set(values)) > 1}
+    others = [key.removesuffix("_target_") for key in rows if key.endswith("._target_")]  # of another class altogether
     return {
         key: values
         for key, values in rows.items()
-        if len(set(values)) > 1 and key not in IGNORED and not key.startswith(("logger.", "callbacks."))
+        if key not in IGNORED
+        and not key.startswith(("logger.", "callbacks."))
+        and not any(key.startswith(other) and key != f"{other}_target_" for other in others)
     }
 
 
@@ -66,6 +71,12 @@ def _names(runs: Sequence[Run]) -> list[str]:
     """What runs are judged by, each name once: metrics before losses."""
     names = list(dict.fromkeys(name for run in runs for name in headline(run)))
     return sorted(names, key=lambda name: "loss" in name)
+
+
+def alike(runs: Sequence[Run]) -> list[Run]:
+    """Runs with what is known of the metrics of any."""
+    metrics = {name: about for run in runs for name, about in run.metrics.items()}
+    return [replace(run, metrics=metrics) for run in runs]
 
 
 def _rows(runs: Sequence[Run]) -> list[list[str]]:
@@ -83,6 +94,7 @@ def _rows(runs: Sequence[Run]) -> list[list[str]]:
 
 def compare_text(runs: Sequence[Run]) -> str:
     """A table of last values, with the best in brackets, the keys that differ, and what does not compare."""
+    runs = alike(runs)
     parts = [_text([["last (best)", *(run.name for run in runs)], *_rows(runs)])]
     if keys := differences(runs):
         parts.append(_text([["config", *(run.name for run in runs)], *([k, *map(_cut, v)] for k, v in keys.items())]))
@@ -101,6 +113,7 @@ def _cut(text: str) -> str:
 
 def compare_page(runs: Sequence[Run]) -> str:
     """The comparison as a page with overlaid curves; a run has the same colour in all of them."""
+    runs = alike(runs)
     title = " · ".join(run.name for run in runs)
     parts = [f'<h1>{len(runs)} runs</h1><p class="soft">{escape(title)}</p>']
     parts += [f'<p class="warn">{escape(sentence)}</p>' for sentence in warnings(runs)]

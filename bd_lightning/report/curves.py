@@ -1,5 +1,6 @@
 """Curves as SVG, without scripts: colours come from the page's style, so that they follow light and dark mode."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -12,7 +13,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 26
 POINTS = 240
 """Longer curves are thinned to so many points, each the mean of those it stands for."""
 SMOOTHED = 60
-"""Longer curves are drawn faint, with a moving average over them."""
+"""Longer curves are drawn faint, with a moving mean over them."""
 COLOURS = 8
 
 
@@ -53,13 +54,12 @@ def thinned(series: Series, points: int = POINTS) -> Series:
     return [*means, series[-1]]
 
 
-def smoothed(series: Series, span: int = 20) -> Series:
-    """An exponential moving average, corrected for its start."""
-    found, mean, weight = [], 0.0, 0.0
-    for step, value in series:
-        mean, weight = mean + (value - mean) / span, weight + (1 - weight) / span
-        found.append((step, mean / weight))
-    return found
+def smoothed(series: Series) -> Series:
+    """The mean of each value and its neighbours, a thirtieth of the curve to either side."""
+    half = len(series) // 30
+    sums = [0.0, *itertools.accumulate(value for _, value in series)]
+    windows = [(max(0, i - half), min(len(series), i + half + 1)) for i in range(len(series))]
+    return [(step, (sums[b] - sums[a]) / (b - a)) for (step, _), (a, b) in zip(series, windows)]
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
@@ -162,8 +162,7 @@ def _path(line: Line, x, y) -> str:  # type: ignore[no-untyped-def]
     for series, opacity, kind in shown:
         points = " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in series)
         parts.append(f'<polyline class="{style}{kind}" opacity="{opacity:g}" points="{points}"/>')
-    dots = line.series if len(line.series) <= 40 else line.series[-1:]
-    for step, value in dots:
+    for step, value in line.series if len(line.series) <= 40 else ():
         hint = f"<title>{escape(line.name)}: {number(value)} at step {step}</title>"
         parts.append(
             f'<circle class="{style}" opacity="{line.opacity:g}" cx="{x(step):.1f}" cy="{y(value):.1f}" r="2.5">'
