@@ -1,21 +1,29 @@
 """A long run in two processes, watched from outside: does anything grow, and is anything left behind?
 
-    uv run benchmarks/soak.py [--steps 2000] [--every 50] [key=value …]
+    uv run benchmarks/soak.py [--steps 2000] [--every 50] [--signals 20] [key=value …]
 
 Trains a small MLP on the 8×8 digits with `trainer=ddp_cpu`; samples, FID, checkpoints and the offline W&B run at every
 validation. Resident memory and open file handles of both processes are read from /proc twice a second. The memory of
 the last fifth of the run is compared with that of the fifth after the first (medians). Linux only.
+
+With `--signals N` it is another question: is a run that is stopped N times the same as one that is not? One process
+trains undisturbed; another is sent SIGINT, SIGTERM and SIGKILL in turn, at random times, and goes on with
+`ckpt_path=last` after each. Losses of every step, FIDs, weights and averages are compared at the end.
 """
 
 import argparse
+import csv
 import json
 import os
+import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -51,12 +59,82 @@ def resident(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+def launch(place: Path, run_id: str, options: argparse.Namespace, words: list[str]) -> subprocess.Popen:
+    """Start a run of one process, or go on with it."""
+    command = [
+        sys.executable, "train.py", *SMALL, "trainer=cpu", "logger=none", f"steps={options.steps}",
+        f"eval_every={2 * options.every}", f"callbacks.last.every={options.every}", "trainer.log_every_n_steps=1",
+        f"root={place}/runs", f"data.root={place}/data", f"run_id={run_id}", "ckpt_path=last", *words,
+    ]  # fmt: skip
+    log = (place / f"{run_id}.log").open("a")
+    heard: dict[str, Any] = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}  # in a shell's job too
+    return subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=log, stderr=log, **heard
+    )
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """Losses by step, FIDs by step, and the tensors of the last checkpoint."""
+    import torch
+
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    return {
+        "losses": {int(row["step"]): float(row["train/loss"]) for row in rows if row["train/loss"]},
+        "FIDs": {row["step"]: row["val/fid"] for row in json.loads((folder / "fid.json").read_text())},
+        "averages": state["state_dict"],
+        "weights": state["current_model_state"],
+    }
+
+
+def disturbed(options: argparse.Namespace, words: list[str]) -> None:
+    """Compare a run that is stopped again and again with one that is not."""
+    draw, sent = random.Random(0), []
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        begun = time.time()
+        if launch(place, "whole", options, words).wait():
+            raise SystemExit((place / "whole.log").read_text()[-3000:])
+        spell = 1.3 * (time.time() - begun) / options.signals
+        folders = [place / "runs" / "bellman-diffusion" / run_id for run_id in ("whole", "stopped")]
+        while True:
+            run = launch(place, "stopped", options, words)
+            number = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[len(sent) % 3]
+            started = folders[1] / "metrics.csv"
+            size = started.stat().st_size if started.is_file() else 0
+            while run.poll() is None and not (started.is_file() and started.stat().st_size != size):
+                time.sleep(0.05)  # until it trains
+            try:
+                run.wait(draw.uniform(0.2, 1.8) * spell if len(sent) < options.signals else None)
+            except subprocess.TimeoutExpired:
+                run.send_signal(number)
+                sent.append((number.name, run.wait()))
+                continue
+            if run.returncode:
+                raise SystemExit((place / "stopped.log").read_text()[-3000:])
+            break
+        one, other = (outcome(folder) for folder in folders)
+        for what, mine in one.items():
+            theirs = other[what]
+            if mine.keys() != theirs.keys():
+                print(f"{what}: not of the same steps or names: {len(mine)} and {len(theirs)}")
+            worst = max(float(abs(mine[k] - theirs[k]).max()) if what in ("averages", "weights") else
+                        abs(mine[k] - theirs[k]) for k in mine.keys() & theirs.keys())  # fmt: skip
+            print(f"{what}: {len(mine)} compared, largest difference {worst:g}")
+        counts = {kind: sum(name == kind for name, _ in sent) for kind in ("SIGINT", "SIGTERM", "SIGKILL")}
+        print(f"{options.steps} steps, {len(sent)} signals: {counts}")
+
+
 def main() -> None:
     """Run, watch, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--every", type=int, default=50)
+    parser.add_argument("--signals", type=int, default=0)
     options, words = parser.parse_known_args()
+    if options.signals:
+        disturbed(options, words)
+        return
     with tempfile.TemporaryDirectory() as place:
         temporary = Path(place) / "tmp"
         temporary.mkdir()

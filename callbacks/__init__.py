@@ -4,6 +4,7 @@ part of the checkpointed module. Those that evaluate run between the two swaps o
 
 from callbacks.checkpoints import AveragedWeights, LastCheckpoint
 from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss, TrainingDiagnostics
+from callbacks.evaluation import Evaluation, Findings, Metric
 from callbacks.features import ClassifierFeatures, InceptionFeatures
 from callbacks.figures import FieldFigures, PointTrajectory
 from callbacks.memorisation import Memorisation
@@ -19,13 +20,16 @@ __all__ = [
     "AveragedWeights",
     "ClassifierFeatures",
     "EpisodeReturns",
+    "Evaluation",
     "FieldDiagnostics",
     "FieldFigures",
+    "Findings",
     "ImageMetrics",
     "ImageWriter",
     "InceptionFeatures",
     "LastCheckpoint",
     "Memorisation",
+    "Metric",
     "NonFiniteLoss",
     "PointMetrics",
     "PointTrajectory",

@@ -64,7 +64,10 @@ def check(trainer: L.Trainer, pl_module: Any, owner: str, kind: str, samplers: I
     Raises:
         UserError: naming the callback, and what there is to choose.
     """
-    shape, (axes, others) = data_of(trainer).observed.shape, SHAPES[kind]
+    data, (axes, others) = data_of(trainer), SHAPES[kind]
+    shape = data.sample_shape
+    if shape is None:
+        raise UserError(f"{owner} is for {kind}, and {data.name} is an environment: choose callbacks=returns")
     if len(shape) != axes:
         raise UserError(f"{owner} is for {kind}, and a sample has shape {shape}: choose callbacks={others}")
     for name in samplers:

@@ -24,6 +24,9 @@ from datamodules.subsets import random_subset
 KEPT = 10_000
 """Features of so many samples are kept, for KID's subsets and for precision and recall. FID keeps sums alone."""
 
+NEIGHBOURS = 3
+"""Precision and recall are of balls around features to the neighbour of this number."""
+
 
 class Given(nn.Module):
     """Stands where torchmetrics expects a feature extractor, so that features are computed once for all metrics."""
@@ -45,7 +48,26 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     return float(fid.compute())
 
 
-def precision_recall(samples: Tensor, real: Tensor, neighbours: int = 3) -> tuple[float, float]:
+def kernel_distance(samples: Tensor, real: Tensor, subset: int, scale: float = 1.0) -> float:
+    """KID by torchmetrics: the mean over 50 random subsets, which are the same at every call.
+
+    Args:
+        samples: features, shape (N, F).
+        real: features, shape (M, F).
+        subset: size of the subsets.
+        scale: features are divided by it.
+    """
+    kid = KernelInceptionDistance(
+        feature=Given(samples.shape[1]), subsets=50, subset_size=subset, sync_on_compute=False
+    ).to(samples.device)
+    kid.update(real / scale, real=True)
+    kid.update(samples / scale, real=False)
+    with isolate_rng():
+        torch.manual_seed(0)
+        return float(kid.compute()[0].float())
+
+
+def precision_recall(samples: Tensor, real: Tensor, neighbours: int = NEIGHBOURS) -> tuple[float, float]:
     """Share of samples inside the real manifold, and of real images inside the samples'.
 
     The manifold of a set is the union of balls around its points, each to its k-th nearest neighbour.
@@ -175,36 +197,30 @@ class ImageMetrics(Evaluation):
         n = self.n if stage == "val" else self.n_test
         real = self.references[stage]["features"]
         fid = FrechetInceptionDistance(feature=Given(real.shape[1])).to(pl_module.device)
-        subset = min(self.kid_subset, n, len(real))
-        kid = KernelInceptionDistance(feature=Given(real.shape[1]), subsets=50, subset_size=subset)
-        kid.to(pl_module.device)
-        share = len(range(trainer.global_rank, KEPT, trainer.world_size))
-        mine = real[trainer.global_rank :: trainer.world_size]
-        for rows in mine.split(5000):  # states of all ranks are added up
+        for rows in real[trainer.global_rank :: trainer.world_size].split(5000):  # states of all ranks are added up
             fid.update(rows.to(pl_module.device).double(), real=True)
-        kid.update(mine[:share].to(pl_module.device) / self.features.kid_scale, real=True)
-        kept: list[Tensor] = []
+        share = -(-min(KEPT, n) // trainer.world_size)  # features that a rank keeps
+        kept = torch.zeros(0, real.shape[1], device=pl_module.device)
         with all_or_none(trainer):
             for x in draw(trainer, pl_module, n, self.batch_size, self.seed, sampler):
                 rows = self.features(to_uint8(x))
                 fid.update(rows.double(), real=False)
-                part = rows[: max(0, share - sum(map(len, kept)))]
-                if len(part):
-                    kid.update(part / self.features.kid_scale, real=False)
-                    kept.append(part)
-        torch.manual_seed(0)  # KID draws subsets
+                kept = torch.cat([kept, rows[: share - len(kept)]])
         values = {"fid": float(fid.compute().float())}
-        if subset == self.kid_subset:
-            values["kid"] = float(kid.compute()[0].float())
-        few = self._manifold(n, len(real), trainer.world_size)
-        if few // trainer.world_size > 3:
-            ours = pl_module.all_gather(torch.cat(kept)[: few // trainer.world_size]).flatten(0, -2)
-            values["precision"], values["recall"] = precision_recall(ours, real[: len(ours)].to(ours.device))
+        kept = nn.functional.pad(kept, (0, 0, 0, share - len(kept)))  # of one size on every rank
+        shares: Tensor = pl_module.all_gather(kept)
+        ours = shares.view(trainer.world_size, share, -1).transpose(0, 1).flatten(0, 1)[: min(KEPT, n)]
+        theirs = real[:KEPT].to(ours.device)
+        if self.kid_subset <= min(len(ours), len(theirs)):
+            values["kid"] = kernel_distance(ours, theirs, self.kid_subset, self.features.kid_scale)
+        few = self._manifold(n, len(real))
+        if few > NEIGHBOURS:
+            values["precision"], values["recall"] = precision_recall(ours[:few], theirs[:few])
         return values
 
-    def _manifold(self, n: int, references: int, world_size: int) -> int:
-        """Number of samples, and of real images, that precision and recall are of: the same from each rank."""
-        return min(self.manifold, KEPT, n, references) // world_size * world_size
+    def _manifold(self, n: int, references: int) -> int:
+        """Number of samples, and of real images, that precision and recall are of."""
+        return min(self.manifold, KEPT, n, references)
 
     def judge(
         self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str, drawn: dict[str, float] | None
@@ -213,7 +229,7 @@ class ImageMetrics(Evaluation):
         reference = self.references[stage]
         values = {f"{stage}/{name}": value for name, value in (drawn or {"fid": math.inf}).items()}
         n = self.n if stage == "val" else self.n_test
-        manifold = self._manifold(n, len(reference["features"]), trainer.world_size)
+        manifold = self._manifold(n, len(reference["features"]))
         row = {
             **values,
             "floor": round(reference["floor"], 2),
@@ -223,7 +239,7 @@ class ImageMetrics(Evaluation):
                 f"{len(reference['features'])} {reference['split']} images of {data_of(trainer).observed.name}; "
                 f"{self.features.description}; "
                 f"floor: {reference['floor_split']}; noise: uniform bytes"
-                + (f"; precision, recall: {manifold} of each, 3 neighbours" if manifold else "")
+                + (f"; precision, recall: {manifold} of each, {NEIGHBOURS} neighbours" if manifold else "")
             ),
         }
         more = f", KID {values[f'{stage}/kid']:.4f}" if f"{stage}/kid" in values else ""

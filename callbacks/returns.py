@@ -1,6 +1,6 @@
 """What a model of returns does: episodes under its greedy policy, and pictures of the distributions it has learned."""
 
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from bd_lightning.checks import UserError, positive
-from bd_lightning.modules import ReturnLearner
 from callbacks.evaluation import Evaluation, Metric
 from callbacks.pictures import publish_animation, publish_image
 from callbacks.records import append_record, run_folder, step_of
@@ -116,22 +115,17 @@ class EpisodeReturns(Evaluation):
             )
         if stream.cut and data.cap is not None:
             self._tell_of_cuts(data)
-        if trainer.global_step % cast(Any, trainer).log_every_n_steps == 0:
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             values = {"env_steps": stream.steps, "epsilon": stream.exploration}
             values |= {"episodes_cut": stream.cut, "returns_outside": stream.outside}
             if stream.finished:
                 values["return"] = float(np.mean(stream.finished))
             pl_module.log_dict({f"train/{name}": float(value) for name, value in values.items()})
 
-    def _run(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+    def _run(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         data = need_environment(trainer, type(self).__name__)
-        returns, cut = play(
-            self.envs,
-            data.shape,
-            interruptible(trainer, cast(ReturnLearner, pl_module).greedy),
-            self.episodes,
-            self.seed,
-        )
+        policy = interruptible(trainer, pl_module.greedy)
+        returns, cut = play(self.envs, data.shape, policy, self.episodes, self.seed)
         if cut.any() and data.cap is not None:
             self._tell_of_cuts(data)
         mean, error = float(returns.mean()), float(returns.std() / len(returns) ** 0.5)
@@ -221,10 +215,9 @@ class ReturnFigures(L.Callback):
 
 
 @torch.no_grad()
-def return_densities(pl_module: L.LightningModule) -> tuple[Tensor, Tensor, Tensor]:
+def return_densities(pl_module: Any) -> tuple[Tensor, Tensor, Tensor]:
     """A grid (Q,), densities (P, A, Q) and means (P, A) of the returns in the module's probe states."""
-    model = cast(ReturnLearner, pl_module)
-    rep, w = model.representation, model.weights(model.probes)
+    rep, w = pl_module.representation, pl_module.weights(pl_module.probes)
     x = rep.grid(500)
     return x.cpu(), rep.fields(w, x)[0].cpu(), rep.mean(w).cpu()
 

@@ -90,6 +90,11 @@ class Data(L.LightningDataModule):
     def facts(self) -> Facts:
         """What a model has to know of it."""
 
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Shape of a sample as it is shown and judged; None where a model draws no samples of the data."""
+        return None
+
 
 class DataModule(Data):
     """Base of the data sets.
@@ -143,6 +148,11 @@ class DataModule(Data):
     def facts(self) -> SampleFacts:
         """What models are built from and told apart by."""
         return SampleFacts(self.name, tuple(self.shape), self.sigma_data, tuple(self.class_names))
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """Shape of what `decode` returns."""
+        return tuple(self.observed.shape)
 
     @property
     def observed(self) -> "DataModule":

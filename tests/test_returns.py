@@ -262,10 +262,21 @@ def test_networks_are_built_once(cls, representation, monkeypatch):
 
 
 def test_names_of_parameters_stay():
-    """Those of checkpoints of the first version."""
+    """A state of the first version, given by the names and shapes that it had, is loaded."""
     names = [f"network.{i}.{what}" for i in (0, 2) for what in ("weight", "bias")]
     model = ReturnLearner((16,), 4, GaussianFields(0, 1), hidden=[8])
     assert list(model.state_dict()) == ["probes", *names, *(f"target_{name}" for name in names)]
+    shapes = {
+        "network.0.weight": (8, 16),
+        "network.0.bias": (8,),
+        "network.2.weight": (204, 8),
+        "network.2.bias": (204,),
+    }
+    stored = {f"{which}{name}": torch.full(shape, 0.5) for which in ("", "target_") for name, shape in shapes.items()}
+    checkpoint = {"global_step": 20, "state_dict": {"probes": torch.eye(16)[:4], **stored}}
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    assert model.probes.shape == (4, 16) and bool((model.network[2].weight == 0.5).all()) and model.loaded_step == 20
     parts = [f"state.{k}.0" for k in (0, 1)] + [f"{part}.{k}" for part in ("place", "out") for k in (0, 1)]
     names = [f"network.{part}.{what}" for part in parts for what in ("weight", "bias")]
     free = FreeReturnLearner((16,), 4, GaussianFields(0, 1, learn="density"), hidden=[8])

@@ -90,10 +90,10 @@ class Autoencoder(Module):
         label: Tensor | None = None,
         watch: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
-        """Reconstructions of held-out images, in order, for callbacks that show or judge samples.
+        """Reconstructions of held-out images, in a fixed random order, for callbacks that show or judge samples.
 
         Args:
-            indices: which images of the running stage's split, modulo its size.
+            indices: which images of the running stage's split, shuffled, modulo its size.
             sampler: "reconstruction".
             seed: not used.
             label: not used.
@@ -103,5 +103,6 @@ class Autoencoder(Module):
             Images in [−1, 1], shape (B, C, H, W).
         """
         rows = self.trainer.datamodule.split("test" if self.trainer.testing else "val")  # type: ignore[attr-defined]
-        x = torch.stack([rows[i % len(rows)][0] for i in indices]).to(self.device)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
+        x = torch.stack([rows[order[i % len(rows)]][0] for i in indices]).to(self.device)
         return self.decode(self.encode(x))

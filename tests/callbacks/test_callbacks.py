@@ -1,5 +1,7 @@
 """Callbacks inside short real trainings."""
 
+import json
+
 import lightning as L
 import pytest
 import torch
@@ -20,7 +22,8 @@ from callbacks import (
     SampleGrid,
     Trajectory,
 )
-from callbacks.drawing import draw
+from callbacks.drawing import draw, draw_together
+from callbacks.evaluation import Evaluation, Findings, Metric, shown
 from datamodules import Digits
 
 
@@ -114,8 +117,6 @@ def test_pictures_are_written(tmp_path, cache):
 
 
 def test_fid_is_recorded_with_its_protocol_and_does_not_depend_on_the_batch(tmp_path, cache):
-    import json
-
     values = []
     for name, batch_size in (("a", 80), ("b", 23)):
         trainer, _ = fit(tmp_path / name, cache, [metrics(batch_size=batch_size)])
@@ -204,6 +205,36 @@ def test_lost_chains_do_not_end_training(tmp_path, cache):
     trainer, record = fit(tmp_path, cache, [metrics(), SampleGrid(n=4)], module=module)
     assert len(record.losses) == 12 and float(trainer.callback_metrics["val/fid"]) == float("inf")
     assert [p.name for p in (tmp_path / "samples").iterdir()] == ["sde-0000006.png", "sde-0000012.png"]
+
+
+def test_the_progress_bar_shows_what_evaluations_declare(tmp_path, cache):
+    class Mean(Evaluation):
+        metrics = (Metric("mean", 2), Metric("not_shown"))
+        record = "mean.json"
+
+        def draw(self, trainer, pl_module, stage, sampler):
+            torch.rand(7)  # training must not notice
+            return draw_together(trainer, pl_module, 8, 8, 0, sampler)
+
+        def judge(self, trainer, pl_module, stage, sampler, drawn):
+            values = {f"{stage}/mean": float(drawn.mean()), f"{stage}/not_shown": 1.0}
+            return Findings(values, {**values, "summary": "a mean"})
+
+    _, plain = fit(tmp_path / "a", cache, [])
+    trainer, watched = fit(tmp_path / "b", cache, [Mean()])
+    assert plain.losses == watched.losses
+    assert shown(trainer) == {"mean": f"{float(trainer.callback_metrics['val/mean']):.2f}"}
+    rows = json.loads((tmp_path / "b" / "mean.json").read_text())
+    assert [row["step"] for row in rows] == [6, 12] and rows[-1]["val/not_shown"] == 1
+
+
+def test_lost_chains_are_one_line(tmp_path, cache, caplog):
+    module = build()
+    module.samplers["ode"] = BellmanDynamics(steps=50, step_size=500.0)
+    with caplog.at_level("INFO"):
+        fit(tmp_path, cache, [SampleGrid(n=4, samplers=["ode"])], module=module)
+    said = [line for line in caplog.messages if line.startswith("no ")]
+    assert [line.split(": ")[0] for line in said] == [f"no grid of sampler 'ode' at step {step}" for step in (6, 12)]
 
 
 def test_unknown_sampler_is_named(tmp_path, cache):

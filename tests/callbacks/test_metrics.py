@@ -176,7 +176,7 @@ def test_the_order_of_the_data_does_not_matter(tmp_path, monkeypatch):
         assert rows[True][name] > 0.9 and rows[False][name] == pytest.approx(rows[True][name], abs=0.06)
     assert rows[False]["floor"] < 0.02 * rows[False]["noise"] and rows[True]["floor"] < 0.02 * rows[True]["noise"]
     assert rows[False]["val/fid"] == pytest.approx(rows[True]["val/fid"], rel=1e-3)  # the reference is whole
-    assert rows[False]["val/kid"] == pytest.approx(rows[True]["val/kid"], abs=0.05)
+    assert max(abs(row["val/kid"]) for row in rows.values()) < 0.4  # a reference of the first classes: above 1
 
 
 def test_held_out_images_of_memorisation_are_a_random_subset(tmp_path):

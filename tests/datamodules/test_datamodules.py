@@ -9,6 +9,7 @@ from bd_lightning.facts import SampleFacts
 from datamodules import CIFAR10, MNIST, Digits, ImageFolder, SampleRequests, to_uint8
 from datamodules.base import DataError
 from datamodules.images import to_unit
+from datamodules.subsets import random_subset
 from tiny_data import write_cifar, write_folder, write_mnist
 
 
@@ -176,9 +177,20 @@ def test_keep_chooses_classes_and_thins_them():
     counts, before = (torch.bincount(rows.labels) for rows in (thin.load_split("train"), whole.load_split("train")))
     assert thin.class_names == tuple("123456789") and counts[2] == -(-before[3] // 10)
     assert torch.equal(counts[[0, 1, 3, 8]], before[[1, 2, 4, 9]])
+    threes = whole.load_split("train").x[labels == 3]
+    kept = thin.load_split("train").x[thin.load_split("train").labels == 2]
+    assert not torch.equal(kept, threes[: len(kept)])  # not the first ones: their order may have a meaning
+    assert torch.equal(kept, Digits(keep={3: 0.1, 0: 0}).load_split("train").x[thin.load_split("train").labels == 2])
     held_out = torch.bincount(thin.load_split("val").labels)
     assert held_out[2] == (whole.load_split("val").labels == 3).sum()  # only training images are thinned
     assert len({str(data.fingerprint) for data in (whole, few, thin, Digits(keep={3: 0.2}))}) == 4
+
+
+def test_random_subsets_are_spread_out_and_fixed():
+    chosen = random_subset(999, 500)
+    assert chosen == sorted(set(chosen)) == random_subset(999, 500) and len(chosen) == 500
+    assert sum(i < 500 for i in chosen) == pytest.approx(250, abs=40)
+    assert random_subset(3, 5) == [0, 1, 2] and random_subset(999, 500, seed=1) != chosen
 
 
 def test_keep_in_a_folder(tmp_path):
