@@ -9,7 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
-from bd_lightning import checkpoints
+from bd_lightning import checkpoints, progress
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build
 from bd_lightning.cli.plan import Plan
@@ -45,6 +45,7 @@ def prepare(config: Mapping[str, Any]) -> None:
             f"'trainer.accelerator' is {accelerator}, and PyTorch finds no GPU here; "
             "set trainer=cpu, and to train choose an experiment of that size, e.g. experiment=mnist_small"
         )
+    progress.show((config["callbacks"] or {}).get("progress") is not None)
     L.seed_everything(config["seed"], workers=True, verbose=False)
 
 
