@@ -6,6 +6,7 @@ import sys
 from bd_lightning.checks import UserError
 from bd_lightning.cli import compare, plan
 from bd_lightning.cli.help import help_text
+from bd_lightning.cli.quiet import quiet
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,6 +15,7 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_text(), end="")
         return 0
+    quiet()
     try:
         if argv[:1] == ["compare"]:
             compare.run(argv[1:])

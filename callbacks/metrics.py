@@ -11,7 +11,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
@@ -93,6 +92,8 @@ def precision_recall(samples: Tensor, real: Tensor, neighbours: int = NEIGHBOURS
     References:
         | Kynkäänniemi et al., Improved Precision and Recall Metric, arXiv 1904.06991
     """
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     found = prc_features_to_metric(
         samples.float(),
         real.float(),
