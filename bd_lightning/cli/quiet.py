@@ -25,8 +25,9 @@ LINES = (
     "Restoring states from the checkpoint",
     "Restored all states from the checkpoint",
     "Loaded model weights from the checkpoint",
+    "was raised with message:",  # by a signal; `fit` says where the run stopped and how to resume it
 )
-"""Beginnings of lines of the log, or what tips contain."""
+"""What lines of the log contain."""
 
 LOGGERS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
 
@@ -42,4 +43,4 @@ def quiet() -> None:
 def _wanted(record: logging.LogRecord) -> bool:
     """Whether a line of the log says something, to somebody."""
     text = record.getMessage()
-    return bool(text.strip()) and not text.lstrip().startswith(LINES) and "Tip:" not in text
+    return bool(text.strip()) and not any(line in text for line in LINES)
