@@ -1,7 +1,7 @@
 """Reading and writing checkpoints: tensors and plain data only, with the config that rebuilds the model."""
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from bd_lightning import facts
-from bd_lightning.checks import UserError
+from bd_lightning.checks import UserError, reason_of
 from bd_lightning.cli import build
 from bd_lightning.modules.base import Module
 from bd_lightning.upgrade import upgrade
@@ -42,10 +42,10 @@ class WholeCheckpoints(TorchCheckpointIO):
             part.replace(path)
         except (OSError, RuntimeError) as error:  # torch turns some failures to write into a RuntimeError
             part.unlink(missing_ok=True)
-            reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())[:200]
             kept = "the one that was there before is intact" if path.is_file() else "there is none yet"
             raise SavingFailed(
-                f"cannot write the checkpoint {path} ({reason}), {kept}: make room, then resume or start again"
+                f"cannot write the checkpoint {path} ({reason_of(error)}), {kept}: make room, then resume "
+                "or start again"
             ) from error
 
 
@@ -58,7 +58,7 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing, broken, not one of ours, or written by a later version.
     """
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # False also for a path that is too long to ask for
         raise UserError(f"checkpoint not found: {path}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -80,21 +80,20 @@ def restore(module: Module, checkpoint: Mapping[str, Any], path: str | Path) -> 
     Raises:
         UserError: if they are not those of such a module.
     """
-    module.on_load_checkpoint(dict(checkpoint))
     try:
+        module.on_load_checkpoint(dict(checkpoint))
         module.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
+    except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:  # of other shapes, names or types
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights in {path} do not fit the model: leave model as it was ({reason})") from error
 
 
-def load(path: str | Path, kind: type[Module] = Module, named: Collection[str] | None = ()) -> tuple[Any, dict]:
+def load(path: str | Path, kind: type[Module] = Module) -> tuple[Any, dict]:
     """Build the module of a checkpoint with its (averaged) weights, frozen and in evaluation mode.
 
     Args:
         path: the checkpoint.
         kind: the class that the module has to be of.
-        named: classes beside those of this suite that it may hold; None allows any.
 
     Returns:
         The module and the stored config, `facts` among it, in today's format.
@@ -104,8 +103,7 @@ def load(path: str | Path, kind: type[Module] = Module, named: Collection[str] |
     """
     checkpoint = read(path)
     stored = checkpoint["hyper_parameters"]
-    if named is not None:
-        build.refuse_strangers(stored["model"], str(path), named)
+    build.refuse_strangers(stored["model"], str(path))
     build.check_kind(stored["model"], "model", build.KINDS["model"])
     module = build.instantiate(stored["model"], "model", facts.read(stored["facts"]).arguments)
     if not isinstance(module, kind):

@@ -18,6 +18,36 @@ def suggest(word: str, known: Iterable[str]) -> str:
     return f" Known: {', '.join(known)}." if known else ""
 
 
+def reason_of(error: BaseException) -> str:
+    """Why a file could not be written, in the system's words, also if torch has put its own around them."""
+    deeper: BaseException | None = error
+    while deeper is not None:
+        if isinstance(deeper, OSError) and deeper.strerror:
+            return deeper.strerror
+        deeper = deeper.__cause__ or deeper.__context__
+    return "the file could not be written whole; is the disk full?"
+
+
+def plain_name(**values: object) -> None:
+    """Refuse what cannot be the name of a file, a folder and a W&B run alike.
+
+    Raises:
+        ValueError: naming the first offending argument and what is wrong with it.
+    """
+    for name, value in values.items():
+        wrong = sorted({c for c in str(value) if c in "/\\#?%:" or not c.isprintable()})
+        if not isinstance(value, str) or not value.strip() or value.strip() != value or value in (".", ".."):
+            raise ValueError(f"{name} must be a name, got {value!r}")
+        if wrong:
+            raise ValueError(f"{name} {_cut(value)!r} may not hold {' '.join(map(ascii, wrong))}")
+        if len(value) > 128 or len(value.encode(errors="replace")) > 200:
+            raise ValueError(f"{name} {_cut(value)!r} is too long, 128 characters are the most")
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
 def positive(**values: float) -> None:
     """Refuse values that are not finite and above zero.
 

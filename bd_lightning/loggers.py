@@ -10,7 +10,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_info
 
-from bd_lightning.checks import positive
+from bd_lightning.checks import UserError, plain_name, positive
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -110,6 +110,9 @@ class WandB(WandbLogger):
         summaries: dict[str, Literal["min", "max"]] | None = None,
     ) -> None:
         positive(timeout=timeout)
+        plain_name(project=project, run_id=Path(run_dir).name)
+        if entity is not None:
+            plain_name(entity=entity)
         super().__init__(
             name=name,
             save_dir=str(run_dir),
@@ -136,8 +139,11 @@ class WandB(WandbLogger):
     def _start(self, mode: Any) -> Any:
         import wandb
 
-        settings = wandb.Settings(init_timeout=self.timeout, silent=True)
-        return wandb.init(**self._wandb_init, mode=mode, settings=settings)
+        try:
+            settings = wandb.Settings(init_timeout=self.timeout, silent=True)
+            return wandb.init(**self._wandb_init, mode=mode, settings=settings)
+        except (wandb.errors.UsageError, ValueError, TypeError) as error:
+            raise UserError(f"'logger': {' '.join(str(error).split())[:300]}") from error
 
     @property
     @rank_zero_experiment

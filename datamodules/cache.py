@@ -1,14 +1,20 @@
 """Files of things derived from a data set, kept beside it."""
 
+import contextlib
 import hashlib
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bd_lightning.checks import reason_of
 from datamodules.base import DataModule
+
+warned: set[str] = set()
+"""Folders that were warned of."""
 
 
 def cache_path(data: DataModule, what: str, *keys: Any) -> Path:
@@ -18,11 +24,23 @@ def cache_path(data: DataModule, what: str, *keys: Any) -> Path:
 
 
 def save_cached(value: Any, path: Path) -> None:
-    """Write a cache file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a cache file, whole or not at all; where that is not possible, warn once and go on without."""
     part = path.with_suffix(f".{os.getpid()}.part")
-    torch.save(value, part)
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            torch.save(value, file)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch turns some failures to write into a RuntimeError
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        if str(path.parent) not in warned:
+            warned.add(str(path.parent))
+            warnings.warn(
+                f"nothing can be kept in {path.parent} ({reason_of(error)}): what is derived from the data is made "
+                "anew by every run; set data.root to a place that can be written",
+                stacklevel=2,
+            )
 
 
 def load_cached(path: Path) -> Any:

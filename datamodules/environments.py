@@ -27,6 +27,11 @@ def make_envs(name: str, count: int, options: dict[str, Any] | None = None) -> A
         from gymnasium.vector import AutoresetMode
     except ImportError as error:
         raise UserError("environments need gymnasium: install it with 'uv sync --group rl'") from error
+    if ":" in name:  # module:id imports the module, which runs it; configs of checkpoints name environments too
+        raise DataError(
+            f"cannot make the environment '{name}': an id with ':' runs the code of a module; give the id of an "
+            "environment that is registered"
+        )
     try:
         mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
         envs = gymnasium.make_vec(name, count, vectorization_mode="sync", vector_kwargs=mode, **(options or {}))

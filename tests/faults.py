@@ -87,3 +87,12 @@ class Poison(L.Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step in self.steps and trainer.global_rank == self.rank:
             batch[0].fill_(float("inf"))
+
+
+class Stranger:
+    """Of no kind that a config takes; it remembers that it was called."""
+
+    calls = 0
+
+    def __init__(self, *args, **kwargs) -> None:
+        Stranger.calls += 1

@@ -9,9 +9,13 @@ import pytest
 import torch
 import yaml
 
+import faults
+import fuzz
 import train
 from bd_lightning import checkpoints
 from bd_lightning.checks import UserError
+from bd_lightning.cli import build, plan
+from bd_lightning.cli import config as configs
 from bd_lightning.upgrade import upgrade
 from tiny_data import write_autoencoder
 
@@ -78,6 +82,142 @@ def test_nothing_runs_from_a_checkpoint(place, command, tmp_path, capsys):
     else:
         assert "name the class on the command line too, or add trust=true" in said
         refused([*words, "trust=true"], mark.parent, capsys)  # it is no class, and does not belong there
+
+
+def places(node, path=()):
+    """Every place of a config: values, items of lists, new keys, and the classes themselves."""
+    if isinstance(node, dict):
+        yield (*path, "_target_") if "_target_" in node else (*path, "more")
+        for key, value in node.items():
+            if key != "_target_":
+                yield (*path, key)
+                yield from places(value, (*path, key))
+    elif isinstance(node, list):
+        for i, value in enumerate(node):
+            yield (*path, i)
+            yield from places(value, (*path, i))
+
+
+def placed(node, path, stranger):
+    """A config with a stranger at a place."""
+    if not path:
+        return stranger
+    copied = list(node) if isinstance(node, list) else dict(node)
+    copied[path[0]] = placed(copied.get(path[0]) if isinstance(copied, dict) else copied[path[0]], path[1:], stranger)
+    if path == ("_target_",):
+        copied["_target_"] = stranger["_target_"]
+    return copied
+
+
+@pytest.mark.parametrize("config", fuzz.shipped())
+def test_no_place_of_a_shipped_config_takes_a_stranger(config, tmp_path, monkeypatch):
+    """Neither from the command line nor, without a look at what it is, from a checkpoint."""
+    called = []
+    monkeypatch.setattr(os, "system", called.append)
+    group = config.split("=")[0]
+    for name, shape in (("digits", (1, 8, 8)), ("mnist", (1, 28, 28))) if "latent" in config else ():
+        write_autoencoder(tmp_path / f"{name}.ckpt", shape, name)
+    composed = configs.compose(configs.parse(fuzz.needed(config, tmp_path)))
+    build.check(composed)
+    tried = 0
+    for path in places(composed):
+        if group != "experiment" and path[0] != group:
+            continue
+        for target in ("os.system", "faults.Stranger"):
+            doctored = placed(composed, path, {"_target_": target, "command": "true"})
+            with pytest.raises(UserError):
+                build.check(doctored)
+            with pytest.raises(UserError, match="which is no class of this suite"):
+                build.refuse_strangers(doctored, "this file")
+            tried += 1
+    assert tried >= 2 or composed[group] in (None, {}) and not called
+    assert not called and faults.Stranger.calls == 0
+
+
+def test_the_command_line_takes_no_stranger(tmp_path, capsys):
+    """The whole way, for a few places."""
+    mark = tmp_path / "outside" / "mark"
+    mark.parent.mkdir()
+    node = f"{{_target_: os.system, command: 'touch {mark}'}}"
+    for place in ("data.keep", "callbacks.more", "trainer.plugins", "model.network", "model.samplers.ode", "labels"):
+        refused([f"{place}={node}", f"root={mark.parent / 'runs'}", "logger=none"], mark.parent, capsys)
+
+
+@pytest.mark.parametrize("command", ["predict", "fit", "test"])
+def test_an_environment_of_a_checkpoint_imports_nothing(command, tmp_path, capsys, monkeypatch):
+    """gymnasium imports the module of an id `module:Id`."""
+    pytest.importorskip("gymnasium")
+    (tmp_path / "stranger.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = tmp_path / "a.ckpt"
+    checkpoint = torch.load(V1 / "returns.ckpt", weights_only=True)
+    stored = copy.deepcopy(upgrade(checkpoint["hyper_parameters"]))
+    stored["data"]["env"] = "stranger:CartPole-v1"
+    torch.save({**checkpoint, "hyper_parameters": stored}, path)
+    if command != "predict":  # which needs no environment
+        said = refused([command, f"ckpt_path={path}", f"root={tmp_path / 'runs'}", "logger=none"], tmp_path, capsys)
+        assert "an id with ':' runs the code of a module" in said
+    else:
+        assert train.main([command, f"ckpt_path={path}", f"root={tmp_path / 'runs'}", "logger=none", "n=1"]) == 0
+        capsys.readouterr()
+    assert not (tmp_path / "mark").exists()
+    said = refused(["data=cart_pole", "model=returns", "callbacks=returns", "data.env=stranger:CartPole-v1",
+                    f"root={tmp_path / 'runs2'}", "logger=none"], tmp_path, capsys)  # fmt: skip
+    assert "an id with ':' runs the code of a module" in said and not (tmp_path / "mark").exists()
+
+
+def test_a_stored_config_refers_to_nothing(tmp_path, capsys, monkeypatch):
+    """A name such as ${oc.env:SECRET} would be sent to W&B, or become a folder."""
+    monkeypatch.setenv("SECRET", "42")
+    path = doctored(tmp_path / "a.ckpt", ("data", "root"), "${oc.env:SECRET}")
+    said = refused(["predict", f"ckpt_path={path}", f"root={tmp_path / 'runs'}"], tmp_path, capsys)
+    assert "42" not in said and "refers to something" in said
+
+
+OUTSIDE = {
+    ("model", "sampler"): "../../../outside/x", ("callbacks", "last", "dirpath"): "OUTSIDE",
+    ("callbacks", "last", "filename"): "../../../outside/x",
+    ("logger",): {"_target_": "bd_lightning.loggers.WandB", "project": "../../outside"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", OUTSIDE)
+def test_names_of_a_stored_config_lead_nowhere_else(place, tmp_path, capsys):
+    """Samplers give their names to folders and files; checkpoints go where a callback says."""
+    value = str(tmp_path / "outside") if OUTSIDE[place] == "OUTSIDE" else OUTSIDE[place]
+    path = doctored(tmp_path / "a.ckpt", place, value)
+    if place == ("model", "sampler"):
+        stored = torch.load(path, weights_only=True)
+        samplers = stored["hyper_parameters"]["model"]["samplers"]
+        samplers[value] = samplers.pop("ode")
+        torch.save(stored, path)
+    command = "predict" if place[0] == "model" else "fit"
+    words = [command, f"ckpt_path={path}", f"root={tmp_path / 'runs'}", f"data.root={tmp_path / 'd'}"]
+    said = refused(words, tmp_path, capsys)
+    assert "outside" in said
+
+
+def test_a_stored_root_is_not_where_new_folders_go(tmp_path, capsys, monkeypatch):
+    path = doctored(tmp_path / "a" / "b" / "a.ckpt", ("root",), str(tmp_path / "outside"))
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["predict", f"ckpt_path={path}", "n=1", "run_id=x", "callbacks.progress=null"]) == 0
+    assert (tmp_path / "runs" / "bellman-diffusion" / "x" / "predict-ode-seed0" / "000000.png").is_file()
+    assert not (tmp_path / "outside").exists()
+
+
+def test_trust_reaches_the_autoencoder(tmp_path, capsys, monkeypatch):
+    code = "from bd_lightning.modules import Autoencoder\n\n\nclass Mine(Autoencoder):\n    pass\n"
+    (tmp_path / "myencoder.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    encoder = write_autoencoder(tmp_path / "ae.ckpt", (1, 8, 8), "Digits")
+    stored = torch.load(encoder, weights_only=True)
+    stored["hyper_parameters"]["model"]["_target_"] = "myencoder.Mine"
+    torch.save(stored, encoder)
+    words = ["data=digits_latent", f"data.autoencoder.ckpt_path={encoder}", "model=mlp"]
+    assert "names 'myencoder.Mine'" in refused([*words, f"root={tmp_path / 'runs'}"], tmp_path, capsys)
+    plan.resolve([*words, f"root={tmp_path / 'runs'}", "run_id=x", "trust=true"])
+    with pytest.raises(UserError, match="names 'myencoder.Mine'"):  # trust ends with its command line
+        plan.resolve([*words, f"root={tmp_path / 'runs'}", "run_id=x"])
 
 
 @pytest.mark.parametrize("target", ["subprocess.Popen", "os.system", "builtins.exec", "bd_lightning.upgrade.upgrade"])

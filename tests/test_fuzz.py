@@ -1,8 +1,9 @@
-"""A few of the mistakes of `fuzz.py` in every shipped config."""
+"""A few of the mistakes of `fuzz.py` in every shipped config, and of `fuzz_checkpoints.py` in every checkpoint."""
 
 import pytest
 
 import fuzz
+import fuzz_checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -24,3 +25,10 @@ def test_shipped_configs_train(place):
     """They are what the mistakes are made in."""
     for config in ("experiment=mnist_small", "data=folder", "model=relative", "callbacks=points"):
         assert fuzz.attempt(fuzz.needed(config, place)).outcome == "runs"
+
+
+@pytest.mark.parametrize("name", fuzz_checkpoints.shipped())
+def test_changed_checkpoints_are_refused_by_one_sentence_or_load(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for said, result in fuzz_checkpoints.check(name, tmp_path, 16):
+        assert result.outcome in ("refused", "runs"), f"{said}: {result.note}"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from PIL import Image, ImageSequence
 
 import train
 from bd_lightning import checkpoints, distances
+from callbacks.figures import column_names, sample_figure
 from callbacks.points import field_errors, mode_shares, true_fields
 from datamodules import Synthetic, Table
 from oracles import square
@@ -163,6 +165,20 @@ def test_wine_is_a_word(tmp_path):
     table = Table(dataset="wine", batch_size=64, val_fraction=0.2, test_fraction=0.2)
     stored = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["hyper_parameters"]["facts"]
     assert stored["columns"] == list(table.columns) and stored["scale"] == table.scale.tolist()
+
+
+def test_figures_of_tables_name_and_show_all_columns():
+    table = Table(dataset="wine", batch_size=64)
+    trainer = SimpleNamespace(datamodule=table)
+    names, rows = column_names(trainer), table.split("val").x
+    figure = sample_figure(rows, rows, None, 3.0, names)
+    titles = [axes.get_title().replace("\n", "") for axes in figure.axes]
+    assert titles == list(table.columns) and len(titles) == 13
+    assert column_names(trainer, 2) == ("alcohol", "malic_acid")
+    numbered = column_names(SimpleNamespace(datamodule=Synthetic(square(), size=200, held_out=50)))
+    assert numbered == ("column 0", "column 1")
+    figure = sample_figure(rows, rows, None, 3.0, ["$a^", "$b_", *names[2:]])  # not mathematics
+    figure.canvas.draw()
 
 
 MISTAKES = [

@@ -104,12 +104,13 @@ def test_predict_writes_images(finished, root, capsys):
     folder = finished / "predict-ode-seed0"
     assert "12 images and grid.png in" in capsys.readouterr().out
     files = sorted(p.name for p in folder.iterdir())
-    assert files == [f"{i:06d}.png" for i in range(12)] + ["grid.png"]
+    assert files == [f"{i:06d}.png" for i in range(12)] + ["grid.png", "settings.json"]
     with Image.open(folder / "000003.png") as image:
         assert image.size == (8, 8) and image.mode == "L"
     first = (folder / "000003.png").read_bytes()
     assert train.main(["predict", f"ckpt_path={best}", "n=5", "model.sampler=ode"]) == 0
-    assert (folder / "000003.png").read_bytes() == first  # a sample depends on its index and the seed alone
+    other = finished / "predict-ode-seed0-2"  # what lies in a folder belongs together
+    assert (other / "000003.png").read_bytes() == first  # a sample depends on its index and the seed alone
     assert train.main(["predict", f"ckpt_path={best}", "n=5", "model.sampler=sde", "seed=4"]) == 0
     assert (finished / "predict-sde-seed4" / "000003.png").read_bytes() != first
 
@@ -191,7 +192,7 @@ def test_training_on_two_processes(root):
     assert len(list(folder.glob("wandb/offline-run-*"))) == 1  # rank 0 alone starts a run
     assert done.stdout.count("everything is in") == 1
     with Image.open(folder / "samples" / "ode-0000012.png") as grid:
-        assert grid.size == (8 * 34 + 2, 34 + 2)
+        assert grid.size == (8 * 66 + 2, 66 + 2)
 
 
 @pytest.mark.parametrize("data", ["digits", "mnist", "cifar10", "folder"])

@@ -15,6 +15,7 @@ folder) is a file whose groups are taken whole.
 `build` checks a config against the signatures of its classes and turns it into objects. Torch is not imported here.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,7 +113,7 @@ def load(path: str | Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file is missing, not YAML, or not a mapping.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     if not path.is_file():
         raise ConfigError(f"config file not found: {path}")
     try:
@@ -155,6 +156,10 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
     """
     base = load(CONFIG_DIR / "train.yaml")
     config = _choose({}, base, {key: value for key, value in base.items() if key not in GROUPS}, "train.yaml")
+    if stored is not None and _interpolates(dict(stored)):
+        raise ConfigError(
+            "the config of the checkpoint refers to something outside it by '${': it is not one of this suite's"
+        )
     if stored is not None:  # a callback that is not among the stored ones was not part of the run
         config = _repeat(config, stored)
     if "experiment" in request.choices:
@@ -174,7 +179,7 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
         for part in reversed(key.split(".")):
             nested = {part: nested}
         config = _choose(config, base, nested, "the command line")
-    return _resolved(_normalised(config))
+    return _at_home(_resolved(_normalised(config)))
 
 
 def _choose(config: dict[str, Any], base: dict[str, Any], layer: dict[str, Any], where: str) -> dict[str, Any]:
@@ -209,6 +214,24 @@ def _normalised(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(config["steps"], int) and isinstance(config["eval_every"], int):
         config["eval_every"] = min(config["steps"], config["eval_every"])
     return config
+
+
+def _interpolates(node: Any) -> bool:
+    """Whether a config has references left, to environment variables say; a stored one has none."""
+    if isinstance(node, dict):
+        return any(_interpolates(key) or _interpolates(value) for key, value in node.items())
+    if isinstance(node, (list, tuple)):
+        return any(map(_interpolates, node))
+    return isinstance(node, str) and "${" in node
+
+
+def _at_home(node: Any) -> Any:
+    """A config with ~ at the beginning of paths in full, among them the keys of `merge`."""
+    if isinstance(node, dict):
+        return {_at_home(key): _at_home(value) for key, value in node.items()}
+    if isinstance(node, list):
+        return [_at_home(value) for value in node]
+    return os.path.expanduser(node) if isinstance(node, str) and node.startswith("~") else node
 
 
 def _resolved(config: dict[str, Any]) -> dict[str, Any]:

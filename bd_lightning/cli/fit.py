@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from bd_lightning.checkpoints import WholeCheckpoints
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build, objects
-from bd_lightning.cli.folders import short
+from bd_lightning.cli.folders import claimed, short
 from bd_lightning.cli.plan import Plan
 from bd_lightning.facts import Facts
 from bd_lightning.loggers import MetricsCSV, WandB
@@ -25,6 +25,11 @@ def run(plan: Plan) -> None:
         UserError: for anything that is the user's to put right.
     """
     objects.prepare(plan.config)
+    with claimed(plan.run_dir, plan.new):
+        _run(plan)
+
+
+def _run(plan: Plan) -> None:
     data = build.instantiate(plan.config["data"], "data")
     if plan.facts is not None:
         refuse_other_data(plan.facts, data.facts)
@@ -38,6 +43,25 @@ def run(plan: Plan) -> None:
     carry_out(plan, trainer, data, model)
     if trainer.is_global_zero:
         finish(plan, callbacks, model)
+
+
+class Record(L.Callback):
+    """Writes config.yaml when training begins: a run that is refused before changes nothing.
+
+    Args:
+        plan: the plan of the run.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Write it, whole or not at all."""
+        if trainer.is_global_zero:
+            path = self.plan.run_dir / "config.yaml"
+            part = path.with_name("config.yaml.part")
+            OmegaConf.save(OmegaConf.create(self.plan.record), part)
+            part.replace(path)
 
 
 def refuse_other_data(trained: Facts, given: Facts) -> None:
@@ -71,7 +95,7 @@ def build_trainer(plan: Plan, loggers: list[Any], callbacks: list[Any]) -> L.Tra
     return objects.trainer(
         plan,
         logger=loggers,
-        callbacks=callbacks,
+        callbacks=[Record(plan), *callbacks],
         plugins=[WholeCheckpoints()],
         max_steps=config["steps"],
         max_epochs=-1,
@@ -81,9 +105,7 @@ def build_trainer(plan: Plan, loggers: list[Any], callbacks: list[Any]) -> L.Tra
 
 
 def announce(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
-    """Make the run folder with the run's config, and say where it is."""
-    plan.run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(plan.record), plan.run_dir / "config.yaml")
+    """Say where the run folder is, and what a step is made of."""
     print(f"run folder: {short(plan.run_dir)}", flush=True)
     batch, devices, accumulated = data.batch_size, trainer.world_size, trainer.accumulate_grad_batches
     effective = f"{batch} × {devices} devices × {accumulated} accumulated = {batch * devices * accumulated}"

@@ -21,14 +21,14 @@ class Plan:
         command: "fit", "validate", "test" or "predict".
         config: the config, resolved and checked.
         run_dir: the run folder.
-        named: classes beside the suite's own that configs of checkpoints may name; None allows any.
+        new: whether the run begins in a folder of its own, which must not be there yet.
         checkpoint: the checkpoint that `config["ckpt_path"]` names, as `checkpoints.read` gives it.
     """
 
     command: str
     config: Mapping[str, Any]
     run_dir: Path
-    named: frozenset[str] | None
+    new: bool = False
     checkpoint: Mapping[str, Any] | None = None
 
     @property
@@ -38,8 +38,10 @@ class Plan:
 
     @property
     def resumed_at(self) -> int | None:
-        """The step that a run goes on from; None for a new one."""
-        return self.checkpoint["global_step"] if self.checkpoint and self.command == "fit" else None
+        """The step that training goes on from, 0 for a new run; None for other commands."""
+        if self.command != "fit":
+            return None
+        return self.checkpoint["global_step"] if self.checkpoint else 0
 
     @property
     def record(self) -> dict[str, Any]:
@@ -55,9 +57,9 @@ def resolve(argv: Sequence[str]) -> Plan:
         UserError: for anything that is the user's to put right.
     """
     request = configs.parse(argv)
-    config = configs.compose(request)
+    asked = config = configs.compose(request)
     build.check_keys(config)
-    named = None if config["trust"] else frozenset(build.targets(config))
+    build.trusted.set(None if config["trust"] else frozenset(build.targets(config)))
     path = _existing(config) if config["ckpt_path"] == "last" else config["ckpt_path"]
     checkpoint = None
     if path:
@@ -65,16 +67,84 @@ def resolve(argv: Sequence[str]) -> Plan:
 
         checkpoint = checkpoints.read(path)
         config = configs.compose(request, checkpoint["hyper_parameters"])
-        if named is not None:
-            build.refuse_strangers(config, path, named)
+        build.refuse_strangers(config, path)
+        if not asked["trust"]:
+            refuse_elsewhere(config, asked, path)
     elif request.command != "fit":
         raise UserError(f"{request.command} needs ckpt_path=<run folder>/checkpoints/best.ckpt")
-    config["ckpt_path"] = path
+    repeated, config["ckpt_path"] = config["ckpt_path"] == "last", path
+    if path and folders.folder_of(path) != folders.run_folder(config, request.command == "fit"):
+        config["root"] = asked["root"]  # a stored config does not say where a new folder goes
     build.check(config)
-    return Plan(request.command, config, folders.run_folder(config), named, checkpoint)
+    refuse_numbers(config["trainer"])
+    run_dir = folders.run_folder(config, request.command == "fit")
+    new = request.command == "fit" and not repeated and (not path or folders.folder_of(path) != run_dir)
+    if new:
+        folders.refuse_existing(run_dir)
+    if path and checkpoint and request.command == "fit":
+        folders.refuse_lost_steps(run_dir, Path(path), checkpoint["global_step"], config["steps"])
+    return Plan(request.command, config, run_dir, new, checkpoint)
+
+
+def refuse_elsewhere(config: Mapping[str, Any], asked: Mapping[str, Any], place: str) -> None:
+    """Refuse a stored config that has callbacks write outside the run folder.
+
+    Args:
+        config: the config, with the stored one in it.
+        asked: what the command line says without it.
+        place: the checkpoint, for the message.
+
+    Raises:
+        UserError: naming the key, and how to allow it.
+    """
+    callbacks = config["callbacks"] if isinstance(config["callbacks"], Mapping) else {}
+    for name, node in callbacks.items():
+        mine = (asked["callbacks"] or {}).get(name)
+        for key in ("dirpath", "filename"):
+            value = node.get(key) if isinstance(node, Mapping) else None
+            own = isinstance(mine, Mapping) and mine.get(key) == value
+            if isinstance(value, str) and not own and (key == "dirpath" or "/" in value or "\\" in value):
+                raise UserError(
+                    f"{place} has 'callbacks.{name}.{key}' {value!r}, which leads out of the run folder: say so on the "
+                    "command line too, or add trust=true"
+                )
+
+
+AT_LEAST = {
+    **dict.fromkeys(("accumulate_grad_batches", "log_every_n_steps", "limit_train_batches", "limit_val_batches"), 1),
+    **dict.fromkeys(("min_steps", "min_epochs", "gradient_clip_val"), 0),
+}
+"""Smallest numbers of `lightning.Trainer` that have a meaning; of batches, a share of one is meant by a fraction."""
+
+
+def refuse_numbers(trainer: Mapping[str, Any]) -> None:
+    """Refuse numbers that Lightning takes and that stop it later, or make it do nothing.
+
+    Raises:
+        UserError: naming the key.
+    """
+    for key, least in AT_LEAST.items():
+        value = trainer.get(key)
+        if isinstance(value, (int, float)) and not (value >= least or isinstance(value, float) and value > 0):
+            raise UserError(f"'trainer.{key}' must be at least {least}, got {value}")
+    devices = trainer.get("devices")
+    if isinstance(devices, int) and devices > 4096:
+        raise UserError(f"'trainer.devices' is the number of devices of one machine, got {devices}")
+    if str(trainer.get("precision")).startswith("64"):
+        raise UserError("'trainer.precision' must be 32-true or lower: data and noise are in single precision")
 
 
 def _existing(config: Mapping[str, Any]) -> str | None:
-    """The last checkpoint of the run id, if it has one."""
-    last = folders.new_folder(config) / "checkpoints" / "last.ckpt"
-    return str(last) if last.is_file() else None
+    """The last checkpoint of the run id, if it has one.
+
+    Raises:
+        UserError: if it has others alone.
+    """
+    folder = folders.new_folder(config) / "checkpoints"
+    last = folder / "last.ckpt"
+    if last.is_file():
+        return str(last)
+    others = sorted(path.name for path in folder.glob("*.ckpt")) if folders.first_process() else []
+    if others:
+        raise UserError(f"{folders.short(folder)} has no last.ckpt but {', '.join(others)}: name one with ckpt_path=")
+    return None

@@ -1,5 +1,6 @@
 """predict: samples of a checkpoint, or of a mixture of what it has learned."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from bd_lightning import checkpoints, fields
 from bd_lightning import facts as facts_of
 from bd_lightning.checks import UserError, suggest
 from bd_lightning.cli import build, objects
-from bd_lightning.cli.folders import run_name, short
+from bd_lightning.cli.folders import folder_for, folder_of, keep_settings, made, short, writing
 from bd_lightning.cli.plan import Plan
 from bd_lightning.facts import Facts
 from callbacks import ImageWriter, TableWriter
@@ -52,7 +53,7 @@ class Drawing(L.LightningModule):
 
 
 def run(plan: Plan) -> None:
-    """Write samples to <run folder>/predict-<sampler>-seed<seed>[-<mixture>]/.
+    """Write samples to <run folder>/predict-<sampler>-seed<seed>[-<mixture>]/, or, if that holds others, a new one.
 
     Raises:
         UserError: for anything that is the user's to put right.
@@ -67,14 +68,35 @@ def run(plan: Plan) -> None:
     if config["calibrate"] and not mixed:
         raise UserError("calibrate corrects the weights of a mixture: give mix, remove or merge too")
     drawing = mixing(plan, facts, model) if mixed else model
-    folder = plan.run_dir / folder_name(plan, model.sampler)
+    settings = settings_of(plan)
+    folder = folder_for(settings, plan.run_dir, folder_name(plan, model.sampler))
     writer = build_writer(plan, facts, folder)
     trainer = objects.trainer(plan, logger=False, callbacks=[writer, *progress_bars(plan)])
     loader = DataLoader(SampleRequests(config["n"], config["seed"], labels), batch_size=min(500, config["n"]))
-    trainer.predict(drawing, loader, return_predictions=False)
+    with made(folder, lambda: len(list(folder.iterdir())) > 1), writing(folder):
+        keep_settings(settings, folder)
+        trainer.predict(drawing, loader, return_predictions=False)
     if trainer.is_global_zero:
         what = "images and grid.png" if isinstance(writer, ImageWriter) else "rows of samples.csv"
         print(f"{config['n']} {what} in {short(folder)}")
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """All that the samples depend on, as plain values; checkpoints by their content."""
+    config = plan.config
+    files = [config["ckpt_path"], *(config["merge"] or {}), (config["data"].get("autoencoder") or {}).get("ckpt_path")]
+    contents = {Path(file).name: _digest(file) for file in files if file}
+    keys = ("seed", "n", "labels", "mix", "remove", "merge", "calibrate", "model", "data")
+    return {
+        "checkpoints": contents,
+        **{key: config[key] for key in keys},
+        "precision": config["trainer"].get("precision"),
+    }
+
+
+def _digest(file: str | Path) -> str:
+    with Path(file).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def class_name(label: int | str, names: Sequence[str]) -> str:
@@ -115,7 +137,7 @@ def mixing(plan: Plan, facts: Facts, model: Any) -> Drawing:
     mine = identity(model, facts)
     others = []
     for path, weight in (config["merge"] or {}).items():
-        other, stored = checkpoints.load(path, type(model), plan.named)
+        other, stored = checkpoints.load(path, type(model))
         its = facts_of.read(stored["facts"])
         for what, theirs in identity(other, its).items():
             if mine[what] != theirs:
@@ -140,7 +162,7 @@ def folder_name(plan: Plan, sampler: str) -> str:
     config = plan.config
     words = [f"{label}x{weight:g}" for label, weight in (config["mix"] or {}).items()]
     words += [f"without-{label}" for label in config["remove"] or []]
-    words += [f"{run_name(path)}x{weight:g}" for path, weight in (config["merge"] or {}).items()]
+    words += [f"{folder_of(path).name}x{weight:g}" for path, weight in (config["merge"] or {}).items()]
     return "-".join([f"predict-{sampler}-seed{config['seed']}", *words])
 
 

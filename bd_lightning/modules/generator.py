@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import in_range, interval, one_of
+from bd_lightning.checks import in_range, interval, one_of, plain_name
 from bd_lightning.dynamics import SampleNoise, Sampler
 from bd_lightning.fields import FieldPair, GuidedFields
 from bd_lightning.modules.base import Module
@@ -54,6 +54,8 @@ class Generator(Module):
     ) -> None:
         super().__init__(**options)
         self.samplers = {name: one for name, one in samplers.items() if one is not None}
+        for name in self.samplers:  # their pictures are files of that name
+            plain_name(**{"the name of a sampler": name})
         one_of(tuple(self.samplers), sampler=sampler)
         in_range(0, math.inf, guidance=guidance)
         interval(guidance_interval=guidance_interval)
