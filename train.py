@@ -4,8 +4,9 @@ import os
 import sys
 
 from bd_lightning.checks import UserError
-from bd_lightning.cli import plan
+from bd_lightning.cli import compare, plan
 from bd_lightning.cli.help import help_text
+from bd_lightning.cli.quiet import quiet
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -14,8 +15,12 @@ def main(argv: list[str] | None = None) -> int:
     if "--help" in argv or "-h" in argv:
         print(help_text(), end="")
         return 0
+    quiet()
     try:
-        carry_out(plan.resolve(argv))
+        if argv[:1] == ["compare"]:
+            compare.run(argv[1:])
+        else:
+            carry_out(plan.resolve(argv))
     except UserError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)

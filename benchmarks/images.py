@@ -43,6 +43,7 @@ from benchmarks.peers import CALLS, DDPM, Draw, FlowMatching
 from callbacks.metrics import Given, frechet_distance, precision_recall
 from callbacks.pictures import grid_image
 from datamodules import to_uint8
+from datamodules.subsets import random_subset
 
 EQUAL = [f"model.samplers.sde.levels={CALLS}", "model.samplers.sde.relaxation=0.5", "model.samplers.ode.steps=18"]
 DEFAULT, DDPM_NAME = "Bellman Diffusion", "DDPM"
@@ -184,7 +185,9 @@ class Suite:
             kid.update(found / self.features.kid_scale, real=False)
             values["kid"] = float(kid.compute()[0])
             few = min(n, len(self.real))
-            values["precision"], values["recall"] = precision_recall(found[:few], self.real[:few])
+            values["precision"], values["recall"] = precision_recall(
+                found[:few], self.real[random_subset(len(self.real), few)]
+            )
         return values
 
 

@@ -11,6 +11,7 @@ from callbacks.memorisation import Memorisation
 from callbacks.metrics import ImageMetrics
 from callbacks.points import PointMetrics
 from callbacks.progress import StepProgress
+from callbacks.report import Report
 from callbacks.returns import EpisodeReturns, ReturnFigures
 from callbacks.samples import SampleGrid, Trajectory
 from callbacks.writers import ImageWriter, TableWriter
@@ -32,6 +33,7 @@ __all__ = [
     "NonFiniteLoss",
     "PointMetrics",
     "PointTrajectory",
+    "Report",
     "ReturnFigures",
     "SampleGrid",
     "StepProgress",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import SamplingDiverged
+from bd_lightning.progress import bar
 from datamodules.base import DataModule
 
 
@@ -108,11 +110,20 @@ def draw(
     module is asked for class i modulo the number of classes.
     """
     mine = range(trainer.global_rank, n, trainer.world_size)
-    for start in range(0, len(mine), batch_size):
-        indices = mine[start : start + batch_size]
-        label = classes_of(pl_module, indices)
-        x = pl_module.sample(indices, sampler=sampler, seed=seed, label=label)
-        yield data_of(trainer).decode(x)
+    name = sampler or pl_module.sampler
+    with bar(f"samples ({name})", len(mine)) as progress:
+        for start in range(0, len(mine), batch_size):
+            indices = mine[start : start + batch_size]
+            label = classes_of(pl_module, indices)
+            watch = partial(_move, progress, start, len(indices), pl_module.samplers[name].calls)
+            x = pl_module.sample(indices, sampler=sampler, seed=seed, label=label, watch=watch)
+            _move(progress, start, len(indices), 1, 1)
+            yield data_of(trainer).decode(x)
+
+
+def _move(progress: Any, start: int, count: int, calls: int, step: int, x: Tensor | None = None) -> None:
+    """Move a bar to the share of a batch that is drawn after a step; a step takes at least one call."""
+    progress.update(start + count * min(step, calls) // calls - progress.n)
 
 
 def draw_together(

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from bd_lightning.checks import UserError, positive
+from bd_lightning.progress import bar
 from datamodules.cache import cache_path, load_cached, save_cached
 from datamodules.images import ImageDataModule, to_unit
 
@@ -30,12 +31,19 @@ class ImageFeatures(nn.Module):
     key: tuple
     kid_scale: float = 1.0
 
-    @abstractmethod
-    def prepare(self, data: ImageDataModule) -> None:
-        """Load or train what the features need. Called on every rank, on rank 0 first.
+    def check(self, data: ImageDataModule) -> None:
+        """Refuse what can be refused before a run begins; nothing by itself. Called on every rank, on rank 0 first.
 
         Raises:
             UserError: if these features cannot be had for this data.
+        """
+
+    @abstractmethod
+    def prepare(self, data: ImageDataModule) -> None:
+        """Load or train what the features need, when they are first needed. Called on every rank, on rank 0 first.
+
+        Raises:
+            UserError: as `check`.
         """
 
     @property
@@ -85,12 +93,15 @@ class ClassifierFeatures(ImageFeatures):
         self.trunk(torch.zeros(1, *shape))
         self.head = nn.Linear(self.num_features, classes)
 
-    def prepare(self, data: ImageDataModule) -> None:
+    def check(self, data: ImageDataModule) -> None:
         if len(data.class_names) < 2:
             raise UserError(
                 f"{data.name} has no classes to train a classifier on; use callbacks.InceptionFeatures "
                 "(callbacks=inception), or set callbacks.metrics=null"
             )
+
+    def prepare(self, data: ImageDataModule) -> None:
+        self.check(data)
         with isolate_rng():
             torch.manual_seed(self.seed)
             self._build(data.shape, len(data.class_names))
@@ -116,14 +127,19 @@ class ClassifierFeatures(ImageFeatures):
         )
         optimizer = torch.optim.Adam(self.parameters(), 2e-3)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=self.steps)
-        step = 0
-        with torch.enable_grad(), torch.inference_mode(False):
+        with (
+            torch.enable_grad(),
+            torch.inference_mode(False),
+            bar(f"classifier of {data.name} for FID", self.steps) as progress,
+        ):
+            step = 0
             while True:
                 for x, y in loader:
                     optimizer.zero_grad()
                     F.cross_entropy(self.head(self.trunk(x)), y).backward()
                     optimizer.step()
                     schedule.step()
+                    progress.update(1)
                     step += 1
                     if step == self.steps:
                         return
@@ -171,9 +187,11 @@ class InceptionFeatures(ImageFeatures):
         super().__init__()
         if weights is not None and not Path(weights).is_file():
             raise ValueError(f"weights: file not found: {weights}")
-        self.weights, self.network = weights, nn.Identity()
+        self.weights, self.network, self.loaded = weights, nn.Identity(), False
 
-    def prepare(self, data: ImageDataModule) -> None:
+    def check(self, data: ImageDataModule) -> None:
+        if self.loaded:
+            return
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         try:
@@ -190,6 +208,10 @@ class InceptionFeatures(ImageFeatures):
                 "or use callbacks.ClassifierFeatures"
             ) from error
         self.requires_grad_(False).eval()
+        self.loaded = True
+
+    def prepare(self, data: ImageDataModule) -> None:
+        self.check(data)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

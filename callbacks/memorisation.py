@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from bd_lightning.checks import in_range, positive
+from bd_lightning.progress import bar
 from callbacks.drawing import SampleModule, data_of, draw_together
 from callbacks.evaluation import Evaluation, Findings
 from callbacks.pictures import grid_image, publish_picture
@@ -31,12 +32,15 @@ def nearest_two(x: Tensor, data: ImageDataModule, split: str = "train") -> tuple
     """
     flat, scale = x.flatten(1).float() / 255, x[0].numel() ** -0.5
     best, index, seen = flat.new_full((len(x), 2), torch.inf), torch.zeros(len(x), 2, dtype=torch.long), 0
-    for rows, _ in DataLoader(data.load_split(split), 1000, collate_fn=data.collate):
-        images = to_uint8(rows).flatten(1).float() / 255
-        distance = scale * torch.cdist(flat, images)
-        found, column = torch.cat([best, distance], 1).topk(2, largest=False)
-        number = torch.cat([index, torch.arange(seen, seen + len(rows)).expand(len(x), -1)], 1)
-        best, index, seen = found, number.gather(1, column), seen + len(rows)
+    known = data.load_split(split)
+    with bar(f"distances to {split} images of {data.name}", len(known)) as progress:
+        for rows, _ in DataLoader(known, 1000, collate_fn=data.collate):
+            images = to_uint8(rows).flatten(1).float() / 255
+            distance = scale * torch.cdist(flat, images)
+            found, column = torch.cat([best, distance], 1).topk(2, largest=False)
+            number = torch.cat([index, torch.arange(seen, seen + len(rows)).expand(len(x), -1)], 1)
+            best, index, seen = found, number.gather(1, column), seen + len(rows)
+            progress.update(len(rows))
     return best, index
 
 

@@ -1,6 +1,8 @@
 """FID, KID, precision and recall of samples, with the protocol written beside every number."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import lightning as L
@@ -9,11 +11,11 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
-from torch_fidelity.metric_prc import prc_features_to_metric
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import in_range, positive
+from bd_lightning.progress import bar
 from callbacks.drawing import SampleModule, all_or_none, data_of, draw
 from callbacks.evaluation import Evaluation, Findings, Metric
 from callbacks.features import ImageFeatures
@@ -38,6 +40,16 @@ class Given(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """The features, (B, num_features)."""
         return features
+
+
+@contextmanager
+def rank_zero_first(trainer: L.Trainer) -> Iterator[None]:
+    """Let the other ranks wait until rank 0 is through, so that they find what it keeps."""
+    if not trainer.is_global_zero:
+        trainer.strategy.barrier("rank 0 first")
+    yield
+    if trainer.is_global_zero:
+        trainer.strategy.barrier("rank 0 first")
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -80,6 +92,8 @@ def precision_recall(samples: Tensor, real: Tensor, neighbours: int = NEIGHBOURS
     References:
         | Kynkäänniemi et al., Improved Precision and Recall Metric, arXiv 1904.06991
     """
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
     found = prc_features_to_metric(
         samples.float(),
         real.float(),
@@ -136,24 +150,35 @@ class ImageMetrics(Evaluation):
         self.references: dict[str, dict[str, Any]] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Train or load the features and the reference statistics, on rank 0 first."""
+        """Check the features; a run that trains does not wait for them before its first validation."""
         if stage not in ("fit", "validate", "test"):
             return
         super().setup(trainer, pl_module, stage)
-        held_out = "test" if stage == "test" else "val"
-        data = cast(ImageDataModule, data_of(trainer).observed)
-        if not trainer.is_global_zero:
-            trainer.strategy.barrier("features")
-        self.features.prepare(data)
-        self.features.to(pl_module.device)
-        self.references[held_out] = self._reference(data, held_out, pl_module.device)
-        if trainer.is_global_zero:
-            trainer.strategy.barrier("features")
+        with rank_zero_first(trainer):
+            self.features.check(cast(ImageDataModule, data_of(trainer).observed))
+        if stage != "fit":
+            self.prepare(trainer, pl_module, "test" if stage == "test" else "val")
         if self.n < self.features.num_features:
             rank_zero_info(
                 f"FID of {self.n} samples in {self.features.num_features} dimensions: the covariance is singular and "
                 "the number biased upward; raise callbacks.metrics.n"
             )
+
+    def prepare(self, trainer: L.Trainer, pl_module: L.LightningModule, held_out: str) -> None:
+        """Train or load the features and the reference statistics, on rank 0 first, unless they are there already."""
+        if held_out in self.references:
+            return
+        data = cast(ImageDataModule, data_of(trainer).observed)
+        with rank_zero_first(trainer), isolate_rng(), torch.inference_mode(False), torch.no_grad():
+            self.features.prepare(data)
+            self.features.to(pl_module.device)
+            self.references[held_out] = self._reference(data, held_out, pl_module.device)
+
+    def evaluate(self, trainer: L.Trainer, pl_module: SampleModule, stage: str) -> None:
+        """Evaluate, with features and references ready."""
+        if stage in self.stages and not trainer.sanity_checking:
+            self.prepare(trainer, cast(L.LightningModule, pl_module), stage)
+        super().evaluate(trainer, pl_module, stage)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Free the features."""
@@ -165,7 +190,12 @@ class ImageMetrics(Evaluation):
         images = data.load_split(split)
         chosen = Subset(images, random_subset(len(images), len(images) if limit is None else limit))
         loader = DataLoader(chosen, data.eval_batch_size, collate_fn=data.collate)
-        rows = torch.cat([self.features(to_uint8(x).to(device)).cpu() for x, _ in loader])
+        with bar(f"{split} images of {data.name} for FID", len(chosen)) as progress:
+            parts = []
+            for x, _ in loader:
+                parts.append(self.features(to_uint8(x).to(device)).cpu())
+                progress.update(len(x))
+        rows = torch.cat(parts)
         return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
 
     def _reference(self, data: ImageDataModule, held_out: str, device: torch.device) -> dict[str, Any]:

@@ -22,7 +22,12 @@ class SampleWriter(BasePredictionWriter):
 
     Args:
         folder: where to write.
+
+    Attributes:
+        product: what it is called that lies there in the end.
     """
+
+    product: str
 
     def __init__(self, folder: str | Path) -> None:
         super().__init__(write_interval="batch")
@@ -70,6 +75,8 @@ class ImageWriter(SampleWriter):
         grid: at most so many images in grid.png.
     """
 
+    product = "images and grid.png"
+
     def __init__(self, folder: str | Path, decode: Callable[[Tensor], Tensor] | None = None, grid: int = 64) -> None:
         super().__init__(folder)
         self.decode, self.grid = decode, grid
@@ -95,6 +102,8 @@ class TableWriter(SampleWriter):
         center: what is added to each column after scaling; None adds nothing.
         scale: what each column is multiplied by; None leaves it.
     """
+
+    product = "rows of samples.csv"
 
     def __init__(
         self,

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bd_lightning.latents import LatentSpace
+from bd_lightning.progress import bar
 from datamodules.base import DataModule, Rows
 from datamodules.cache import cache_path, load_cached, save_cached
 from datamodules.images import ImageDataModule
@@ -83,11 +84,13 @@ class Latents(DataModule):
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
             codes: list[Tensor] = []
             labels: list[Tensor] = []
-            for flip in (False, True)[: 1 + mirrored]:
-                rows = DataLoader(self.images.load_split(split), self.eval_batch_size, collate_fn=self.images.collate)
-                for x, y in rows:
-                    codes.append(self.autoencoder.encode((x.flip(-1) if flip else x).to(device)).cpu())
-                    labels.append(y)
+            images = self.images.load_split(split)
+            with bar(f"codes of {self.images.name}, {split} split", len(images) * (1 + mirrored)) as progress:
+                for flip in (False, True)[: 1 + mirrored]:
+                    for x, y in DataLoader(images, self.eval_batch_size, collate_fn=self.images.collate):
+                        codes.append(self.autoencoder.encode((x.flip(-1) if flip else x).to(device)).cpu())
+                        labels.append(y)
+                        progress.update(len(x))
             cached = {"codes": torch.cat(codes), "labels": torch.cat(labels)}
             save_cached(cached, path)
         return Rows(cached["codes"], cached["labels"])

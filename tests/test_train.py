@@ -56,7 +56,14 @@ def column(folder: Path, name: str) -> dict[int, float]:
 
 def test_run_folder_holds_everything(finished):
     names = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
-    assert {"config.yaml", "metrics.csv", "fid.json", "checkpoints/best.ckpt", "checkpoints/last.ckpt"} <= names
+    assert {
+        "config.yaml",
+        "metrics.csv",
+        "report.html",
+        "fid.json",
+        "checkpoints/best.ckpt",
+        "checkpoints/last.ckpt",
+    } <= names
     assert {"samples/sde-0000040.png", "samples/ode-0000040.png", "samples/trajectory-sde.gif"} <= names
     losses = column(finished, "train/loss_gradient")
     assert len(losses) == 8 and sum(list(losses.values())[-3:]) < sum(list(losses.values())[:3])

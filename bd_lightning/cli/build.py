@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bd_lightning.checks import suggest
+from bd_lightning.cli import signatures
 from bd_lightning.cli.config import GROUPS, TOP_LEVEL, ConfigError
 from bd_lightning.upgrade import refuse_old
 
@@ -69,7 +70,9 @@ def refuse_strangers(node: Any, place: str) -> None:
         ConfigError: naming the class, and how to allow it.
     """
     named = trusted.get()
-    for path in sorted(targets(node)) if named is not None else ():
+    if named is None:
+        return
+    for path in sorted(targets(node)):
         if path.partition(".")[0] not in OWN and path not in SHIPPED and path not in named:
             raise ConfigError(
                 f"{place} names '{path}', which is no class of this suite and could do anything: if you trust the "
@@ -115,6 +118,8 @@ def check(config: Mapping[str, Any]) -> None:
         )
     refuse_old(config)
     for group in GROUPS:
+        check_names(config.get(group), group)
+    for group in GROUPS:
         node = config.get(group)
         if group == "callbacks":
             if node is not None and not isinstance(node, Mapping):
@@ -127,6 +132,29 @@ def check(config: Mapping[str, Any]) -> None:
     for group in ("data", "model"):
         for name, sub in config[group].items():
             _try(sub, f"{group}.{name}")
+
+
+def check_names(node: Any, key: str) -> None:
+    """Refuse a misspelt key of a class whose source tells its arguments; no class is imported.
+
+    Raises:
+        ConfigError: naming the first such key.
+    """
+    if isinstance(node, list):
+        for i, sub in enumerate(node):
+            check_names(sub, f"{key}[{i}]")
+    if not isinstance(node, Mapping):
+        return
+    path = str(node.get("_target_", ""))
+    known = signatures.arguments(path)
+    for name, sub in node.items():
+        if known is not None and name != "_target_" and name not in known:
+            raise _unknown(key, name, path.rpartition(".")[2], known)
+        check_names(sub, f"{key}.{name}")
+
+
+def _unknown(key: str, name: Any, owner: str, known: Iterable[str]) -> ConfigError:
+    return ConfigError(f"unknown key '{key}.{name}' for {owner}.{suggest(str(name), known)}")
 
 
 def check_kind(node: Any, key: str, kind: str) -> None:
@@ -201,7 +229,7 @@ def _check_arguments(cls: type, node: Mapping[str, Any], key: str) -> None:
         if name == "_target_":
             continue
         if name not in signature:
-            raise ConfigError(f"unknown key '{key}.{name}' for {cls.__name__}.{suggest(str(name), signature)}")
+            raise _unknown(key, name, cls.__name__, signature)
         _check_value(value, signature[name][0], f"{key}.{name}")
     for name, (_, required) in signature.items():
         if required and name not in node and name not in FACTS:

@@ -82,7 +82,7 @@ def parse(argv: Sequence[str]) -> Request:
     if words and "=" not in words[0] and not words[0].startswith("-"):
         request.command = words.pop(0)
         if request.command not in COMMANDS:
-            raise ConfigError(f"no command '{request.command}'.{suggest(request.command, COMMANDS)}")
+            raise ConfigError(f"no command '{request.command}'.{suggest(request.command, (*COMMANDS, 'compare'))}")
     while words:
         word = words.pop(0)
         if word == "--config" or word.startswith("--config="):

@@ -140,4 +140,5 @@ def finish(plan: Plan, callbacks: list[Any], model: Any) -> None:
             print(json.loads((plan.run_dir / callback.record).read_text())[-1]["summary"])
     best, last = (plan.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     checkpoint = best if best.is_file() else last
-    print(f"everything is in {short(plan.run_dir)}; {model.next_step(short(checkpoint))}")
+    page = " (open report.html)" if (plan.run_dir / "report.html").is_file() else ""
+    print(f"everything is in {short(plan.run_dir)}{page}; {model.next_step(short(checkpoint))}")

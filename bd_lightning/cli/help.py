@@ -7,12 +7,14 @@ from bd_lightning.cli import config as configs
 HELP = """Bellman Diffusion: train, evaluate and sample.
 
 usage: train.py [COMMAND] [--config FILE ...] [GROUP=NAME ...] [KEY.SUB=VALUE ...]
+       train.py compare RUN RUN ... [out=compare.html]
 
 commands
   fit        train (the default); with ckpt_path=… resume that run in its folder
   validate   losses, samples and FID of a checkpoint on the validation split
   test       losses and FID of a checkpoint on the test split
   predict    write n samples of a checkpoint: PNG files and a grid, or the rows of a CSV file
+  compare    run folders beside each other: last and best numbers, and a page of curves
 
 groups (choose a file from configs/GROUP)
 {groups}

@@ -1,7 +1,5 @@
 """What every command builds from its plan."""
 
-import logging
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,24 +7,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 
-from bd_lightning import checkpoints
+from bd_lightning import checkpoints, progress
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build
 from bd_lightning.cli.plan import Plan
+from bd_lightning.cli.quiet import quiet
 from bd_lightning.facts import Facts
 from callbacks.evaluation import Evaluation
-
-SILENCED = (
-    ".*does not have many workers.*",
-    ".*is smaller than the logging interval.*",
-    ".*will save all extracted features in buffer.*",
-    ".*LeafSpec.*",
-    ".*exists and is not empty.*",
-    ".*callbacks used to create the checkpoint need to be provided.*",
-    ".*your dataloader is not resumable.*",  # its sampler asks the trainer where to go on
-    ".*`IterableDataset` has `__len__` defined.*",
-)
-"""Remarks of the libraries that a user can do nothing about."""
 
 
 def prepare(config: Mapping[str, Any]) -> None:
@@ -35,9 +22,7 @@ def prepare(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: if the config asks for a GPU and there is none.
     """
-    for message in SILENCED:
-        warnings.filterwarnings("ignore", message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    quiet()
     accelerator = config["trainer"].get("accelerator")
     gpus = torch.cuda.is_available() or torch.backends.mps.is_available()
     if accelerator in ("gpu", "cuda", "mps") and not gpus:
@@ -45,6 +30,7 @@ def prepare(config: Mapping[str, Any]) -> None:
             f"'trainer.accelerator' is {accelerator}, and PyTorch finds no GPU here; "
             "set trainer=cpu, and to train choose an experiment of that size, e.g. experiment=mnist_small"
         )
+    progress.show((config["callbacks"] or {}).get("progress") is not None)
     L.seed_everything(config["seed"], workers=True, verbose=False)
 
 

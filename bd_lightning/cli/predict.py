@@ -77,8 +77,7 @@ def run(plan: Plan) -> None:
         keep_settings(settings, folder)
         trainer.predict(drawing, loader, return_predictions=False)
     if trainer.is_global_zero:
-        what = "images and grid.png" if isinstance(writer, ImageWriter) else "rows of samples.csv"
-        print(f"{config['n']} {what} in {short(folder)}")
+        print(f"{config['n']} {writer.product} in {short(folder)}")
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:

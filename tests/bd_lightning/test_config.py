@@ -9,6 +9,7 @@ import torch
 import yaml
 
 from bd_lightning.checks import UserError
+from bd_lightning.cli import build, signatures
 from bd_lightning.cli import config as configs
 from bd_lightning.cli.build import check, instantiate
 from bd_lightning.cli.config import ConfigError, compose, parse
@@ -227,8 +228,19 @@ def test_refusals_of_classes_name_the_key(word, message):
 
 def test_help_and_misspelt_keys_need_no_torch():
     code = "import sys, train; train.main(['--help']); assert train.main(['sed=3']) == train.main(['dta=x']) == 2; "
+    words = ("model.lrr=1", "trainer.max_step=3", "callbacks.metrics.features.widht=3", "callbacks.best.mointor=x")
+    code += f"assert [train.main([word]) for word in {words}] == {[2] * len(words)}; "
     code += "sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=configs.CONFIG_DIR.parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for word in ("data=mnist", "ckpt_path", "eval_every", "cifar10", "paper_digits"):
         assert word in done.stdout
+
+
+def test_names_read_from_source_are_those_of_the_signature():
+    """For every class that a shipped config names."""
+    files = [configs.load(path) for path in configs.CONFIG_DIR.rglob("*.yaml")]
+    paths = set().union(*map(build.targets, files))
+    for path in sorted(paths):
+        assert set(signatures.arguments(path) or ()) == set(build.signature_of(build.locate(path, path))), path
+    assert signatures.arguments("tests.nothing.Here") is signatures.arguments("") is None
