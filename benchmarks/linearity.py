@@ -71,7 +71,14 @@ def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
     folder = options.out / "bellman-diffusion" / name / "checkpoints"
     path = folder / "best.ckpt" if name == "autoencoder" else folder / "last.ckpt"
     if not path.is_file():
-        command = [*words, *QUIET, f"run_id={name}", f"root={options.out}", f"data.root={options.data}"]
+        command = [
+            *words,
+            *QUIET,
+            f"run_id={name}",
+            "ckpt_path=last",
+            f"root={options.out}",
+            f"data.root={options.data}",
+        ]
         if train.main(command) != 0:
             sys.exit(f"training of {name} failed")
     return str(path)
