@@ -1,6 +1,7 @@
 """Files of numbers in the run folder."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ def step_of(trainer: L.Trainer) -> int:
 def append_record(trainer: L.Trainer, name: str, row: dict[str, Any]) -> None:
     """Append a row to <run folder>/<name>, a JSON list; "summary" of the last row is printed when the run ends.
 
-    It takes the place of a row of the same step and protocol, which a run that was killed had written before.
+    It takes the place of a row of the same step and protocol, which a run that was killed had written before. Numbers
+    that are not finite, which JSON does not know, become null.
     """
     path = run_folder(trainer) / name
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,6 +33,7 @@ def append_record(trainer: L.Trainer, name: str, row: dict[str, Any]) -> None:
         return one["step"], one.get("protocol"), set(one)
 
     rows = [old for old in rows if place(old) != place(row)]
+    known = {key: None if value in (math.inf, -math.inf) or value != value else value for key, value in row.items()}
     part = Path(f"{path}.part")
-    part.write_text(json.dumps([*rows, row], indent=1))
+    part.write_text(json.dumps([*rows, known], indent=1, allow_nan=False))
     part.replace(path)

@@ -1,6 +1,7 @@
 """Callbacks inside short real trainings."""
 
 import json
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -24,6 +25,7 @@ from callbacks import (
 )
 from callbacks.drawing import draw, draw_together
 from callbacks.evaluation import Evaluation, Findings, Metric, shown
+from callbacks.records import append_record
 from datamodules import Digits
 
 
@@ -240,3 +242,15 @@ def test_lost_chains_are_one_line(tmp_path, cache, caplog):
 def test_unknown_sampler_is_named(tmp_path, cache):
     with pytest.raises(UserError, match="SampleGrid: no sampler named 'sd'; the model has sde, ode"):
         fit(tmp_path, cache, [SampleGrid(samplers=["sd"])])
+
+
+def test_records_are_json_whatever_the_numbers(tmp_path):
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path))
+    for step, value in enumerate((float("nan"), float("inf"), 1.5)):
+        append_record(trainer, "a.json", {"step": step, "val/w2": value, "summary": "x"})
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    rows = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
+    assert [row["val/w2"] for row in rows] == [None, None, 1.5]
