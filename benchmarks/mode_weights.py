@@ -10,9 +10,9 @@ ones, so that only the sampler errs. Rules, all from σ = 10 to 0.01, starts Gau
 - ODE: `ProbabilityFlow`, 5 to 40 steps.
 
 Prints a Markdown table of the largest error of a weight and of the mean squared distance to the nearest mode relative
-to its true value. A second table is of variances: a Gaussian in 8 dimensions, rotated, of eigenvalues 1 to 0.01 at equal
-ratios, analytic fields of closed-form slices; the largest relative error of a variance along its axes, which is noise
-below 0.014 √(chains / 10,000) times two. With --checkpoint of a `gaussians_2d` run it samples the trained model instead, from a Gaussian and
+to its true value. A second table is of variances: a rotated Gaussian in 8 dimensions with eigenvalues from 1 to 0.01,
+analytic fields of closed-form slices, and the relative errors of the samples' variances along its axes, each with a
+standard error of √(2 / chains). With --checkpoint of a `gaussians_2d` run it samples the trained model instead, from a Gaussian and
 from a uniform start, and counts the chains that are lost.
 """
 
@@ -80,9 +80,8 @@ def variances(chains: int) -> None:
             x = sampler(fields, SampleNoise(range(chains), (8,), seed=1)).double() @ axes
             ratio = x.var(0) / true
             worst = float((ratio - 1).abs().max())
-            lines.append(
-                [name, sampler.calls, f"{worst:.3f}", f"{float(ratio[0]) - 1:+.3f}", f"{float(ratio[-1]) - 1:+.3f}"]
-            )
+            ends = [f"{float(one) - 1:+.3f}" for one in (ratio[0], ratio[-1])]
+            lines.append([name, sampler.calls, f"{worst:.3f}", *ends])
     print(table(["rule", "calls", "largest error of a variance", "of the widest", "of the narrowest"], lines))
 
 
