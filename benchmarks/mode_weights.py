@@ -12,8 +12,8 @@ ones, so that only the sampler errs. Rules, all from σ = 10 to 0.01, starts Gau
 Prints a Markdown table of the largest error of a weight and of the mean squared distance to the nearest mode relative
 to its true value. A second table is of variances: a rotated Gaussian in 8 dimensions with eigenvalues from 1 to 0.01,
 analytic fields of closed-form slices, and the relative errors of the samples' variances along its axes, each with a
-standard error of √(2 / chains). With --checkpoint of a `gaussians_2d` run it samples the trained model instead, from a Gaussian and
-from a uniform start, and counts the chains that are lost.
+standard error of √(2 / chains). With --checkpoint of a `gaussians_2d` run it samples the trained model instead, from a
+Gaussian and from a uniform start, and counts the chains that are lost.
 """
 
 import dataclasses
