@@ -156,6 +156,8 @@ class FieldDivergence(FieldObjective):
 
     def check(self, fields: LearnedFields, noise: NoiseLevels | None) -> None:
         """Refuse a trace that the fields or the noise levels have no form for."""
+        if noise is None and not fields.parametrisation.single_scale:
+            raise ValueError("noise=null needs parametrisation=direct: the factored one divides by the noise level")
         if noise is None and self.trace == "stein":
             others = ", ".join(divergences.PROBES)
             raise ValueError(f"noise=null needs objective.trace={others}: without noise there is nothing to denoise")
@@ -165,6 +167,8 @@ class FieldDivergence(FieldObjective):
             refuse_fused(fields.network)
 
     def __call__(self, fields, x, pool, sigma=None, label=None, generator=None):
+        if sigma is None:
+            self.check(fields, None)
         point, noise, level = perturbed(x, sigma, generator)
         m, grad_m = pool.mobility(fields.kernel, point, level, generator)
         m_ref, form = fields.reference(level), fields.parametrisation

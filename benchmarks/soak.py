@@ -25,6 +25,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "model=mlp", "model.network.width=64", "model.network.depth=1", "model.samplers.sde.levels=8",
@@ -75,8 +77,6 @@ def launch(place: Path, run_id: str, options: argparse.Namespace, words: list[st
 
 def outcome(folder: Path) -> dict[str, Any]:
     """Losses by step, FIDs by step, and the tensors of the last checkpoint."""
-    import torch
-
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
     return {
@@ -89,7 +89,7 @@ def outcome(folder: Path) -> dict[str, Any]:
 
 def disturbed(options: argparse.Namespace, words: list[str]) -> None:
     """Compare a run that is stopped again and again with one that is not."""
-    draw, sent = random.Random(0), []
+    draw, sent, steps = random.Random(0), [], []
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
         begun = time.time()
@@ -109,20 +109,24 @@ def disturbed(options: argparse.Namespace, words: list[str]) -> None:
             except subprocess.TimeoutExpired:
                 run.send_signal(number)
                 sent.append((number.name, run.wait()))
+                last = folders[1] / "checkpoints" / "last.ckpt"
+                steps.append(torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0)
                 continue
             if run.returncode:
                 raise SystemExit((place / "stopped.log").read_text()[-3000:])
             break
         one, other = (outcome(folder) for folder in folders)
-        for what, mine in one.items():
-            theirs = other[what]
+        for what in ("losses", "FIDs", "averages", "weights"):
+            mine, theirs = one[what], other[what]
             if mine.keys() != theirs.keys():
                 print(f"{what}: not of the same steps or names: {len(mine)} and {len(theirs)}")
             worst = max(float(abs(mine[k] - theirs[k]).max()) if what in ("averages", "weights") else
                         abs(mine[k] - theirs[k]) for k in mine.keys() & theirs.keys())  # fmt: skip
-            print(f"{what}: {len(mine)} compared, largest difference {worst:g}")
+            apart = [k for k in mine.keys() & theirs.keys() if what in ("losses", "FIDs") and mine[k] != theirs[k]]
+            first = f", first at step {min(apart)}" if apart else ""
+            print(f"{what}: {len(mine)} compared, largest difference {worst:g}{first}")
         counts = {kind: sum(name == kind for name, _ in sent) for kind in ("SIGINT", "SIGTERM", "SIGKILL")}
-        print(f"{options.steps} steps, {len(sent)} signals: {counts}")
+        print(f"{options.steps} steps, {len(sent)} signals: {counts}; went on from steps {steps}")
 
 
 def main() -> None:

@@ -67,7 +67,8 @@ class ImageDataModule(DataModule):
     def _choose_classes(self) -> None:
         """Work out the share of each class; call it once `class_names` is known."""
         names = list(self.class_names)
-        keep = self.keep if isinstance(self.keep, dict) else dict.fromkeys(self.keep or names, 1.0)
+        chosen = names if self.keep is None else self.keep
+        keep = chosen if isinstance(chosen, dict) else dict.fromkeys(chosen, 1.0)
         wanted = {str(name): share for name, share in keep.items()}
         for name, share in wanted.items():
             if name not in names:

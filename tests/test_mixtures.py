@@ -102,6 +102,8 @@ def test_merge_joins_models_of_disjoint_data(halves, classify):
         (["mix={3: 1.0}", "calibrate=-1"], "'calibrate' must not be negative, got -1"),
         (["merge={nowhere.ckpt: 1.0}"], "checkpoint not found: nowhere.ckpt"),
         (["mix={3: 1.0}", "labels=[3]"], "give one of the two"),
+        (["mix={3: 1.0}", "model.guidance=2"], "a mixture has none: add model.guidance=1"),
+        (["data=mnist"], "predict draws what the checkpoint has learned: leave data= out"),
     ],
 )
 def test_mistakes(words, sentence, whole, capsys):

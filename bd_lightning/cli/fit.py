@@ -2,6 +2,7 @@
 
 import json
 import signal
+from shlex import quote
 from typing import Any
 
 import lightning as L
@@ -127,7 +128,8 @@ def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
     finally:
         last = plan.run_dir / "checkpoints" / "last.ckpt"
         if failed and trainer.is_global_zero and last.is_file():
-            print(f"stopped at step {trainer.global_step}; to resume: train.py ckpt_path={short(last)}", flush=True)
+            again = f"train.py ckpt_path={quote(short(last))}"
+            print(f"stopped at step {trainer.global_step}; to resume: {again}", flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
                 logger.close(failed)
@@ -141,4 +143,4 @@ def finish(plan: Plan, callbacks: list[Any], model: Any) -> None:
     best, last = (plan.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     checkpoint = best if best.is_file() else last
     page = " (open report.html)" if (plan.run_dir / "report.html").is_file() else ""
-    print(f"everything is in {short(plan.run_dir)}{page}; {model.next_step(short(checkpoint))}")
+    print(f"everything is in {short(plan.run_dir)}{page}; {model.next_step(quote(short(checkpoint)))}")

@@ -57,6 +57,8 @@ def resolve(argv: Sequence[str]) -> Plan:
         UserError: for anything that is the user's to put right.
     """
     request = configs.parse(argv)
+    if request.command == "predict" and "data" in request.choices:
+        raise UserError("predict draws what the checkpoint has learned: leave data= out")
     asked = config = configs.compose(request)
     build.check_keys(config)
     build.trusted.set(None if config["trust"] else frozenset(build.targets(config)))

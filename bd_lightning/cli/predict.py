@@ -133,6 +133,8 @@ def mixing(plan: Plan, facts: Facts, model: Any) -> Drawing:
     sources = [(model.mixture_source(), facts.class_names, 1.0)]
     if config["labels"]:
         raise UserError("labels asks for classes one by one, mix and remove for a mixture of them: give one of the two")
+    if model.guidance != 1:
+        raise UserError("guidance goes from all the data towards a class, a mixture has none: add model.guidance=1")
     mine = identity(model, facts)
     others = []
     for path, weight in (config["merge"] or {}).items():

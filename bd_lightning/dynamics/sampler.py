@@ -4,6 +4,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -76,10 +77,14 @@ class Sampler(ABC):
     Args:
         bound: a chain is lost when a coordinate exceeds bound × (σ_max + 1), in data units.
         start: "gaussian", or "uniform" on a cube of the same variance.
+
+    Attributes:
+        noise_levels: whether it asks for fields at noise levels above zero, which single-scale fields do not have.
     """
 
     bound: float = 20.0
     start: str = "gaussian"
+    noise_levels: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive(bound=self.bound)
@@ -155,6 +160,7 @@ class MultiScaleSampler(Sampler):
     sigma_max: float = 20.0
     sigma_min: float = 0.02
     exact_score: bool = False
+    noise_levels: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -38,9 +38,17 @@ def call(
         sigma: noise levels, shape (B,), in data units.
         sigma_data: standard deviation σ_d of the data.
         label: class indices, shape (B,), for class-conditional networks.
+
+    Raises:
+        ValueError: if the network's outputs have other shapes.
     """
     total = sigma.square() + sigma_data**2
     out, a = network(x * bcast(total.rsqrt(), x), sigma.clamp_min(1e-4).log() / 4, label)
+    if out.shape != (*a.shape, *x.shape[1:]) or len(a) != len(x):
+        raise ValueError(
+            f"the network gives F of shape {tuple(out.shape)} and a of shape {tuple(a.shape)} for x of shape "
+            f"{tuple(x.shape)}; they must be (B, *shape) and (B,), or with classes (B, C, *shape) and (B, C)"
+        )
     return out.to(x.dtype), a.to(x.dtype)  # from the lower precision of autocast, if it is on
 
 

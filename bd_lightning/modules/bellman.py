@@ -30,7 +30,7 @@ class BellmanDiffusion(Generator):
         sigma_data: standard deviation of the data, from the data module.
         samplers: samplers by name, None where there is none; what they return lies in [−1, 1] for images.
         sampler: name of the one that prediction and metrics use.
-        objective: what the fields are trained by; None is `objectives.FieldDivergence()`.
+        objective: what the fields are trained by.
         noise: noise levels that they are trained at; None for a single scale, σ = 0.
         partners: the pairs of the kernel estimate.
         scalar_network: a separate network for the scalar field; None shares the trunk.
@@ -60,7 +60,7 @@ class BellmanDiffusion(Generator):
         sigma_data: float,
         samplers: dict[str, Sampler | None],
         sampler: str = "ode",
-        objective: FieldObjective | None = None,
+        objective: FieldObjective = FieldDivergence(),  # noqa: B008 (frozen)
         noise: NoiseLevels | None = NoiseLevels(),  # noqa: B008 (frozen)
         partners: Partners = Partners(),  # noqa: B008 (frozen)
         scalar_network: Network | None = None,
@@ -72,7 +72,7 @@ class BellmanDiffusion(Generator):
         **options: Any,
     ) -> None:
         super().__init__(shape, num_classes, samplers, sampler, noise, guidance, guidance_interval, **options)
-        self.kernel, self.objective, self.partners = kernel, objective or FieldDivergence(), partners
+        self.kernel, self.objective, self.partners = kernel, objective, partners
         self.conditional = self.takes_labels = network.conditional
         self.label_dropout = label_dropout
         in_range(0, 1, label_dropout=label_dropout)
@@ -91,8 +91,6 @@ class BellmanDiffusion(Generator):
             )
         no_class = num_classes if label_dropout else None
         self.fields = LearnedFields(network, kernel, sigma_data, self.dim, parametrisation, scalar_network, no_class)
-        if noise is None and not self.fields.parametrisation.single_scale:
-            raise ValueError("noise=null needs parametrisation=direct: the factored one divides by the noise level")
         self.objective.check(self.fields, noise)
         if compile and self.objective.forward_mode:
             raise ValueError("compile=true needs objective.trace=stein: forward mode cannot be compiled")

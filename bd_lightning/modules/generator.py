@@ -56,7 +56,15 @@ class Generator(Module):
         self.samplers = {name: one for name, one in samplers.items() if one is not None}
         for name in self.samplers:  # their pictures are files of that name
             plain_name(**{"the name of a sampler": name})
+        if not self.samplers:
+            raise ValueError("samplers are all null: at least one is needed")
         one_of(tuple(self.samplers), sampler=sampler)
+        for name, one in self.samplers.items() if noise is None else ():
+            if one.noise_levels:
+                raise ValueError(
+                    f"samplers.{name} goes down noise levels, and with noise=null the fields have none: take "
+                    "bd_lightning.dynamics.BellmanDynamics, or null"
+                )
         in_range(0, math.inf, guidance=guidance)
         interval(guidance_interval=guidance_interval)
         self.shape, self.num_classes, self.dim = tuple(shape), num_classes, math.prod(shape)

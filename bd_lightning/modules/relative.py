@@ -24,7 +24,7 @@ class RelativeDensities(Generator):
         sigma_data: standard deviation of the data, from the data module, and of the base Gaussian r at σ = 0.
         samplers: samplers by name, None where there is none.
         sampler: name of the one that prediction and metrics use.
-        objective: what the fields are trained by; None is `objectives.DensityRatio()`.
+        objective: what the fields are trained by.
         noise: noise levels that they are trained at.
         guidance: scale of classifier-free guidance when classes are asked for; 1 is none.
         guidance_interval: noise levels, in data units, between which guidance acts.
@@ -48,7 +48,7 @@ class RelativeDensities(Generator):
         sigma_data: float,
         samplers: dict[str, Sampler | None],
         sampler: str = "sde",
-        objective: DensityRatio | None = None,
+        objective: DensityRatio = DensityRatio(),  # noqa: B008 (frozen)
         noise: NoiseLevels = NoiseLevels(-0.5, 1.5),  # noqa: B008 (frozen)
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
@@ -58,7 +58,7 @@ class RelativeDensities(Generator):
         super().__init__(shape, num_classes, samplers, sampler, noise, guidance, guidance_interval, **options)
         if network.conditional:
             raise ValueError("relative densities need network.per_class=true instead of network.conditional=true")
-        self.objective = objective or DensityRatio()
+        self.objective = objective
         self.takes_labels = bool(network.head_shape)
         if guidance != 1 and not self.takes_labels:
             raise ValueError("guidance needs fields of the classes: train with network.per_class=true")

@@ -5,7 +5,7 @@ import torch
 
 from bd_lightning import kernels
 from bd_lightning.distances import relative_error
-from bd_lightning.dynamics import MultistepDynamics, ProbabilityFlow
+from bd_lightning.dynamics import BellmanDynamics, MultistepDynamics, ProbabilityFlow
 from bd_lightning.fields import log_gradient
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP, Network
@@ -24,7 +24,9 @@ class Fused(Network):
 
 def build(**options):
     torch.manual_seed(0)
-    options = {"kernel": kernels.ClosedFormSlices(0.01), "samplers": {"ode": ProbabilityFlow()}, **options}
+    single = options.get("noise", NoiseLevels()) is None
+    sampler = BellmanDynamics() if single else ProbabilityFlow()
+    options = {"kernel": kernels.ClosedFormSlices(0.01), "samplers": {"ode": sampler}, **options}
     options = {"network": MLP((2,), width=96, depth=2), "shape": (2,), **options}
     return BellmanDiffusion(num_classes=0, sigma_data=1.04, **options)
 
@@ -239,7 +241,17 @@ def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samplers": {}}, "sampler must be one of"),
+        ({"samplers": {"ode": None}}, "samplers are all null: at least one is needed"),
+        ({"sampler": "sde"}, "sampler must be one of ode; got 'sde'"),
+        (
+            {
+                "noise": None,
+                "parametrisation": "direct",
+                "objective": FieldDivergence(trace="exact"),
+                "samplers": {"ode": ProbabilityFlow()},
+            },
+            "samplers.ode goes down noise levels, and with noise=null the fields have none",
+        ),
         ({"lr": 0.0}, "lr must be positive"),
         ({"betas": (0.9, 1.5)}, r"betas\[1\] must lie between 0 and 1"),
         ({"noise": None, "parametrisation": "direct"}, "nothing to denoise"),
@@ -271,3 +283,21 @@ def test_refusals(options, message):
 def test_refusals_of_parts(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_single_scale_is_refused_where_it_has_no_meaning():
+    module = build()
+    x, pool = module.partners(square().sample(16).float())
+    with pytest.raises(ValueError, match="noise=null needs parametrisation=direct"):
+        FieldDivergence()(module.fields, x, pool)
+
+
+def test_outputs_of_a_network_have_the_shapes_of_fields():
+    class Column(MLP):
+        def forward(self, x, c_noise, label=None):
+            out, a = super().forward(x, c_noise, label)
+            return out, a[:, None]
+
+    module = build(network=Column((2,), width=8, depth=1))
+    with pytest.raises(ValueError, match=r"a of shape \(16, 1\) for x of shape \(16, 2\); they must be"):
+        module.losses(square().sample(16).float())

@@ -257,7 +257,7 @@ def test_networks_have_heads_for_every_class():
 def test_mistakes_in_a_model():
     told = MLP((2,), 4, conditional=True, width=16, depth=1)
     for mistake, sentence in (
-        (lambda: small(noise=None), "relative densities need noise levels"),
+        (lambda: small(noise=None), "noise levels"),
         (lambda: small(per_class=False, guidance=2.0), "guidance needs fields of the classes"),
         (lambda: small(classes=0), "per_class needs a data set with classes"),
         (lambda: RelativeDensities(told, (2,), 4, 1.0, {"sde": MultistepDynamics()}), "per_class=true instead of"),
