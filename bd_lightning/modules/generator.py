@@ -63,7 +63,7 @@ class Generator(Module):
             if one.noise_levels:
                 raise ValueError(
                     f"samplers.{name} goes down noise levels, and with noise=null the fields have none: take "
-                    "bd_lightning.dynamics.BellmanDynamics, or null"
+                    "bd_lightning.dynamics.BellmanDynamics, or null; model=paper has all that a single scale needs"
                 )
         in_range(0, math.inf, guidance=guidance)
         interval(guidance_interval=guidance_interval)

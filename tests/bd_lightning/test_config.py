@@ -212,7 +212,7 @@ def test_facts_reach_nested_nodes_and_explicit_values_win():
         ("model.kernel.epsilon=0", "'model.kernel' (ClosedFormSlices): epsilon must be positive, got 0"),
         ("model.samplers.ode.steps=0", "'model.samplers.ode' (ProbabilityFlow): steps must be positive, got 0"),
         ("model.sampler=od", "sampler must be one of sde, ode; got 'od'"),
-        ("model.noise=null", "noise=null needs parametrisation=direct"),
+        ("model.noise=null", "model=paper has all that a single scale needs"),
         ("model.scalar_network={_target_: bd_lightning.networks.MLP, conditional: true}", "must be the same: set both"),
         ("model.objective.trace=stain", "'model.objective' (FieldDivergence): trace must be one of stein,"),
         ("model.objective.trace=stain", "got 'stain'"),
