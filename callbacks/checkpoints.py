@@ -3,6 +3,8 @@
 import math
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -13,6 +15,22 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from bd_lightning.checkpoints import SavingFailed
 from bd_lightning.checks import in_range
 from callbacks.diagnostics import NonFiniteLoss
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of what is done here, which must not be half done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    asked: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        signal.raise_signal(signal.SIGINT)
 
 
 class AveragedWeights(EMAWeightAveraging):
@@ -37,13 +55,15 @@ class AveragedWeights(EMAWeightAveraging):
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Swap averaged weights in."""
-        super().on_validation_epoch_start(trainer, pl_module)
-        self.swapped = True
+        with uninterrupted():
+            super().on_validation_epoch_start(trainer, pl_module)
+            self.swapped = True
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Swap them out again."""
-        super().on_validation_epoch_end(trainer, pl_module)
-        self.swapped = False
+        with uninterrupted():
+            super().on_validation_epoch_end(trainer, pl_module)
+            self.swapped = False
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Swap them out if the exception came in between; runs before checkpoints are saved."""

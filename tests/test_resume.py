@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import train
 from bd_lightning.cli.folders import short
 from callbacks import LastCheckpoint
+from callbacks.checkpoints import uninterrupted
 from conftest import ROOT
 
 EPOCH, EVERY, STEPS = 6, 4, 16  # batches of an epoch, steps between validations, steps
@@ -168,6 +169,16 @@ def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, 
     where = f"root={root / 'runs'}", f"run_id={name}"
     assert train.main([*where, "ckpt_path=last", "callbacks.killer=null"]) == 0  # what a requeued job does
     assert_same(whole, folder(root, name))
+
+
+def test_an_interrupt_waits_for_what_must_not_be_half_done(heard):
+    done = []
+    with pytest.raises(KeyboardInterrupt):
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            done.append("all of it")
+        done.append("more")
+    assert done == ["all of it"]
 
 
 def test_a_full_disk_is_one_sentence_and_the_old_checkpoint_stays(whole, root, capsys):
