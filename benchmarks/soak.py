@@ -7,13 +7,14 @@ validation. Resident memory and open file handles of both processes are read fro
 the last fifth of the run is compared with that of the fifth after the first (medians). Linux only.
 
 With `--signals N` it is another question: is a run that is stopped N times the same as one that is not? One process
-trains undisturbed; another is sent SIGINT, SIGTERM and SIGKILL in turn, at random times, and goes on with
-`ckpt_path=last` after each. Losses of every step, FIDs, weights and averages are compared at the end.
+trains undisturbed; another is sent SIGINT, SIGTERM and SIGKILL in turn, at a random step of every Nth of the run, and
+goes on with `ckpt_path=last` after each. Losses of every step, FIDs, weights and averages are compared at the end.
 """
 
 import argparse
 import csv
 import json
+import math
 import os
 import random
 import signal
@@ -75,6 +76,16 @@ def launch(place: Path, run_id: str, options: argparse.Namespace, words: list[st
     )
 
 
+def last_step(metrics: Path) -> int:
+    """The last step in a table of metrics, whose only whole numbers are epochs and steps; 0 if there is none."""
+    if not metrics.is_file():
+        return 0
+    with metrics.open("rb") as file:
+        file.seek(max(0, metrics.stat().st_size - 4000))
+        rows = file.read().decode(errors="ignore").splitlines()
+    return max((int(cell) for cell in rows[-1].split(",") if cell.isdigit()), default=0) if rows else 0
+
+
 def outcome(folder: Path) -> dict[str, Any]:
     """Losses by step, FIDs by step, and the tensors of the last checkpoint."""
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
@@ -92,29 +103,25 @@ def disturbed(options: argparse.Namespace, words: list[str]) -> None:
     draw, sent, steps = random.Random(0), [], []
     with tempfile.TemporaryDirectory() as name:
         place = Path(name)
-        begun = time.time()
         if launch(place, "whole", options, words).wait():
             raise SystemExit((place / "whole.log").read_text()[-3000:])
-        spell = 1.3 * (time.time() - begun) / options.signals
         folders = [place / "runs" / "bellman-diffusion" / run_id for run_id in ("whole", "stopped")]
+        spell = options.steps / options.signals
         while True:
             run = launch(place, "stopped", options, words)
-            number = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[len(sent) % 3]
-            started = folders[1] / "metrics.csv"
-            size = started.stat().st_size if started.is_file() else 0
-            while run.poll() is None and not (started.is_file() and started.stat().st_size != size):
-                time.sleep(0.05)  # until it trains
-            try:
-                run.wait(draw.uniform(0.2, 1.8) * spell if len(sent) < options.signals else None)
-            except subprocess.TimeoutExpired:
+            until = spell * (len(sent) + draw.random()) if len(sent) < options.signals else math.inf
+            while run.poll() is None and last_step(folders[1] / "metrics.csv") < until:
+                time.sleep(draw.uniform(0.0, 0.05))
+            if run.poll() is None:
+                number = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)[len(sent) % 3]
                 run.send_signal(number)
                 sent.append((number.name, run.wait()))
                 last = folders[1] / "checkpoints" / "last.ckpt"
                 steps.append(torch.load(last, weights_only=True)["global_step"] if last.is_file() else 0)
-                continue
-            if run.returncode:
+            elif run.returncode:
                 raise SystemExit((place / "stopped.log").read_text()[-3000:])
-            break
+            else:
+                break
         one, other = (outcome(folder) for folder in folders)
         for what in ("losses", "FIDs", "averages", "weights"):
             mine, theirs = one[what], other[what]
