@@ -1,5 +1,6 @@
 """What callbacks that judge or show samples have in common."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar, cast
@@ -69,19 +70,19 @@ class Evaluation(L.Callback):
         """Names of the samplers that are evaluated."""
         return (self.sampler or pl_module.sampler,)
 
+    @abstractmethod
     def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> Any:
         """What `judge` is given, drawn on all ranks together.
 
         Raises:
             UserError: on every rank, if chains were lost on any.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(
         self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str, drawn: Any
     ) -> Findings | None:
         """Evaluate, on rank 0, what was drawn, or None if chains were lost; returns None if there is nothing to log."""
-        raise NotImplementedError
 
     def log_values(self, trainer: L.Trainer, pl_module: SampleModule, values: dict[str, float]) -> None:
         """Log values, which are the same on every rank."""
