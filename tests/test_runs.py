@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bd_lightning import checkpoints
 from bd_lightning.checkpoints import SavingFailed, WholeCheckpoints
 from bd_lightning.cli import config as configs
 from bd_lightning.cli import folders
+from bd_lightning.cli.predict import settings_of
 from conftest import ROOT
 from datamodules import Digits, cache
 from tiny_data import write_autoencoder
@@ -191,6 +193,24 @@ def test_samples_of_other_settings_go_elsewhere(run, capsys):
     assert launch(run.parents[1], "run_id=one", "ckpt_path=last", "steps=6") == 0
     capsys.readouterr()
     assert predict() == "predict-ode-seed0-5"  # last.ckpt is another one now
+
+
+def test_checkpoints_of_one_name_are_told_apart(tmp_path):
+    """A model and what it is merged with are both last.ckpt, mostly."""
+    paths = [tmp_path / name / "last.ckpt" for name in ("mine", "other")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_bytes(path.parent.name.encode())
+    keys = ("seed", "n", "labels", "remove", "calibrate", "model")
+    rest = {**dict.fromkeys(keys), "mix": None, "data": {}, "trainer": {}}
+    plan = SimpleNamespace(config={"ckpt_path": str(paths[0]), "merge": {str(paths[1]): 1.0}, **rest})
+    before = settings_of(plan)
+    for path in paths:  # either of them is trained on
+        kept = path.read_bytes()
+        path.write_bytes(b"further")
+        assert settings_of(plan) != before
+        path.write_bytes(kept)
+    assert settings_of(plan) == before
 
 
 def test_names_of_folders_of_samples_stay_inside(tmp_path):

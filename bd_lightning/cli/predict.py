@@ -84,7 +84,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     """All that the samples depend on, as plain values; checkpoints by their content."""
     config = plan.config
     files = [config["ckpt_path"], *(config["merge"] or {}), (config["data"].get("autoencoder") or {}).get("ckpt_path")]
-    contents = {Path(file).name: _digest(file) for file in files if file}
+    contents = [_digest(file) for file in files if file]  # in order: names may be the same
     keys = ("seed", "n", "labels", "mix", "remove", "merge", "calibrate", "model", "data")
     return {
         "checkpoints": contents,
