@@ -106,7 +106,7 @@ class ClassifierFeatures(ImageFeatures):
             torch.manual_seed(self.seed)
             self._build(data.shape, len(data.class_names))
             path = cache_path(data, "classifier", self.key)
-            cached = load_cached(path)
+            cached = load_cached(path, "state", "accuracy", "kid_scale")
             if cached is None:
                 start = time.perf_counter()
                 self._train(data)

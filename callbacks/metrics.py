@@ -201,7 +201,7 @@ class ImageMetrics(Evaluation):
     def _reference(self, data: ImageDataModule, held_out: str, device: torch.device) -> dict[str, Any]:
         split = held_out if data.reference_split == "stage" else data.reference_split
         path = cache_path(data, f"reference-{split}", "random subsets", self.features.key)
-        cached = load_cached(path)
+        cached = load_cached(path, "features", "split", "floor", "floor_split", "noise")
         if cached is None:
             features = self._embed(data, split, device)
             other = "train" if split != "train" else "test"

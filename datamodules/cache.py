@@ -43,9 +43,10 @@ def save_cached(value: Any, path: Path) -> None:
             )
 
 
-def load_cached(path: Path) -> Any:
-    """Read a cache file; None if there is none or it is broken."""
+def load_cached(path: Path, *keys: str) -> dict[str, Any] | None:
+    """Read a cache file, a mapping with at least these keys; None if there is none or it is something else."""
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        found = torch.load(path, weights_only=True, map_location="cpu")
     except Exception:  # a cache that cannot be read is a cache miss
         return None
+    return found if isinstance(found, dict) and found.keys() >= set(keys) else None

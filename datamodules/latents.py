@@ -79,7 +79,7 @@ class Latents(DataModule):
     def load_split(self, split):
         mirrored = split == "train" and self.images.flip
         path = cache_path(self, f"codes-{split}", mirrored)
-        cached = load_cached(path)
+        cached = load_cached(path, "codes", "labels")
         if cached is None:
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
             codes: list[Tensor] = []

@@ -219,6 +219,10 @@ def test_features_tell_digits_from_noise(tmp_path):
 def test_cache_files_are_whole_or_absent(tmp_path):
     path = tmp_path / "a" / "b.pt"
     assert load_cached(path) is None
+    path.parent.mkdir()
+    for rubbish in ([1, 2], {"y": 1}):
+        torch.save(rubbish, path)
+        assert load_cached(path, "x") is None
     save_cached({"x": torch.ones(2)}, path)
     assert load_cached(path)["x"].sum() == 2 and [p.name for p in path.parent.iterdir()] == ["b.pt"]
 
