@@ -19,6 +19,14 @@ so the noise of the kernel cancels out of the target:
     by Stein     ¼ m̂² ‖ S + n/σ − ∇log m̂ ‖²
     with a trace ¼ m̂² ‖S‖² + ½ m̂² tr ∇S + ½ m̂ ∇m̂·S        (tr ∇(m̂S) = m̂ tr ∇S + ∇m̂·S)
 
+The two ways of taking the trace can be *combined*: at every σ the difference between a probe and Stein's identity,
+
+    factored     ½ ( vᵀ∇S v − S·n/σ ),        direct     m̂ vᵀ∇g v − m̂ g·n/σ + ∇m̂·g,
+
+has mean zero for any field, given that a point's weight depends on σ alone, so that any multiple 1 − a(σ) of it may be
+added to the denoising form (there divided by m̂² for factored fields). a = 1 is denoising, a = 0 a probe; with
+`stein_weight` the gradient of the parameters is less noisy than with either.
+
 *Kernel field regression*, for low dimension. With the exact kernel, m and ∇m are conditional means of k(x, y) and
 ∇_x k(x, y) given x, whatever the density of x, so that the squared errors
 
@@ -88,6 +96,16 @@ def factored_stein_loss(S: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, grad
     """By Stein's identity for g = ½ m̂ S, per sample: ¼ ‖m̂(S + n/σ) − ∇m̂‖²."""
     residual = bcast(m, S) * (S + noise / bcast(sigma, S)) - grad_m
     return inner(residual, residual) / 4
+
+
+def stein_control(h: Tensor, trace: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """tr ∇h − h·n/σ per sample, of mean zero over x̃ = x + σn for every field h."""
+    return trace - inner(h, noise) / sigma
+
+
+def stein_weight(sigma: Tensor, crossover: float) -> Tensor:
+    """Weight a of Stein's identity in a combined trace, σ²/(σ² + c²), a crossover c in data units; of sigma's shape."""
+    return sigma.square() / (sigma.square() + crossover**2)
 
 
 def regression_loss(g: Tensor, grad_m: Tensor) -> Tensor:

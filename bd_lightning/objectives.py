@@ -1,10 +1,10 @@
 r"""What the fields are trained by: each way to learn is one small class.
 
-    losses = objective(fields, x, pool, sigma, label, generator)
+    losses = objective(fields, queries, pool, generator)
 
-x are clean data, the pool their partners in the kernel estimates (see `Partners`), sigma the noise level of each of
-them (see `NoiseLevels`), or None for a single scale. The losses (see `Losses`) are weighted so that the gradient
-field's is EDM's, (2σ/m)²(1 + σ²/σ_d²)/d, and the scalar field's is relative to m_ref(σ)².
+The queries are clean points with a noise level each (see `NoiseLevels`), or none at a single scale; the pool are their
+partners in the kernel estimates (see `Partners`). The losses (see `Losses`) are weighted so that the gradient field's
+is EDM's, (2σ/m)²(1 + σ²/σ_d²)/d, and the scalar field's is relative to m_ref(σ)².
 
 | objective | learns | by |
 |---|---|---|
@@ -25,11 +25,11 @@ import torch
 from torch import Tensor
 
 from bd_lightning import divergences
-from bd_lightning.checks import in_range, one_of
+from bd_lightning.checks import in_range, one_of, positive
 from bd_lightning.divergences import bcast
 from bd_lightning.fields import AnalyticFields, AnalyticRelative, FieldPair, LearnedFields, RelativeFields
 from bd_lightning.networks.dual import refuse_fused
-from bd_lightning.points import NoiseLevels, Partners, Pool, Proposal, perturbed
+from bd_lightning.points import NoiseLevels, Partners, Pool, Proposal, Queries, queries
 from bd_lightning.targets import Density
 
 __all__ = [
@@ -43,8 +43,11 @@ __all__ = [
     "Partners",
     "Pool",
     "Proposal",
+    "Queries",
+    "queries",
 ]
-TRACES = ("stein", *divergences.PROBES)
+TRACES = ("stein", "combined", *divergences.PROBES)
+CROSSOVER, PROBED = 0.35, 1 / 3
 
 
 @dataclass(frozen=True)
@@ -106,20 +109,16 @@ class Objective(ABC):
     def __call__(
         self,
         fields: Any,
-        x: Tensor,
+        queries: Queries,
         pool: Pool | None,
-        sigma: Tensor | None = None,
-        label: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Losses:
-        """The losses of one batch.
+        """The losses of one batch, per query.
 
         Args:
             fields: what is trained.
-            x: clean data, shape (B, *).
+            queries: clean points, with noise levels and classes.
             pool: partners of the kernel estimates.
-            sigma: noise levels, shape (B,), in data units; None for a single scale.
-            label: class indices, shape (B,), for class-conditional fields.
             generator: source of noise and of probing directions; the global one if None.
         """
 
@@ -140,14 +139,29 @@ class FieldDivergence(FieldObjective):
         scalar_weight: weight of the scalar field's loss.
         trace: how tr ∇g is taken. "stein": by Stein's identity, the denoising form, without a derivative and for noise
             levels above zero. "hutchinson", "gaussian": one probe by forward-mode differentiation. "exact": d of them.
-            "sliced": the paper's, whose probe stands in ‖g‖² too; for direct fields.
+            "combined": by Stein's identity, and at the lowest noise levels of a batch by both, weighted so that the
+            noise of the sum is least (see `divergences.stein_weight`). "sliced": the paper's, whose probe stands in
+            ‖g‖² too; for direct fields.
+        crossover: of the combined trace, the noise level at which both count alike, in units of the data's standard
+            deviation; None is 0.35.
+        probed: of the combined trace, the share of a batch, from the lowest noise levels up, that is probed; the others
+            cost no derivative. None is a third.
     """
 
     trace: str = "stein"
+    crossover: float | None = None
+    probed: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of(TRACES, trace=self.trace)
+        if self.crossover is not None:
+            positive(crossover=self.crossover)
+        if self.probed is not None:
+            positive(probed=self.probed)
+            in_range(0, 1, probed=self.probed)
+        if self.trace != "combined" and (self.crossover, self.probed) != (None, None):
+            raise ValueError(f"crossover and probed are of trace=combined: leave them out with trace={self.trace}")
 
     @property
     def forward_mode(self) -> bool:
@@ -158,7 +172,7 @@ class FieldDivergence(FieldObjective):
         """Refuse a trace that the fields or the noise levels have no form for."""
         if noise is None and not fields.parametrisation.single_scale:
             raise ValueError("noise=null needs parametrisation=direct: the factored one divides by the noise level")
-        if noise is None and self.trace == "stein":
+        if noise is None and self.trace in ("stein", "combined"):
             others = ", ".join(divergences.PROBES)
             raise ValueError(f"noise=null needs objective.trace={others}: without noise there is nothing to denoise")
         if self.trace not in fields.parametrisation.traces:
@@ -166,28 +180,53 @@ class FieldDivergence(FieldObjective):
         if self.forward_mode:
             refuse_fused(fields.network)
 
-    def __call__(self, fields, x, pool, sigma=None, label=None, generator=None):
-        if sigma is None:
+    def __call__(self, fields, queries, pool, generator=None):
+        if queries.sigma is None:
             self.check(fields, None)
-        point, noise, level = perturbed(x, sigma, generator)
+        point, noise, level = queries.perturbed(generator)
         m, grad_m = pool.mobility(fields.kernel, point, level, generator)
         m_ref, form = fields.reference(level), fields.parametrisation
         if self.trace == "stein":
-            h, s = fields.outputs(point, level, label)
+            h, s = fields.outputs(point, level, queries.label)
             loss = form.stein_loss(h, noise, level, m, grad_m, m_ref)
+        elif self.trace == "combined":
+            h, s, trace, weight = self._probed(fields, point, level, queries.label, generator)
+            loss = form.stein_loss(h, noise, level, m, grad_m, m_ref)
+            loss = loss + weight * form.control(h, trace, noise, level, m, grad_m, m_ref)
         else:
             v = divergences.probes(point, self.trace, generator)
-            h, s, trace = divergences.probe_jacobian(lambda p: fields.outputs(p, level, label), point, v)
+            h, s, trace = divergences.probe_jacobian(lambda p: fields.outputs(p, level, queries.label), point, v)
             if self.trace == "sliced":
                 loss = divergences.sliced_divergence_loss(h, v[0], trace, m) / m_ref.square()
             else:
                 loss = form.probed_loss(h, trace, m, grad_m, m_ref)
         return Losses(
-            gradient=edm_weight(sigma, level, fields.sigma_data, fields.dim) * loss,
+            gradient=edm_weight(queries.sigma, level, fields.sigma_data, fields.dim) * loss,
             scalar=self.scalar_weight * divergences.scalar_loss(s / m_ref, m / m_ref),
             sigma=level,
             relative_s=(s / m_ref).detach(),
         )
+
+    def _probed(
+        self,
+        fields: LearnedFields,
+        point: Tensor,
+        level: Tensor,
+        label: Tensor | None,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Outputs (h, s) at all points, and the probed trace and its weight where it is probed, zeros elsewhere."""
+        order = level.argsort()
+        low, high = order.tensor_split([max(1, round((self.probed or PROBED) * len(order)))])
+        v = divergences.probes(point[low], "hutchinson", generator)
+        told = [None if label is None else label[rows] for rows in (low, high)]
+        h, s, trace = divergences.probe_jacobian(lambda p: fields.outputs(p, level[low], told[0]), point[low], v)
+        weight = 1 - divergences.stein_weight(level[low], (self.crossover or CROSSOVER) * fields.sigma_data)
+        if len(high):
+            rest = fields.outputs(point[high], level[high], told[1])
+            h, s = torch.cat([h, rest[0]]), torch.cat([s, rest[1]])
+        back, none = order.argsort(), level.new_zeros(len(high))
+        return h[back], s[back], torch.cat([trace, none])[back], torch.cat([weight, none])[back]
 
     def minimiser(self, fields, density):
         return AnalyticFields(density, fields.kernel, fields.sigma_data)
@@ -207,20 +246,25 @@ class KernelRegression(FieldObjective):
     proposal: Proposal = field(default_factory=Proposal)
 
     def check(self, fields: LearnedFields, noise: NoiseLevels | None) -> None:
-        """Refuse all but direct fields of the exact kernel."""
+        """Refuse all but direct fields of the exact kernel, and antithetic pairs."""
+        if noise is not None and noise.antithetic:
+            raise ValueError(
+                "objective=KernelRegression draws its own query points, which have no opposite: noise.antithetic=0"
+            )
         if not (fields.kernel.mobility_is_density and fields.parametrisation.at_any_point):
             raise ValueError(
                 "objective=KernelRegression needs kernel=Exact and parametrisation=direct: only there are both fields "
                 "means over partners"
             )
 
-    def __call__(self, fields, x, pool, sigma=None, label=None, generator=None):
-        level = x.new_zeros(len(x)) if sigma is None else sigma
+    def __call__(self, fields, queries, pool, generator=None):
+        x = queries.x
+        level = x.new_zeros(len(x)) if queries.sigma is None else queries.sigma
         width = (fields.kernel.epsilon + level.square()).sqrt()
         point = self.proposal(x, pool.y, width, generator)
         m, grad_m = pool.mobility(fields.kernel, point, level, generator)
         m_ref = fields.reference(level)
-        h, s = fields.outputs(point, level, label)
+        h, s = fields.outputs(point, level, queries.label)
         return Losses(
             gradient=4 * width.square() / fields.dim * divergences.regression_loss(h, grad_m) / m_ref.square(),
             scalar=self.scalar_weight * divergences.scalar_loss(s / m_ref, m / m_ref),
@@ -245,11 +289,12 @@ class DensityRatio(Objective):
 
     scalar_weight: float = 3.0
 
-    def __call__(self, fields, x, pool=None, sigma=None, label=None, generator=None):
+    def __call__(self, fields, queries, pool=None, generator=None):
+        x, sigma = queries.x, queries.sigma
         rows = torch.arange(len(x), device=x.device)
-        label = torch.zeros_like(rows) if label is None else label
+        label = torch.zeros_like(rows) if queries.label is None else queries.label
         total = sigma.square() + fields.sigma_data**2
-        point, noise, _ = perturbed(x, sigma, generator)
+        point, noise, _ = queries.perturbed(generator)
         elsewhere = bcast(total.sqrt(), x) * torch.randn(x.shape, device=x.device, generator=generator)
         logits, slopes = fields.components(torch.cat([point, elsewhere]), sigma.repeat(2))
         data, base = logits.chunk(2)

@@ -1,5 +1,6 @@
 """Where the losses are taken: noise levels, query points, and the partners of their kernel estimates."""
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,18 +18,77 @@ class NoiseLevels:
     Args:
         mean: mean of log σ, σ in data units.
         std: standard deviation of log σ.
+        stratified: draw the quantiles of a batch's noise levels from as many equal intervals, one from each, so that
+            every batch has low and high ones in the right shares.
+        antithetic: points at noise levels below this one, in units of the data's standard deviation, come in pairs with
+            opposite noise, x + σn and x − σn; 0 for none.
     """
 
     mean: float = -0.8
     std: float = 1.2
+    stratified: bool = False
+    antithetic: float = 0.0
 
     def __post_init__(self) -> None:
         in_range(-100, 100, mean=self.mean)
         positive(std=self.std)
+        in_range(0, math.inf, antithetic=self.antithetic)
 
-    def __call__(self, n: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None) -> Tensor:
-        """Draw n noise levels, shape (n,)."""
-        return (self.mean + self.std * torch.randn(n, device=device, generator=generator)).exp()
+    def pairs(self, n: int, sigma_data: float) -> int:
+        """How many antithetic pairs there are among n points: their share of the noise levels, rounded down."""
+        if not self.antithetic:
+            return 0
+        z = (math.log(self.antithetic * sigma_data) - self.mean) / self.std
+        return int(n * 0.5 * math.erfc(-z / math.sqrt(2)) / 2)
+
+    def __call__(
+        self, n: int, device: torch.device | str = "cpu", generator: torch.Generator | None = None, pairs: int = 0
+    ) -> Tensor:
+        """Draw n noise levels, shape (n,).
+
+        With pairs the first 2·pairs of them are the lowest, in twos that are equal: quantiles from 0 to 2·pairs/n.
+        """
+        if not (self.stratified or pairs):
+            return (self.mean + self.std * torch.randn(n, device=device, generator=generator)).exp()
+        share = 2 * pairs / n
+        low = share * self._quantiles(pairs, device, generator).repeat_interleave(2)
+        high = share + (1 - share) * self._quantiles(n - 2 * pairs, device, generator)
+        quantile = torch.cat([low, high]).clamp(1e-6, 1 - 1e-6)
+        return (self.mean + self.std * torch.special.ndtri(quantile)).exp()
+
+    def _quantiles(self, n: int, device: torch.device | str, generator: torch.Generator | None) -> Tensor:
+        u = torch.rand(n, device=device, generator=generator)
+        return (torch.arange(n, device=device) + u) / n if self.stratified else u
+
+
+@dataclass(frozen=True)
+class Queries:
+    """Clean points that the losses are taken at.
+
+    Args:
+        x: the points, shape (Q, *).
+        sigma: noise level of each, shape (Q,), in data units; None for a single scale.
+        label: class indices, shape (Q,), for class-conditional fields.
+        pairs: how many antithetic pairs the first points are: 2i and 2i + 1 are one point at one noise level.
+    """
+
+    x: Tensor
+    sigma: Tensor | None = None
+    label: Tensor | None = None
+    pairs: int = 0
+
+    def perturbed(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x̃ = x + σn, n ~ N(0, I), opposite in a pair, and σ; at a single scale x itself, no noise, and zeros.
+
+        Returns:
+            Points (Q, *), noise (Q, *) and noise levels (Q,).
+        """
+        if self.sigma is None:
+            return self.x, torch.zeros_like(self.x), self.x.new_zeros(len(self.x))
+        noise = torch.randn(self.x.shape, device=self.x.device, generator=generator)
+        if self.pairs:
+            noise[1 : 2 * self.pairs : 2] = -noise[0 : 2 * self.pairs : 2]
+        return self.x + bcast(self.sigma, self.x) * noise, noise, self.sigma
 
 
 @dataclass(frozen=True)
@@ -95,21 +155,29 @@ def gathered(x: Tensor) -> Tensor:
     return torch.cat([parts.pop(distributed.get_rank()), *parts])
 
 
-def perturbed(x: Tensor, sigma: Tensor | None, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-    """x̃ = x + σn, n ~ N(0, I), and σ; at a single scale x itself, no noise, and zeros.
+def queries(
+    x: Tensor,
+    label: Tensor | None,
+    noise: NoiseLevels | None,
+    sigma_data: float,
+    generator: torch.Generator | None = None,
+    pool: Pool | None = None,
+) -> tuple[Queries, Pool | None]:
+    """Noise levels for points x (Q, *) with classes label (Q,) or None, and their pool.
 
-    Args:
-        x: clean data, shape (B, *).
-        sigma: noise levels, shape (B,), or None.
-        generator: source of the noise.
-
-    Returns:
-        Points (B, *), noise (B, *) and noise levels (B,).
+    With antithetic pairs the first points are taken twice and as many of the last are left out. All stay in the pool,
+    and both points of a pair have the partners of the clean point, which is not among them.
     """
-    if sigma is None:
-        return x, torch.zeros_like(x), x.new_zeros(len(x))
-    noise = torch.randn(x.shape, device=x.device, generator=generator)
-    return x + bcast(sigma, x) * noise, noise, sigma
+    if noise is None:
+        return Queries(x, None, label), pool
+    pairs = noise.pairs(len(x), sigma_data)
+    sigma = noise(len(x), x.device, generator, pairs)
+    if pairs:
+        once = torch.arange(len(x) - pairs, device=x.device)
+        rows = torch.cat([once[:pairs].repeat_interleave(2), once[pairs:]])
+        x, label = x[rows], None if label is None else label[rows]
+        pool = None if pool is None else Pool(pool.y, pool.weights[rows])
+    return Queries(x, sigma, label, pairs), pool
 
 
 @dataclass(frozen=True)

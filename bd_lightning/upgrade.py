@@ -9,11 +9,12 @@ from typing import Any
 
 from bd_lightning.checks import UserError
 
-FORMAT = 2
+FORMAT = 3
 """The format that this code writes, and the latest one that it reads."""
 
 MODULE = "bd_lightning.modules."
 OBJECTIVE = "bd_lightning.objectives."
+OPTIMIZER = "bd_lightning.optimizers."
 RECORD = ("seed", "steps", "root", "n", "data", "model", "trainer", "callbacks")
 """Keys that only a whole config has: a file with all of them is the record of a run, not a fragment."""
 
@@ -28,6 +29,9 @@ MOVED = {
     "noise_std": "noise.std",
 }
 """Keys of `bd_lightning.modules.BellmanDiffusion` in format 1, and where they are now."""
+
+ADAM = ("betas", "weight_decay")
+"""Keys of every model up to format 2 that belong to its optimiser now."""
 
 ESTIMATORS = {
     "denoising": "objective.trace=stein",
@@ -68,6 +72,8 @@ def upgrade(stored: Mapping[str, Any], place: str = "this config") -> dict[str, 
             "update it"
         )
     config = dict(stored)
+    if given < 3 and isinstance(config.get("model"), Mapping):
+        config["model"] = _optimizer(dict(config["model"]))
     if given == 1:
         config |= {key: change(config[key]) for key, change in (("model", _model), ("facts", _facts)) if key in config}
     return {**config, "format": FORMAT}
@@ -113,6 +119,12 @@ def _bellman(model: dict[str, Any]) -> dict[str, Any]:
     return model
 
 
+def _optimizer(model: dict[str, Any]) -> dict[str, Any]:
+    """A model up to format 2, whose optimiser was always Adam."""
+    adam = {key: model.pop(key) for key in ADAM if key in model}
+    return {**model, "optimizer": {"_target_": OPTIMIZER + "AdamW", **adam}} if adam else model
+
+
 def _returns(model: dict[str, Any]) -> dict[str, Any]:
     return {"uniform_policy" if key == "uniform" else key: value for key, value in model.items()}
 
@@ -138,11 +150,11 @@ def _facts(facts: Any) -> Any:
     return {"kind": "SampleFacts", **plain}
 
 
-# ---- words of format 1 in a new config
+# ---- words of earlier formats in a new config
 
 
 def refuse_old(config: Mapping[str, Any]) -> None:
-    """Answer a word of format 1 in a composed config by the new one.
+    """Answer a word of an earlier format in a composed config by the new one.
 
     Raises:
         UserError: for the first old word, with its new spelling.
@@ -150,6 +162,9 @@ def refuse_old(config: Mapping[str, Any]) -> None:
     model = config.get("model")
     if not isinstance(model, Mapping):
         return
+    for key in ADAM:
+        if key in model:
+            raise UserError(f"'model.{key}' is now 'model.optimizer.{key}'")
     kind = _target(model).removeprefix(MODULE)
     if kind in ("BellmanDiffusion", "RelativeDensities"):
         for key, node in {"kernel": model.get("kernel"), "proposal": model.get("proposal")}.items():

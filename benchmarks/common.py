@@ -20,7 +20,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build
 from bd_lightning.cli import config as configs
-from bd_lightning.modules.base import Module, adam
+from bd_lightning.modules.base import Module, schedule
+from bd_lightning.optimizers import AdamW, Optimizer
 
 # ---- the command line
 
@@ -91,8 +92,7 @@ class Recipe:
     Args:
         steps: optimiser steps, over which the rate decays.
         lr: learning rate.
-        betas: Adam's decay rates.
-        weight_decay: decoupled weight decay.
+        optimizer: the optimiser.
         warmup_steps: steps over which the rate rises linearly.
         decay: whether it falls to zero by a cosine.
         clip: largest norm of the gradient; None does not clip.
@@ -102,8 +102,7 @@ class Recipe:
 
     steps: int
     lr: float
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.0
+    optimizer: Optimizer = AdamW()
     warmup_steps: int = 100
     decay: bool = True
     clip: float | None = 1.0
@@ -116,8 +115,7 @@ class Recipe:
         return cls(
             steps=steps,
             lr=model.lr,
-            betas=model.betas,
-            weight_decay=model.weight_decay,
+            optimizer=model.optimizer,
             warmup_steps=model.warmup_steps,
             decay=model.lr_decay == "cosine",
             clip=config["trainer"].get("gradient_clip_val"),
@@ -138,14 +136,16 @@ class Training:
         self.model: Any = model.train()
         self.recipe = recipe
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True)
-        self.optimizer, self.schedule = adam(
-            model.parameters(), recipe.lr, recipe.betas, recipe.weight_decay, recipe.warmup_steps,
-            decay_steps=recipe.steps if recipe.decay else None,
-        )  # fmt: skip
+        self.optimizer = recipe.optimizer(model, recipe.lr)
+        self.schedule = schedule(self.optimizer, recipe.warmup_steps, recipe.steps if recipe.decay else None)
 
     @property
     def averaged(self) -> Any:
         """The model with averaged weights, in evaluation mode."""
+        own = self.recipe.optimizer.averaged(self.optimizer) or {}
+        for mean, p in zip(self.average.module.parameters(), self.model.parameters()):
+            if p in own:
+                mean.data.copy_(own[p])
         return self.average.module.eval()
 
     def update(self, loss: Callable[[], Tensor]) -> None:

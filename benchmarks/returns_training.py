@@ -29,7 +29,7 @@ class Seeds:
         self.parameters = [torch.stack([p.detach() for p in group]).requires_grad_() for group in stacked]
         self.copy()
         model = self.model
-        self.optimizer = torch.optim.AdamW(self.parameters, model.lr, model.betas, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters, model.lr, model.optimizer.betas, weight_decay=0.0)
         self.steps = 0
 
     def copy(self) -> None:

@@ -98,6 +98,12 @@ def test_what_the_first_format_left_out_is_what_it_took():
     assert new["objective"]["proposal"] == {"_target_": OBJECTIVE + "Proposal", "box": 0.4}
 
 
+def test_adam_of_the_second_format_is_an_optimizer_now():
+    new = upgrade({"format": 2, "model": {"_target_": "m", "betas": [0.9, 0.95], "lr": 0.1}})
+    adam = {"_target_": "bd_lightning.optimizers.AdamW", "betas": [0.9, 0.95]}
+    assert new["model"] == {"_target_": "m", "lr": 0.1, "optimizer": adam} and new["format"] == FORMAT
+
+
 def test_a_later_format_is_refused_by_name(tmp_path, capsys):
     checkpoint = torch.load(V1 / "default.ckpt", weights_only=True)
     checkpoint["hyper_parameters"]["format"] = FORMAT + 1
@@ -125,6 +131,7 @@ OLD_WORDS = [
     ("model.kernel={_target_: bd_lightning.kernels.Relative}", "is now model=relative"),
     ("model.proposal={_target_: bd_lightning.divergences.Proposal}", "is now bd_lightning.objectives.Proposal"),
     ("model.samplers.sde.churn=0.5", "'model.samplers.sde.churn' is now 'model.samplers.sde.relaxation'"),
+    ("model.weight_decay=0.1", "'model.weight_decay' is now 'model.optimizer.weight_decay'"),
     ("model=relative model.noise_mean=-0.5", "'model.noise_mean' is now 'model.noise.mean'"),
     ("model=returns model.uniform=1", "'model.uniform' is now 'model.uniform_policy'"),
     *((f"model.{key}=1", f"'model.{key}' is now 'model.{MOVED[key]}'") for key in MOVED),

@@ -86,6 +86,12 @@ class Parametrisation(ABC):
         """The divergence with its trace taken by Stein's identity: the denoising form."""
 
     @abstractmethod
+    def control(
+        self, h: Tensor, trace: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, grad_m: Tensor, m_ref: Tensor
+    ) -> Tensor:
+        """What the same divergence with tr ∇h by a probe has more, in the weights of `stein_loss`; its mean is zero."""
+
+    @abstractmethod
     def probed_loss(self, h: Tensor, trace: Tensor, m: Tensor, grad_m: Tensor, m_ref: Tensor) -> Tensor:
         """The divergence with tr ∇h, or an unbiased estimate of it, given."""
 
@@ -93,7 +99,7 @@ class Parametrisation(ABC):
 class Factored(Parametrisation):
     """h = S, g = ½ s S: EDM's denoiser. In training S meets m̂ in place of s, whose noise cancels out of the target."""
 
-    traces = ("stein", "hutchinson", "gaussian", "exact")
+    traces = ("stein", "combined", "hutchinson", "gaussian", "exact")
     at_any_point = False
     single_scale = False
 
@@ -109,6 +115,9 @@ class Factored(Parametrisation):
         loss = divergences.factored_stein_loss(h, noise, sigma, m, grad_m)
         return torch.where(seen, loss / torch.where(seen, m, 1.0).square(), 0.0)
 
+    def control(self, h, trace, noise, sigma, m, grad_m, m_ref):
+        return divergences.stein_control(h, trace, noise, sigma) / 2
+
     def probed_loss(self, h, trace, m, grad_m, m_ref):
         return divergences.factored_divergence_loss(h, trace, m, grad_m) / m_ref.square()
 
@@ -116,7 +125,7 @@ class Factored(Parametrisation):
 class Direct(Parametrisation):
     """h = g."""
 
-    traces = ("stein", "hutchinson", "gaussian", "exact", "sliced")
+    traces = ("stein", "combined", "hutchinson", "gaussian", "exact", "sliced")
     at_any_point = True
     single_scale = True
 
@@ -128,6 +137,10 @@ class Direct(Parametrisation):
 
     def stein_loss(self, h, noise, sigma, m, grad_m, m_ref):
         return divergences.stein_loss(h, noise, sigma, m, grad_m) / m_ref.square()
+
+    def control(self, h, trace, noise, sigma, m, grad_m, m_ref):
+        control = m * divergences.stein_control(h, trace, noise, sigma) + divergences.inner(grad_m, h)
+        return control / m_ref.square()
 
     def probed_loss(self, h, trace, m, grad_m, m_ref):
         return divergences.divergence_loss(h, trace, m) / m_ref.square()

@@ -2,16 +2,16 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterable
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from bd_lightning.checks import UserError, in_range, one_of, positive
+from bd_lightning.optimizers import AdamW, Optimizer
 
 LR_POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
@@ -38,26 +38,17 @@ def learning_rate(step: int, warmup_steps: int = 0, decay_steps: int | None = No
     return warm * (0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps))) if decay_steps else 1.0)
 
 
-def adam(
-    parameters: Iterable[nn.Parameter],
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    warmup_steps: int,
-    decay_steps: int | None,
-) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """Adam with decoupled weight decay, and the schedule of its rate (see `learning_rate`), to be stepped with it."""
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
-    return optimizer, LambdaLR(optimizer, lambda step: learning_rate(step, warmup_steps, decay_steps))
+def schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, decay_steps: int | None) -> LambdaLR:
+    """The schedule of an optimiser's rate (see `learning_rate`), to be stepped with it."""
+    return LambdaLR(optimizer, lambda step: learning_rate(step, warmup_steps, decay_steps))
 
 
 class Module(L.LightningModule):
     """Base: losses of a batch become training, validation and test steps.
 
     Args:
-        lr: learning rate of Adam.
-        betas: Adam's decay rates.
-        weight_decay: decoupled weight decay.
+        lr: learning rate.
+        optimizer: how parameters follow their gradients (see `optimizers`).
         warmup_steps: steps over which the learning rate rises linearly.
         lr_decay: "cosine" to zero over the run, or "none".
         lr_scaling: how the learning rate follows the effective batch: times the number of devices × accumulated batches
@@ -73,19 +64,18 @@ class Module(L.LightningModule):
     def __init__(
         self,
         lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.99),
-        weight_decay: float = 0.0,
+        optimizer: Optimizer = AdamW(),  # noqa: B008 (frozen)
         warmup_steps: int = 100,
         lr_decay: str = "cosine",
         lr_scaling: str = "none",
     ) -> None:
         super().__init__()
         positive(lr=lr)
-        in_range(0, math.inf, weight_decay=weight_decay, warmup_steps=warmup_steps)
-        for i, beta in enumerate(betas):
-            in_range(0, 1, **{f"betas[{i}]": beta})
+        in_range(0, math.inf, warmup_steps=warmup_steps)
         one_of(("cosine", "none"), lr_decay=lr_decay)
-        self.lr, self.betas, self.weight_decay = lr, (betas[0], betas[1]), weight_decay
+        if lr_decay != "none" and not optimizer.decays:
+            raise ValueError(f"{type(optimizer).__name__} averages instead of a decaying rate: set lr_decay=none")
+        self.lr, self.optimizer = lr, optimizer
         one_of(tuple(LR_POWERS), lr_scaling=lr_scaling)
         self.warmup_steps, self.lr_decay, self.lr_scaling = warmup_steps, lr_decay, lr_scaling
         self.loaded_step = 0
@@ -166,11 +156,10 @@ class Module(L.LightningModule):
         return self._evaluate("test", batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
-        """Adam with linear warm-up and, if asked for, cosine decay over the run, stepped every batch."""
+        """The optimiser, with linear warm-up and, if asked for, cosine decay over the run, stepped every batch."""
         batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
         lr = self.lr * batches ** LR_POWERS[self.lr_scaling]
         total = int(self.trainer.estimated_stepping_batches) if self.lr_decay == "cosine" else None
-        optimizer, scheduler = adam(
-            self.parameters(), lr, self.betas, self.weight_decay, self.warmup_steps, decay_steps=total
-        )
+        optimizer = self.optimizer(self, lr)
+        scheduler = schedule(optimizer, self.warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

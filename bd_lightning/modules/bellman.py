@@ -13,7 +13,7 @@ from bd_lightning.fields import LearnedFields
 from bd_lightning.kernels import Kernel
 from bd_lightning.modules.generator import Generator
 from bd_lightning.networks.base import Network
-from bd_lightning.objectives import FieldDivergence, FieldObjective, Losses, NoiseLevels, Partners
+from bd_lightning.objectives import FieldDivergence, FieldObjective, Losses, NoiseLevels, Partners, queries
 
 
 class BellmanDiffusion(Generator):
@@ -105,5 +105,5 @@ class BellmanDiffusion(Generator):
         if label is not None and self.training and self.label_dropout:
             dropped = torch.rand(len(x), device=x.device, generator=generator) < self.label_dropout
             label = label.masked_fill(dropped, self.num_classes)
-        sigma = None if self.noise is None else self.noise(len(x), x.device, generator)
-        return self.objective(self.fields, x, pool, sigma, label, generator)
+        points, partners = queries(x, label, self.noise, self.fields.sigma_data, generator, pool)
+        return self.objective(self.fields, points, partners, generator)

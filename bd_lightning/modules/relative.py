@@ -11,7 +11,7 @@ from bd_lightning.dynamics import Sampler
 from bd_lightning.fields import RelativeFields
 from bd_lightning.modules.generator import Generator
 from bd_lightning.networks.base import Network
-from bd_lightning.objectives import DensityRatio, Losses, NoiseLevels
+from bd_lightning.objectives import DensityRatio, Losses, NoiseLevels, queries
 
 
 class RelativeDensities(Generator):
@@ -74,7 +74,8 @@ class RelativeDensities(Generator):
         if self.training:
             self.fields.count(label)
         assert self.noise is not None  # refused before
-        return self.objective(self.fields, x, None, self.noise(len(x), x.device, generator), label, generator)
+        points, _ = queries(x, label, self.noise, self.fields.sigma_data, generator)
+        return self.objective(self.fields, points, None, generator)
 
     def mixture_source(self) -> RelativeFields:
         """The fields that mixtures are made of."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, one_of, positive
 from bd_lightning.modules.base import Module
+from bd_lightning.optimizers import AdamW
 from bd_lightning.returns import (
     SAMPLERS,
     FieldNetworks,
@@ -65,7 +66,9 @@ class DistributionalLearner(Module):
         sampler: str = "inverse_cdf",
         **options: Any,
     ) -> None:
-        super().__init__(**{"lr": 1e-3, "betas": (0.9, 0.999), "warmup_steps": 0, "lr_decay": "none", **options})
+        super().__init__(
+            **{"lr": 1e-3, "optimizer": AdamW((0.9, 0.999)), "warmup_steps": 0, "lr_decay": "none", **options}
+        )
         positive(actions=actions, target_every=target_every)
         in_range(0, 1, uniform_policy=uniform_policy)
         one_of(tuple(SAMPLERS), sampler=sampler)

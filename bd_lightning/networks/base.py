@@ -1,6 +1,7 @@
 """What a trunk tells the fields around it."""
 
 from abc import abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -13,7 +14,10 @@ class Network(nn.Module):
         head_shape: leading shape of the outputs after the batch: () for one pair of heads, (C,) for one of every class.
         gradient_head: the layer that F comes from.
         scalar_head: the layer that a comes from.
+        outer: names of the layers at either end and of those that condition, whose weights are no `matrices`.
     """
+
+    outer: ClassVar[tuple[str, ...]] = ("enter", "embed", "condition", "gradient_head", "scalar_head")
 
     conditional: bool = False
     head_shape: tuple[int, ...] = ()
@@ -23,3 +27,10 @@ class Network(nn.Module):
     @abstractmethod
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x (B, *shape), c_noise (B,) and label (B,) or None to F (B, *head_shape, *shape), a (B, *head_shape)."""
+
+    def matrices(self) -> list[nn.Parameter]:
+        """Weights of the linear layers and convolutions that carry the data from the first layer to the heads."""
+        kinds = (nn.Linear, nn.modules.conv._ConvNd)
+        layers = (layer for name, layer in self.named_modules() if not set(name.split(".")) & set(self.outer))
+        weights = (layer.get_parameter("weight") for layer in layers if isinstance(layer, kinds))
+        return [weight for weight in weights if weight.requires_grad]

@@ -129,7 +129,7 @@ MISTAKES = [
     ("model.lr=fast", "'model.lr' must be float, got 'fast'"),
     ("model.lr=true", "'model.lr' must be float, got True"),
     ("data.batch_size=1.5", "'data.batch_size' must be int, got 1.5"),
-    ("model.betas=[0.9]", "'model.betas' must be tuple of float, float, got [0.9]"),
+    ("model.optimizer.betas=[0.9]", "'model.optimizer.betas' must be tuple of float, float, got [0.9]"),
     ("data=cifar100", "no data config named 'cifar100'. Did you mean 'cifar10'?"),
     ("experiment=mnits", "no experiment config named 'mnits'. Did you mean 'mnist'?"),
     ("fti", "no command 'fti'. Did you mean 'fit'?"),

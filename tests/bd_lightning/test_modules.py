@@ -9,7 +9,8 @@ from bd_lightning.dynamics import BellmanDynamics, MultistepDynamics, Probabilit
 from bd_lightning.fields import log_gradient
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP, Network
-from bd_lightning.objectives import FieldDivergence, KernelRegression, NoiseLevels, Partners, Proposal
+from bd_lightning.objectives import FieldDivergence, KernelRegression, NoiseLevels, Partners, Proposal, Queries
+from bd_lightning.optimizers import AdamW, Muon, ScheduleFree
 from bd_lightning.targets import GaussianMixture
 from oracles import square
 
@@ -91,7 +92,7 @@ def test_single_scale_divergence_learns_the_papers_fields():
 def test_regression_learns_the_fields_on_and_off_the_data():
     module = build(
         kernel=kernels.Exact(0.03), noise=None, objective=KernelRegression(scalar_weight=1.0),
-        parametrisation="direct", partners=Partners(queries=128), betas=(0.9, 0.99),
+        parametrisation="direct", partners=Partners(queries=128),
     )  # fmt: skip
     train(module, steps=500, batch=512)
     axis = torch.linspace(-3, 3, 41)
@@ -253,7 +254,12 @@ def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
             "samplers.ode goes down noise levels, and with noise=null the fields have none",
         ),
         ({"lr": 0.0}, "lr must be positive"),
-        ({"betas": (0.9, 1.5)}, r"betas\[1\] must lie between 0 and 1"),
+        ({"lr_decay": "cosine", "optimizer": ScheduleFree()}, "set lr_decay=none"),
+        (
+            {"objective": FieldDivergence(trace="combined"), "noise": None, "parametrisation": "direct"},
+            "nothing to den",
+        ),
+        ({"compile": True, "objective": FieldDivergence(trace="combined")}, "forward mode cannot be compiled"),
         ({"noise": None, "parametrisation": "direct"}, "nothing to denoise"),
         ({"noise": None, "objective": FieldDivergence(trace="exact")}, "noise=null needs parametrisation=direct"),
         ({"label_dropout": 0.1}, "label_dropout needs network.conditional=true"),
@@ -262,6 +268,7 @@ def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
         ({"compile": True, "objective": FieldDivergence(trace="exact")}, "forward mode cannot be compiled"),
         ({"network": Fused(), "objective": FieldDivergence(trace="gaussian")}, "second derivatives of it are wrong"),
         ({"objective": KernelRegression()}, "needs kernel=Exact and parametrisation=direct"),
+        ({"objective": KernelRegression(), "noise": NoiseLevels(antithetic=0.5)}, "noise.antithetic=0"),
         ({"objective": FieldDivergence(trace="sliced")}, "parametrisation=direct"),
     ],
 )
@@ -276,7 +283,13 @@ def test_refusals(options, message):
         (lambda: Partners(queries=0), "queries must be at least 1"),
         (lambda: Partners(pairs="some"), "pairs must be one of all, single"),
         (lambda: NoiseLevels(std=0.0), "std must be positive"),
-        (lambda: FieldDivergence(trace="steïn"), "trace must be one of stein, hutchinson, gaussian, sliced, exact"),
+        (lambda: NoiseLevels(antithetic=-1.0), "antithetic must lie between 0 and inf"),
+        (lambda: AdamW((0.9, 1.5)), r"betas\[1\] must lie between 0 and 1"),
+        (lambda: Muon(momentum=2.0), "momentum must lie between 0 and 1"),
+        (lambda: FieldDivergence(trace="steïn"), "trace must be one of stein, combined, hutchinson, gaussian, sliced"),
+        (lambda: FieldDivergence(trace="combined", crossover=0.0), "crossover must be positive"),
+        (lambda: FieldDivergence(trace="combined", probed=1.5), "probed must lie between 0 and 1"),
+        (lambda: FieldDivergence(crossover=0.5), "crossover and probed are of trace=combined"),
         (lambda: FieldDivergence(scalar_weight=-1.0), "scalar_weight must lie between"),
     ],
 )
@@ -289,7 +302,7 @@ def test_a_single_scale_is_refused_where_it_has_no_meaning():
     module = build()
     x, pool = module.partners(square().sample(16).float())
     with pytest.raises(ValueError, match="noise=null needs parametrisation=direct"):
-        FieldDivergence()(module.fields, x, pool)
+        FieldDivergence()(module.fields, Queries(x), pool)
 
 
 def test_outputs_of_a_network_have_the_shapes_of_fields():

@@ -1,0 +1,173 @@
+"""Optimisers as choices of a config: `model.optimizer: {_target_: bd_lightning.optimizers.Muon}`.
+
+A choice is a small frozen class that makes the optimiser of a module's parameters, `optimizer(module, lr)`. The rate,
+its warm-up and decay, and clipping stay with the module and the trainer, the same for all.
+
+References:
+    | Loshchilov and Hutter, Decoupled Weight Decay Regularization, arXiv 1711.05101
+    | Jordan et al., Muon, 2024; Liu et al., Muon is Scalable for LLM Training, arXiv 2502.16982 (rates as AdamW's)
+    | Defazio et al., The Road Less Scheduled, arXiv 2405.15682
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from bd_lightning.checks import in_range
+from bd_lightning.networks.base import Network
+
+
+@dataclass(frozen=True)
+class Optimizer(ABC):
+    """Base of the choices.
+
+    Args:
+        betas: decay rates of the moments of the gradient, as in Adam.
+        weight_decay: decoupled weight decay, per unit of the rate.
+
+    Attributes:
+        decays: whether the rate is meant to decay over the run.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    decays: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for i, beta in enumerate(self.betas):
+            in_range(0, 1, **{f"betas[{i}]": beta})
+        in_range(0, float("inf"), weight_decay=self.weight_decay)
+
+    @abstractmethod
+    def __call__(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """The optimiser of a module's parameters at a rate.
+
+        Raises:
+            ValueError: if it cannot train this module, or a package that it needs is missing.
+        """
+
+    def averaged(self, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor] | None:
+        """The average of each parameter that the optimiser itself asks to be judged by; None if it has none."""
+        return None
+
+
+@dataclass(frozen=True)
+class AdamW(Optimizer):
+    """Adam with decoupled weight decay, torch's. On a GPU all parameters are updated in one kernel."""
+
+    def __call__(self, module, lr):
+        parameters = list(module.parameters())
+        fused = all(p.device.type == "cuda" for p in parameters)
+        return torch.optim.AdamW(
+            parameters, lr=lr, betas=tuple(self.betas), weight_decay=self.weight_decay, fused=fused or None
+        )
+
+
+@dataclass(frozen=True)
+class Muon(Optimizer):
+    """Muon for the matrices between a network's first layer and its heads, AdamW for all else.
+
+    Convolutions are flattened to (out, in · height · width). Steps of matrices are scaled to the size of AdamW's
+    (arXiv 2502.16982), so that one rate serves both.
+
+    Args:
+        betas: decay rates of AdamW's moments.
+        weight_decay: decoupled weight decay of all parameters.
+        momentum: decay rate of Muon's momentum.
+    """
+
+    momentum: float = 0.95
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        in_range(0, 1, momentum=self.momentum)
+
+    def __call__(self, module, lr):
+        if not hasattr(torch.optim, "Muon"):
+            raise ValueError(f"Muon needs torch 2.9 or later, this is {torch.__version__}: take optimizers.AdamW")
+        matrices = [p for part in module.modules() if isinstance(part, Network) for p in part.matrices()]
+        if not matrices:
+            raise ValueError(
+                "Muon trains the matrices between a network's first layer and its heads, and this model has none: take "
+                "bd_lightning.optimizers.AdamW"
+            )
+        chosen = set(matrices)
+        others = [p for p in module.parameters() if p not in chosen]
+        return _MuonAndAdamW(matrices, others, lr, self)
+
+
+class _MuonAndAdamW(torch.optim.Optimizer):
+    """torch's Muon on flattened views of some parameters and torch's AdamW on others, as one optimiser."""
+
+    def __init__(self, matrices: Sequence[nn.Parameter], others: Sequence[nn.Parameter], lr: float, of: Muon) -> None:
+        self.views = [nn.Parameter(p.detach().flatten(1).clone()) for p in matrices]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(
+                self.views, lr, of.weight_decay, of.momentum, adjust_lr_fn="match_rms_adamw"
+            ),
+            AdamW(of.betas, of.weight_decay)(nn.ParameterList(others), lr),
+        ]  # fmt: skip
+        super().__init__([{"params": list(matrices)}, {"params": list(others)}], {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for part, group in zip(self.parts, self.param_groups):
+            part.param_groups[0]["lr"] = group["lr"]
+        matrices = self.param_groups[0]["params"]
+        for view, p in zip(self.views, matrices):
+            view.data = p.detach().flatten(1)
+            view.grad = None if p.grad is None else p.grad.flatten(1)
+        for part in self.parts:
+            part.step()
+        for view, p in zip(self.views, matrices):
+            if view.data_ptr() != p.data_ptr():  # channels-last weights were copied
+                p.copy_(view.view(p.shape))
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        rates = [{"lr": group["lr"], "initial_lr": group.get("initial_lr", group["lr"])} for group in self.param_groups]
+        return {"state": {}, "param_groups": rates, "parts": [part.state_dict() for part in self.parts]}
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        for group, rates in zip(self.param_groups, state_dict["param_groups"]):
+            group.update(rates)
+        for part, state in zip(self.parts, state_dict["parts"]):
+            part.load_state_dict(state)
+
+
+@dataclass(frozen=True)
+class ScheduleFree(Optimizer):
+    """AdamW with averaging in place of a decaying rate, of the package schedulefree.
+
+    What is judged, shown and sampled is its own average, in place of the exponential one of `callbacks.ema`.
+
+    Args:
+        betas: weight of the average in the point where gradients are taken, and decay rate of the second moment.
+        weight_decay: decoupled weight decay.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    decays: ClassVar[bool] = False
+
+    def __call__(self, module, lr):
+        try:
+            import schedulefree
+        except ImportError as error:
+            raise ValueError("ScheduleFree needs the package schedulefree: uv sync --group optimizers") from error
+        optimizer = schedulefree.AdamWScheduleFree(
+            module.parameters(), lr=lr, betas=tuple(self.betas), weight_decay=self.weight_decay
+        )
+        optimizer.train()
+        return optimizer
+
+    def averaged(self, optimizer):
+        end = 1 - 1 / self.betas[0]
+        return {p: p.detach().lerp(state["z"], end) for p, state in optimizer.state.items() if "z" in state}

@@ -1,0 +1,105 @@
+"""Optimisers as choices of the config: what they train, and that they go on exactly."""
+
+import copy
+
+import pytest
+import torch
+
+from bd_lightning.modules.base import schedule
+from bd_lightning.networks import MLP, UNet
+from bd_lightning.optimizers import AdamW, Muon, ScheduleFree
+
+CHOICES = [AdamW(weight_decay=0.01), Muon(weight_decay=0.01), ScheduleFree(weight_decay=0.01)]
+
+
+def unet():
+    torch.manual_seed(0)
+    return UNet((1, 8, 8), channels=[8, 16], attention=[1])
+
+
+def run(network, optimizer, rates, steps, first=0):
+    for step in range(first, first + steps):
+        g = torch.Generator().manual_seed(step)
+        x, c = torch.randn(4, 1, 8, 8, generator=g), torch.randn(4, generator=g)
+        optimizer.zero_grad()
+        out, a = network(x, c)
+        ((out - x).square().mean() + (a - 1).square().mean()).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+
+
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: type(choice).__name__)
+def test_training_goes_on_exactly_from_a_state(choice):
+    if isinstance(choice, ScheduleFree):
+        pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    whole = unet()
+    optimizer = choice(whole, 1e-2)
+    rates = schedule(optimizer, 3, 20)
+    run(whole, optimizer, rates, 5)
+    kept = copy.deepcopy((whole.state_dict(), optimizer.state_dict(), rates.state_dict()))
+    run(whole, optimizer, rates, 5, first=5)
+    again = unet()
+    other = choice(again, 1e-2)
+    following = schedule(other, 3, 20)
+    again.load_state_dict(kept[0])
+    other.load_state_dict(kept[1])
+    following.load_state_dict(kept[2])
+    run(again, other, following, 5, first=5)
+    for (name, a), b in zip(whole.named_parameters(), again.parameters()):
+        assert torch.equal(a, b), name
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == [group["lr"] for group in other.param_groups] and 0 < min(rates) < 1e-2
+
+
+def test_muon_is_torchs_on_flattened_matrices_and_adam_on_the_rest():
+    network, copied = unet(), unet()
+    chosen = {id(p) for p in network.matrices()}
+    names = [name for name, p in network.named_parameters() if id(p) in chosen]
+    assert "middle.conv1.weight" in names and "middle.attention.qkv.weight" in names
+    assert not [n for n in names if n.startswith(("enter", "embed")) or "head" in n or "condition" in n or "bias" in n]
+    optimizer = Muon()(network, 1e-2)
+    run(network, optimizer, schedule(optimizer, 0, None), 1)
+    theirs = dict(copied.named_parameters())
+    flat = {name: torch.nn.Parameter(theirs[name].detach().flatten(1)) for name in names}
+    muon = torch.optim.Muon(list(flat.values()), 1e-2, 0.0, 0.95, adjust_lr_fn="match_rms_adamw")
+    g = torch.Generator().manual_seed(0)
+    x, c = torch.randn(4, 1, 8, 8, generator=g), torch.randn(4, generator=g)
+    out, a = copied(x, c)
+    ((out - x).square().mean() + (a - 1).square().mean()).backward()
+    torch.nn.utils.clip_grad_norm_(copied.parameters(), 1.0)
+    for name, p in flat.items():
+        p.grad = theirs[name].grad.flatten(1)
+    muon.step()
+    adam = torch.optim.AdamW([p for n, p in theirs.items() if n not in flat], 1e-2, (0.9, 0.99), weight_decay=0.0)
+    adam.step()
+    for name, p in network.named_parameters():
+        expected = flat[name].view(p.shape) if name in flat else theirs[name]
+        torch.testing.assert_close(p, expected, rtol=0, atol=0)
+
+
+def test_muon_asks_for_a_network_with_matrices():
+    with pytest.raises(ValueError, match="this model has none: take bd_lightning.optimizers.AdamW"):
+        Muon()(torch.nn.Linear(2, 2), 1e-3)
+
+
+def test_an_optimizer_that_is_not_there_is_one_sentence(monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match="Muon needs torch 2.9 or later"):
+        Muon()(MLP((2,)), 1e-3)
+    monkeypatch.setitem(__import__("sys").modules, "schedulefree", None)
+    with pytest.raises(ValueError, match="needs the package schedulefree: uv sync --group optimizers"):
+        ScheduleFree()(MLP((2,)), 1e-3)
+
+
+def test_schedule_free_is_judged_by_its_own_average():
+    pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    network = unet()
+    choice = ScheduleFree()
+    optimizer = choice(network, 1e-2)
+    run(network, optimizer, schedule(optimizer, 0, None), 5)
+    average = choice.averaged(optimizer)
+    optimizer.eval()
+    for p in network.parameters():
+        torch.testing.assert_close(average.get(p, p), p)
+    assert any((average[p] != 0).any() for p in average) and AdamW().averaged(optimizer) is None
