@@ -1,22 +1,28 @@
 """fit, validate and test."""
 
-import json
+import contextlib
 import signal
+import traceback
+from dataclasses import replace
+from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
 from bd_lightning.checkpoints import WholeCheckpoints
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build, objects
-from bd_lightning.cli.folders import claimed, short
-from bd_lightning.cli.plan import Plan
+from bd_lightning.cli.folders import claimed, evaluating, first_process, folder_for, in_use, short
+from bd_lightning.cli.plan import Plan, settings_of
 from bd_lightning.facts import Facts
 from bd_lightning.loggers import MetricsCSV, WandB
+from callbacks import Report
+from callbacks.records import read_record
 
 
 def run(plan: Plan) -> None:
@@ -25,19 +31,44 @@ def run(plan: Plan) -> None:
     Raises:
         UserError: for anything that is the user's to put right.
     """
+    if plan.done:
+        path = short(plan.run_dir)
+        print(f"nothing is left to train: {path} has done its {plan.config['steps']} steps; give more steps to go on")
+        return
     objects.prepare(plan.config)
-    with claimed(plan.run_dir, plan.new):
-        _run(plan)
+    if plan.command == "fit":
+        with claimed(plan.run_dir, plan.new):
+            _run(plan, plan.run_dir)
+        return
+    settings = settings_of(plan, "callbacks", "trainer")
+    folder = folder_for(settings, plan.run_dir, f"{plan.command}-{Path(plan.config['ckpt_path']).stem}-{plan.step:07d}")
+    with evaluating(folder, settings):
+        _run(replace(plan, run_dir=folder), plan.run_dir)
+    if first_process():
+        refresh(plan)
 
 
-def _run(plan: Plan) -> None:
+def refresh(plan: Plan) -> None:
+    """Put an evaluation on the page of its run; one that trains does so itself at its next validation."""
+    if (plan.run_dir / "report.html").is_file():
+        with contextlib.suppress(UserError), claimed(plan.run_dir, False):
+            Report.page(plan.run_dir, objects.model(plan, cast(Facts, plan.facts)))
+
+
+def _run(plan: Plan, run_dir: Path) -> None:
+    """Train or evaluate.
+
+    Args:
+        plan: the plan, whose run folder is what is written to.
+        run_dir: the run folder, which is another one for evaluations.
+    """
     data = build.instantiate(plan.config["data"], "data")
     if plan.facts is not None:
         refuse_other_data(plan.facts, data.facts)
     model = objects.model(plan, data.facts)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
     callbacks = objects.callbacks(plan)
-    loggers = build_loggers(plan, callbacks)
+    loggers = build_loggers(plan, callbacks, run_dir)
     trainer = build_trainer(plan, loggers, callbacks)
     if plan.command == "fit" and trainer.is_global_zero:
         announce(plan, trainer, data, model)
@@ -80,12 +111,14 @@ def refuse_other_data(trained: Facts, given: Facts) -> None:
             )
 
 
-def build_loggers(plan: Plan, callbacks: list[Any]) -> list[Any]:
-    """metrics.csv, and the logger of the config."""
+def build_loggers(plan: Plan, callbacks: list[Any], run_dir: Path) -> list[Any]:
+    """metrics.csv, and the logger of the config, which knows a run by its own folder."""
     every = plan.config["trainer"].get("log_every_n_steps") or 50
     loggers: list[Any] = [MetricsCSV(plan.run_dir, every, plan.resumed_at)]
-    if plan.config["logger"]:
-        known = {"run_dir": plan.run_dir, "summaries": objects.metrics(objects.evaluations(callbacks))}
+    if plan.config["logger"] and run_dir != plan.run_dir and in_use(run_dir):
+        rank_zero_info("the run is training, and logs alone: this evaluation is in its folder, not at the logger")
+    elif plan.config["logger"]:
+        known = {"run_dir": run_dir, "summaries": objects.metrics(objects.evaluations(callbacks))}
         loggers.append(build.instantiate(plan.config["logger"], "logger", known))
     return loggers
 
@@ -115,16 +148,25 @@ def announce(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
 
 def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
     """Run the trainer; close the loggers and say how to go on however it ends."""
-    loop: Any = {"fit": trainer.fit, "validate": trainer.validate, "test": trainer.test}[plan.command]
     failed = True
-    try:  # given the path, Lightning restores the states of callbacks, loops and optimisers too
-        loop(model, datamodule=data, ckpt_path=plan.config["ckpt_path"], weights_only=True)
+    try:
+        if plan.command == "fit":  # given the path, Lightning restores callbacks, loops and optimisers too
+            trainer.fit(model, datamodule=data, ckpt_path=plan.config["ckpt_path"], weights_only=True)
+        else:  # the model has its weights; the file may be another one by now
+            {"validate": trainer.validate, "test": trainer.test}[plan.command](model, datamodule=data)
         failed = False
     except SIGTERMException as stop:
         stop.code = 128 + signal.SIGTERM  # not the 0 of a run that is finished
         raise
     except MisconfigurationException as error:  # e.g. a monitor that is never logged
         raise UserError(" ".join(str(error).split())) from error
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if not restoring(error):
+            raise
+        raise UserError(
+            f"training cannot go on from {plan.config['ckpt_path']}: its states are damaged, or are not those of this "
+            f"model and these callbacks ({' '.join(str(error).split())[:200] or type(error).__name__})"
+        ) from error
     finally:
         last = plan.run_dir / "checkpoints" / "last.ckpt"
         if failed and trainer.is_global_zero and last.is_file():
@@ -135,12 +177,21 @@ def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
                 logger.close(failed)
 
 
+def restoring(error: BaseException) -> bool:
+    """Whether an exception came while Lightning took states over from a checkpoint."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(Path(frame.f_code.co_filename).name == "checkpoint_connector.py" for frame, _ in frames)
+
+
 def finish(plan: Plan, callbacks: list[Any], model: Any) -> None:
     """Say how good it is, where everything is and how to go on with it."""
     for callback in objects.evaluations(callbacks):
-        if callback.record and (plan.run_dir / callback.record).is_file():
-            print(json.loads((plan.run_dir / callback.record).read_text())[-1]["summary"])
-    best, last = (plan.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-    checkpoint = best if best.is_file() else last
+        rows = read_record(plan.run_dir / callback.record) if callback.record else None
+        if rows and "summary" in rows[-1]:
+            print(rows[-1]["summary"])
+    names = [plan.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+    given = [Path(plan.config["ckpt_path"])] if plan.command != "fit" else []
+    found = next((path for path in (*given, *names) if path.is_file()), None)
     page = " (open report.html)" if (plan.run_dir / "report.html").is_file() else ""
-    print(f"everything is in {short(plan.run_dir)}{page}; {model.next_step(quote(short(checkpoint)))}")
+    then = model.next_step(quote(short(found))) if found else "no checkpoint was kept"
+    print(f"everything is in {short(plan.run_dir)}{page}; {then}")

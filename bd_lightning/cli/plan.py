@@ -1,5 +1,6 @@
 """From words to a plan: everything that is decided before the first object is built."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from bd_lightning import facts
 from bd_lightning.checks import UserError
-from bd_lightning.cli import build, folders
+from bd_lightning.cli import build, folders, links
 from bd_lightning.cli import config as configs
 from bd_lightning.facts import Facts
 from bd_lightning.upgrade import FORMAT
@@ -23,6 +24,7 @@ class Plan:
         run_dir: the run folder.
         new: whether the run begins in a folder of its own, which must not be there yet.
         checkpoint: the checkpoint that `config["ckpt_path"]` names, as `checkpoints.read` gives it.
+        done: whether nothing is left to train.
     """
 
     command: str
@@ -30,6 +32,7 @@ class Plan:
     run_dir: Path
     new: bool = False
     checkpoint: Mapping[str, Any] | None = None
+    done: bool = False
 
     @property
     def facts(self) -> Facts | None:
@@ -37,11 +40,14 @@ class Plan:
         return facts.read(self.checkpoint["hyper_parameters"]["facts"]) if self.checkpoint else None
 
     @property
-    def resumed_at(self) -> int | None:
-        """The step that training goes on from, 0 for a new run; None for other commands."""
-        if self.command != "fit":
-            return None
+    def step(self) -> int:
+        """The step of the checkpoint; 0 without one."""
         return self.checkpoint["global_step"] if self.checkpoint else 0
+
+    @property
+    def resumed_at(self) -> int:
+        """The step that training goes on from, 0 for a new run and for an evaluation, which begins anew."""
+        return self.step if self.command == "fit" else 0
 
     @property
     def record(self) -> dict[str, Any]:
@@ -67,6 +73,7 @@ def resolve(argv: Sequence[str]) -> Plan:
     if path:
         from bd_lightning import checkpoints
 
+        links.refuse_linked(path)
         checkpoint = checkpoints.read(path)
         config = configs.compose(request, checkpoint["hyper_parameters"])
         build.refuse_strangers(config, path)
@@ -79,13 +86,44 @@ def resolve(argv: Sequence[str]) -> Plan:
         config["root"] = asked["root"]  # a stored config does not say where a new folder goes
     build.check(config)
     refuse_numbers(config["trainer"])
+    if request.command == "fit" and config["steps"] % config["eval_every"]:
+        raise UserError(
+            f"'steps' must be a multiple of 'eval_every', so that the run ends with a validation and a checkpoint; "
+            f"got {config['steps']} and {config['eval_every']}"
+        )
     run_dir = folders.run_folder(config, request.command == "fit")
     new = request.command == "fit" and not repeated and (not path or folders.folder_of(path) != run_dir)
     if new:
         folders.refuse_existing(run_dir)
+    links.refuse_links(run_dir)
+    done = False
     if path and checkpoint and request.command == "fit":
         folders.refuse_lost_steps(run_dir, Path(path), checkpoint["global_step"], config["steps"])
-    return Plan(request.command, config, run_dir, new, checkpoint)
+        done = folders.finished(run_dir, checkpoint, config["steps"])
+        if not done:
+            checkpoints.refuse_stateless(checkpoint, path)
+    return Plan(request.command, config, run_dir, new, checkpoint, done)
+
+
+def settings_of(plan: Plan, *keys: str) -> dict[str, Any]:
+    """All that samples or an evaluation depend on, as plain values; checkpoints by their content.
+
+    Args:
+        plan: the plan.
+        keys: keys of the config beside the seed, the model, the data and the precision.
+    """
+    config = plan.config
+    files = [config["ckpt_path"], *(config["merge"] or {}), (config["data"].get("autoencoder") or {}).get("ckpt_path")]
+    return {
+        "checkpoints": [_digest(file) for file in files if file],  # in order: names may be the same
+        **{key: config[key] for key in ("seed", *keys, "model", "data")},
+        "precision": config["trainer"].get("precision"),
+    }
+
+
+def _digest(file: str | Path) -> str:
+    with Path(file).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def refuse_elsewhere(config: Mapping[str, Any], asked: Mapping[str, Any], place: str) -> None:
