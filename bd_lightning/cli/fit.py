@@ -1,7 +1,9 @@
 """fit, validate and test."""
 
 import contextlib
+import os
 import signal
+import threading
 import traceback
 from dataclasses import replace
 from pathlib import Path
@@ -67,33 +69,74 @@ def _run(plan: Plan, run_dir: Path) -> None:
         refuse_other_data(plan.facts, data.facts)
     model = objects.model(plan, data.facts)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
-    callbacks = objects.callbacks(plan)
+    begin = Begin(plan)
+    callbacks = [begin, *objects.callbacks(plan)]
     loggers = build_loggers(plan, callbacks, run_dir)
     trainer = build_trainer(plan, loggers, callbacks)
     if plan.command == "fit" and trainer.is_global_zero:
         announce(plan, trainer, data, model)
     carry_out(plan, trainer, data, model)
     if trainer.is_global_zero:
-        finish(plan, callbacks, model)
+        finish(plan, callbacks, model, begin.diverged(trainer))
 
 
-class Record(L.Callback):
-    """Writes config.yaml when training begins: a run that is refused before changes nothing.
+class Begin(L.Callback):
+    """Writes config.yaml when the first loss is there: a run that is refused before changes nothing.
 
     Args:
         plan: the plan of the run.
+
+    Attributes:
+        loss: the first loss.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.loss: float | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write it, whole or not at all."""
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
+        """Check what checkpoints are chosen by, now that the names of the losses are known; write the config."""
+        if self.loss is not None:
+            return
+        objects.check_monitors(trainer)
+        self.loss = float(loss)
         if trainer.is_global_zero:
             path = self.plan.run_dir / "config.yaml"
             part = path.with_name("config.yaml.part")
             OmegaConf.save(OmegaConf.create(self.plan.record), part)
             part.replace(path)
+
+    def diverged(self, trainer: L.Trainer) -> str:
+        """That the loss has become far larger than it began, in a sentence; empty if it has not."""
+        last = float(trainer.callback_metrics.get("val/loss", 0.0))
+        if self.loss is None or last <= 1000 * max(1.0, abs(self.loss)):
+            return ""
+        first = f"{self.loss:.3g} at its first step"
+        return f"training has diverged (val/loss {last:.3g}, {first}): lower model.lr, and begin again"
+
+
+class Waiting(L.Callback):
+    """Says what a run waits for, if other nodes do not come.
+
+    Args:
+        nodes: their number.
+        seconds: after how long.
+    """
+
+    def __init__(self, nodes: int, seconds: float = 10.0) -> None:
+        where = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', 'a port of its own')}"
+        text = (
+            f"waiting for the processes of all {nodes} nodes at {where}: start the same command on each, with the same "
+            "MASTER_ADDR and MASTER_PORT, and with NODE_RANK from 0 on (torchrun and SLURM set them)"
+        )
+        self.timer = threading.Timer(seconds, lambda: print(text, flush=True))
+        self.timer.daemon = True
+        if nodes > 1:
+            self.timer.start()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """They are there."""
+        self.timer.cancel()
 
 
 def refuse_other_data(trained: Facts, given: Facts) -> None:
@@ -129,7 +172,7 @@ def build_trainer(plan: Plan, loggers: list[Any], callbacks: list[Any]) -> L.Tra
     return objects.trainer(
         plan,
         logger=loggers,
-        callbacks=[Record(plan), *callbacks],
+        callbacks=[Waiting(config["trainer"].get("num_nodes", 1)), *callbacks],
         plugins=[WholeCheckpoints()],
         max_steps=config["steps"],
         max_epochs=-1,
@@ -169,7 +212,8 @@ def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
         ) from error
     finally:
         last = plan.run_dir / "checkpoints" / "last.ckpt"
-        if failed and trainer.is_global_zero and last.is_file():
+        begun = (plan.run_dir / "config.yaml").is_file()
+        if failed and trainer.is_global_zero and last.is_file() and begun:
             again = f"train.py ckpt_path={quote(short(last))}"
             print(f"stopped at step {trainer.global_step}; to resume: {again}", flush=True)
         for logger in trainer.loggers:
@@ -183,8 +227,8 @@ def restoring(error: BaseException) -> bool:
     return any(Path(frame.f_code.co_filename).name == "checkpoint_connector.py" for frame, _ in frames)
 
 
-def finish(plan: Plan, callbacks: list[Any], model: Any) -> None:
-    """Say how good it is, where everything is and how to go on with it."""
+def finish(plan: Plan, callbacks: list[Any], model: Any, diverged: str) -> None:
+    """Say how good it is, where everything is and how to go on with it, unless training has diverged."""
     for callback in objects.evaluations(callbacks):
         rows = read_record(plan.run_dir / callback.record) if callback.record else None
         if rows and "summary" in rows[-1]:
@@ -193,5 +237,5 @@ def finish(plan: Plan, callbacks: list[Any], model: Any) -> None:
     given = [Path(plan.config["ckpt_path"])] if plan.command != "fit" else []
     found = next((path for path in (*given, *names) if path.is_file()), None)
     page = " (open report.html)" if (plan.run_dir / "report.html").is_file() else ""
-    then = model.next_step(quote(short(found))) if found else "no checkpoint was kept"
+    then = diverged or (model.next_step(quote(short(found))) if found else "no checkpoint was kept")
     print(f"everything is in {short(plan.run_dir)}{page}; {then}")

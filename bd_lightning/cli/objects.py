@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,30 @@ def _check_monitors(built: list[Any]) -> None:
             raise UserError(
                 f"no callback measures {monitor}, to choose the best checkpoint by ({able[0]} does): "
                 "set callbacks.best=null too, or callbacks.best.monitor=val/loss"
+            )
+
+
+def check_monitors(trainer: L.Trainer) -> None:
+    """Refuse to choose a checkpoint by what no validation will measure, once the training's losses are known.
+
+    Raises:
+        UserError: naming what there is.
+    """
+    built: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [type(one) for one in (*built, trainer.lightning_module)]
+    if not all(cls.__module__.partition(".")[0] in (*build.OWN, "lightning") for cls in others):
+        return  # classes of the user's own may log anything
+    losses = {f"val/{name.removeprefix('train/')}" for name in trainer.callback_metrics if name.startswith("train/")}
+    names = losses | {name for name in metrics(evaluations(built)) if name.startswith("val/")}
+    patterns = [f"val/{pattern}" for one in evaluations(built) for pattern in one.more]
+    for monitor in (callback.monitor for callback in built if isinstance(callback, ModelCheckpoint)):
+        stage, _, rest = (monitor or "val/loss").partition("/")
+        if rest and stage != "val" or monitor is None:
+            continue
+        if monitor not in names and not any(fnmatch(monitor, pattern) for pattern in patterns):
+            raise UserError(
+                f"nothing measures {monitor}, to choose the best checkpoint by: there is "
+                f"{', '.join(sorted([*names, *patterns]))}"
             )
 
 

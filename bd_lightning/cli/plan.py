@@ -1,6 +1,7 @@
 """From words to a plan: everything that is decided before the first object is built."""
 
 import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,8 +158,12 @@ AT_LEAST = {
 """Smallest numbers of `lightning.Trainer` that have a meaning; of batches, a share of one is meant by a fraction."""
 
 
+LAUNCHED = ("NODE_RANK", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID")
+"""Variables of which one at least is set where a run has several nodes."""
+
+
 def refuse_numbers(trainer: Mapping[str, Any]) -> None:
-    """Refuse numbers that Lightning takes and that stop it later, or make it do nothing.
+    """Refuse what Lightning takes and that stop it later, or make it do nothing.
 
     Raises:
         UserError: naming the key.
@@ -170,6 +175,21 @@ def refuse_numbers(trainer: Mapping[str, Any]) -> None:
     devices = trainer.get("devices")
     if isinstance(devices, int) and devices > 4096:
         raise UserError(f"'trainer.devices' is the number of devices of one machine, got {devices}")
+    if trainer.get("barebones"):
+        raise UserError(
+            "'trainer.barebones' leaves out loggers and checkpoints, which a run is made of: set it to false"
+        )
+    strategy = str(trainer.get("strategy"))
+    if any(word in strategy for word in ("spawn", "fork", "notebook")):
+        raise UserError(
+            f"'trainer.strategy' is {strategy}, which copies what has been built into new processes; set "
+            f"trainer.strategy={strategy.split('_')[0]}, whose processes build it themselves"
+        )
+    if isinstance(nodes := trainer.get("num_nodes"), int) and nodes > 1 and not any(map(os.environ.get, LAUNCHED)):
+        raise UserError(
+            f"'trainer.num_nodes' is {nodes}, and nothing has launched this process on several nodes: use torchrun or "
+            "SLURM, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each; trainer.num_nodes=1 for this one alone"
+        )
     if str(trainer.get("precision")).startswith("64"):
         raise UserError("'trainer.precision' must be 32-true or lower: data and noise are in single precision")
 
