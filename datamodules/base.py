@@ -17,7 +17,7 @@ from bd_lightning.targets import Density
 
 
 class DataError(UserError):
-    """Data that is missing or unusable, said in one sentence; a worker's, which torch hands on with its traceback, too."""
+    """Data that is missing or unusable, said in one sentence; also by a worker, to whose torch adds a traceback."""
 
     def __init__(self, text: str) -> None:
         _, worker, sentence = text.rpartition("DataError: ")

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ class FolderImages(Dataset):
         files: (path, label) of each image.
         channels: 1 for grey, 3 for colour.
         size: height and width after resizing the shorter side and cropping the centre.
-        most: share of the files that may turn out to be damaged when they are decoded; the next one that is not is taken
-            in the place of each. With more of them there is an error.
+        most: share of the files that may turn out to be damaged when they are decoded; the next one takes the place of
+            each. With more of them there is an error.
     """
 
     def __init__(self, files: list[tuple[Path, int]], channels: int, size: int, most: float = 0.0) -> None:
@@ -57,7 +56,7 @@ class FolderImages(Dataset):
                 share = math.ceil(100 * len(self.damaged) / len(self.files)) / 100
                 more = f" ({len(self.damaged)} such files in all)" if len(self.damaged) > 1 else ""
                 raise DataError(f"{error}{more}, or raise data.max_broken to {share:g} or above") from error
-            warnings.warn(f"{error}; it is left out", stacklevel=2)
+            rank_zero_info(f"{error}; the next one takes its place")
         return self[(index + 1) % len(self)]
 
 

@@ -41,7 +41,7 @@ def find(place: Path, seen: set[str]) -> Iterator[Path]:
 def problem(path: Path) -> str | None:
     """What keeps a file from being opened as an image of bytes, in a few words; None if nothing does.
 
-    Its header and its end are read, not its pixels: one that is damaged in between is only found out when it is decoded.
+    Its header and its end are read, not its pixels: damage in between is only found out when it is decoded.
     """
     try:
         status = path.stat()

@@ -1,11 +1,15 @@
 """Nothing is written outside root, refusals leave nothing behind, and each is one sentence."""
 
+import os
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 import train
 from bd_lightning.checkpoints import SavingFailed, WholeCheckpoints
 from bd_lightning.cli import config as configs
+from bd_lightning.cli import fit
 from datamodules import Digits, cache
 from small_run import contents, launch, refused
 from tiny_data import write_autoencoder
@@ -13,7 +17,24 @@ from tiny_data import write_autoencoder
 # ---- nothing outside, nothing behind
 
 
-NAMES = ["../x", "../../x", "a/b", "a\\b", "a:b", "a#b", "a?b", "a%b", "x" * 129, "é" * 128, "..", ".", "' '", "''"]
+NAMES = [
+    ".lock",
+    ".x",
+    "../x",
+    "../../x",
+    "a/b",
+    "a\\b",
+    "a:b",
+    "a#b",
+    "a?b",
+    "a%b",
+    "x" * 129,
+    "é" * 128,
+    "..",
+    ".",
+    "' '",
+    "''",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -63,7 +84,8 @@ NUMBERS = {
     "accumulate_grad_batches": ["0", "-1"], "log_every_n_steps": ["0", "-5"], 
     "limit_train_batches": ["0", "0.0", "2.5"],
     "limit_val_batches": ["0", "-1"], "gradient_clip_val": ["-1", ".nan"], "devices": ["0", "1000000000000"],
-    "precision": ["64", "64-true"], "num_nodes": ["0"], "max_time": ["banana"], "min_steps": ["-1"],
+    "precision": ["64", "64-true"], "num_nodes": ["0", "2"], "barebones": ["true"],
+    "strategy": ["ddp_spawn", "ddp_fork"], "max_time": ["banana"], "min_steps": ["-1"],
 }  # fmt: skip
 
 
@@ -148,3 +170,65 @@ def test_predict_of_an_autoencoder(tmp_path, capsys):
     assert train.main(["predict", f"ckpt_path={path}", f"root={tmp_path}", "logger=none"]) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and len(said.splitlines()) == 1
+
+
+def test_misfits_are_told_whole(run, capsys):
+    assert train.main(["predict", f"ckpt_path={run}/checkpoints/last.ckpt", "model.network.width=32"]) == 2
+    said = capsys.readouterr().err
+    assert " has the shape [" in said and "], the model's [" in said and said.rstrip().endswith(" more)")
+
+
+def test_steps_mean_nothing_to_other_commands(run, capsys):
+    assert train.main(["predict", f"ckpt_path={run}/checkpoints/last.ckpt", "n=1", "steps=3"]) == 0
+    assert "must be a multiple" in refused(run.parents[1], capsys, "run_id=x", "steps=3", "eval_every=2")
+
+
+@pytest.mark.parametrize("word", ["run_id=", "ckpt_path=", "model.lr=", "data=", "experiment= "])
+def test_a_variable_that_is_not_set_is_no_value(word, tmp_path, capsys):
+    assert "has no value" in refused(tmp_path / "root", capsys, word)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "loop", "missing"])
+def test_what_is_no_file_is_not_read(kind, tmp_path, capsys):
+    path = tmp_path / "a"
+    {"pipe": os.mkfifo, "device": lambda p: p.symlink_to("/dev/zero"), "folder": os.mkdir,
+     "loop": lambda p: p.symlink_to(p), "missing": lambda p: None}[kind](path)  # fmt: skip
+    reason = {"pipe": "a pipe or a device", "device": "a pipe or a device", "loop": "a link to itself"}.get(kind, "")
+    for words in (["predict", f"ckpt_path={path}"], [f"--config={path}"]):
+        assert train.main(words) == 2
+        said = capsys.readouterr().err
+        assert "not found: " in said and reason in said and "Errno" not in said
+
+
+def test_what_nothing_measures_is_said_before_training(tmp_path, capsys):
+    node = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: val/nothing}"
+    said = refused(tmp_path / "root", capsys, "run_id=x", f"callbacks.best={node}")
+    assert "nothing measures val/nothing" in said and "val/loss, val/loss_gradient, val/loss_scalar" in said
+
+
+def test_one_sample_has_no_fid(tmp_path, capsys):
+    node = "{_target_: callbacks.ImageMetrics, features: {_target_: callbacks.ClassifierFeatures}, n: 1}"
+    assert "n must lie between 2" in refused(tmp_path / "root", capsys, "run_id=x", f"callbacks.metrics={node}")
+
+
+def test_the_last_line_names_no_checkpoint_that_is_not_there(tmp_path, capsys):
+    assert launch(tmp_path / "root", "run_id=x", "trainer.fast_dev_run=true") == 0
+    assert "no checkpoint was kept" in capsys.readouterr().out
+
+
+def test_a_run_that_diverged_is_not_recommended():
+    begin = fit.Begin(None)
+    begin.loss = 1.2
+    for last, diverged in ((0.5, False), (900.0, False), (1e6, True), (float("inf"), True)):
+        said = begin.diverged(SimpleNamespace(callback_metrics={"val/loss": last}))
+        assert bool(said) == diverged and (not said or "lower model.lr" in said)
+
+
+def test_other_nodes_are_waited_for_aloud(capsys):
+    waiting = fit.Waiting(2, 0.01)
+    waiting.timer.join()
+    assert "waiting for the processes of all 2 nodes at 127.0.0.1" in capsys.readouterr().out
+    waiting = fit.Waiting(2, 0.2)
+    waiting.setup(None, None, "fit")
+    waiting.timer.join()
+    assert not capsys.readouterr().out

@@ -7,12 +7,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+import torch
 import yaml
 
 import train
 from bd_lightning import checkpoints
 from bd_lightning.cli import folders
 from bd_lightning.cli.plan import settings_of
+from callbacks.records import append_record
 from conftest import ROOT
 from small_run import WORDS, contents, launch, refused
 
@@ -231,3 +234,52 @@ def test_names_of_folders_of_samples_stay_inside(tmp_path):
         folder = folders.folder_for({}, tmp_path / "run", f"predict-{name}")
         assert folder.parent == tmp_path / "run" and len(folder.name.encode()) <= 150
         folder.mkdir(parents=True)
+
+
+# ---- damage
+
+
+DAMAGES = ["[{", '{"a": 1}', '[{"nostep": 1}]', "[" * 100_000, "\x00"]
+
+
+@pytest.mark.parametrize("text", DAMAGES)
+def test_damaged_records_are_kept_and_begun_anew(text, tmp_path, capsys):
+    trainer = SimpleNamespace(default_root_dir=tmp_path)
+    for k in range(2):
+        (tmp_path / "fid.json").write_text(text)
+        append_record(trainer, "fid.json", {"step": k})
+        assert json.loads((tmp_path / "fid.json").read_text()) == [{"step": k}]
+    assert (tmp_path / "fid.json.damaged").read_text() == (tmp_path / "fid.json.damaged-2").read_text() == text
+
+
+@pytest.mark.parametrize(
+    "text", ["garbage\n1\n2\n", "step,a/b\n1,2,3\n4\n", "step,step\n1,2\n", "step,a\nx,1\nnan,1\n"]
+)
+def test_damaged_metrics_are_kept_and_begun_anew(text, run):
+    (run / "metrics.csv").write_text(text)
+    assert launch(run.parents[1], "run_id=one", "ckpt_path=last", "steps=6") == 0
+    assert (run / "metrics.csv.damaged").read_text() == text
+    assert "train/loss" in (run / "metrics.csv").read_text() or "val/loss" in (run / "metrics.csv").read_text()
+
+
+DOCTORED = {
+    "global_step": ["x", -1, True, None], "loops": [3, {}, {"fit_loop": 3}, {"fit_loop": {}}],
+    "callbacks": [[1], {"a": 1}], "optimizer_states": [[], 3, [{}], [1]], "lr_schedulers": [[], [{"a": 1}, {}, {}]],
+    "epoch": ["x"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", DOCTORED)
+def test_states_that_are_not_sound_are_one_sentence(key, run, capsys):
+    path = run / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    for value in DOCTORED[key]:
+        torch.save({**checkpoint, key: value}, path)
+        capsys.readouterr()
+        status = train.main([f"ckpt_path={path}", "steps=6"])
+        said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert (status, len(said)) == (2, 1) or key == "epoch" and status == 0, value
+        assert not said or str(path) in said[0]
+    torch.save({key: value for key, value in checkpoint.items() if key != "optimizer_states"}, path)
+    assert train.main([f"ckpt_path={path}", "steps=6"]) == 2
+    assert "only weights to evaluate and sample from" in capsys.readouterr().err
