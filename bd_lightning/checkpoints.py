@@ -14,7 +14,6 @@ from bd_lightning.cli import build
 from bd_lightning.modules.base import Module
 from bd_lightning.upgrade import upgrade
 
-
 PROGRESS = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress")
 """What Lightning's loop keeps of how far training has come."""
 
@@ -89,7 +88,7 @@ def refuse_stateless(checkpoint: Mapping[str, Any], path: str | Path) -> None:
     for key, kind in (("loops", dict), ("callbacks", dict), ("optimizer_states", list), ("lr_schedulers", list)):
         states = checkpoint.get(key)
         sound = isinstance(states, kind) and bool(states or key == "callbacks")
-        if key == "loops" and sound:
+        if isinstance(states, dict) and key == "loops":
             fitted = states.get("fit_loop")
             sound = isinstance(fitted, dict) and all(isinstance(fitted.get(name), dict) for name in PROGRESS)
         inner: Any = states.values() if isinstance(states, dict) else states

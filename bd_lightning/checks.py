@@ -16,7 +16,7 @@ class UserError(Exception):
 def suggest(word: str, known: Iterable[str]) -> str:
     """' Did you mean …?' for a close match, else the choices."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6 if len(word) > 4 else 0.7)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(known)}." if known else ""

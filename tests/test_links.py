@@ -70,7 +70,8 @@ BEST = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: val/los
 @pytest.mark.parametrize(
     ("more", "reason"),
     [
-        ("dirpath: OTHER/checkpoints}", "outside the run folder"), ("filename: ../../one/checkpoints/last}", "must be the name"),
+        ("dirpath: OTHER/checkpoints}", "outside the run folder"),
+        ("filename: ../../one/checkpoints/last}", "must be the name"),
         ("filename: OTHER/checkpoints/best}", "must be the name"), ("filename: last}", "what a run resumes from"),
         ("filename: '{epoch}/../../x'}", "must be the name"), ("filename: ..}", "must be the name"),
     ],

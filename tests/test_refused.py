@@ -17,24 +17,8 @@ from tiny_data import write_autoencoder
 # ---- nothing outside, nothing behind
 
 
-NAMES = [
-    ".lock",
-    ".x",
-    "../x",
-    "../../x",
-    "a/b",
-    "a\\b",
-    "a:b",
-    "a#b",
-    "a?b",
-    "a%b",
-    "x" * 129,
-    "é" * 128,
-    "..",
-    ".",
-    "' '",
-    "''",
-]
+NAMES = ["../x", "../../x", "a/b", "a\\b", "a:b", "a#b", "a?b", "a%b", "x" * 129, "é" * 128, "..", ".", "' '", "''"]
+NAMES += [".lock", ".x"]
 
 
 @pytest.mark.parametrize("name", NAMES)

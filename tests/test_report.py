@@ -195,9 +195,9 @@ def test_a_folder_without_files_is_no_run(tmp_path):
 def test_a_comparison_is_written_over_nothing_else(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b"):
-        write_run(tmp_path / name)
+        make_run(tmp_path / name)
     out = tmp_path / "compare.html"
-    for k in range(2):
+    for _ in range(2):
         assert train.main(["compare", "a", "b"]) == 0
     for text in ("<html>mine</html>", ""):
         out.write_text(text)
@@ -209,7 +209,7 @@ def test_a_comparison_is_written_over_nothing_else(tmp_path, monkeypatch, capsys
 
 
 def test_evaluations_stand_on_the_page_of_their_run(tmp_path):
-    folder = write_run(tmp_path / "a")
+    folder = make_run(tmp_path / "a")
     place = folder / "test-best-0000200"
     place.mkdir()
     (place / "settings.json").write_text("{}")

@@ -252,9 +252,10 @@ def test_damaged_records_are_kept_and_begun_anew(text, tmp_path, capsys):
     assert (tmp_path / "fid.json.damaged").read_text() == (tmp_path / "fid.json.damaged-2").read_text() == text
 
 
-@pytest.mark.parametrize(
-    "text", ["garbage\n1\n2\n", "step,a/b\n1,2,3\n4\n", "step,step\n1,2\n", "step,a\nx,1\nnan,1\n"]
-)
+TABLES = ["garbage\n1\n2\n", "step,a/b\n1,2,3\n4\n", "step,step\n1,2\n", "step,a\nx,1\nnan,1\n"]
+
+
+@pytest.mark.parametrize("text", TABLES)
 def test_damaged_metrics_are_kept_and_begun_anew(text, run):
     (run / "metrics.csv").write_text(text)
     assert launch(run.parents[1], "run_id=one", "ckpt_path=last", "steps=6") == 0
