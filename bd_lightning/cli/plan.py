@@ -146,8 +146,8 @@ def refuse_elsewhere(config: Mapping[str, Any], asked: Mapping[str, Any], place:
             own = isinstance(mine, Mapping) and mine.get(key) == value
             if isinstance(value, str) and not own and (key == "dirpath" or "/" in value or "\\" in value):
                 raise UserError(
-                    f"{place} has 'callbacks.{name}.{key}' {value!r}, which leads out of the run folder: say so on the "
-                    "command line too, or add trust=true"
+                    f"{place} has 'callbacks.{name}.{key}' {value!r}, which leads out of the run folder: leave it out "
+                    f"by callbacks.{name}.{key}=null"
                 )
 
 
