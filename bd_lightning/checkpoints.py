@@ -9,10 +9,13 @@ import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from bd_lightning import facts
-from bd_lightning.checks import UserError, reason_of
+from bd_lightning.checks import UserError, reason_of, regular_file
 from bd_lightning.cli import build
 from bd_lightning.modules.base import Module
 from bd_lightning.upgrade import upgrade
+
+PROGRESS = ("epoch_progress", "epoch_loop.batch_progress", "epoch_loop.automatic_optimization.optim_progress")
+"""What Lightning's loop keeps of how far training has come."""
 
 
 class SavingFailed(UserError):
@@ -58,20 +61,54 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing, broken, not one of ours, or written by a later version.
     """
-    if not os.path.isfile(path):  # False also for a path that is too long to ask for
-        raise UserError(f"checkpoint not found: {path}")
+    regular_file(path, "checkpoint")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         stored = upgrade(checkpoint["hyper_parameters"], str(path))
         if not {"data", "model", "facts"} <= stored.keys() or not isinstance(checkpoint["state_dict"], dict):
             raise KeyError("facts")
+        step = checkpoint.get("global_step", 0)
+        if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+            raise ValueError(f"global_step is {step!r}")
         facts.read(stored["facts"])
     except UserError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({reason})") from error
-    return {**checkpoint, "hyper_parameters": stored}
+    return {"global_step": 0, **checkpoint, "hyper_parameters": stored}
+
+
+def refuse_stateless(checkpoint: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse to train on from a checkpoint without the states of loops, callbacks, optimiser and schedule.
+
+    Raises:
+        UserError: naming the first that is missing or of another kind.
+    """
+    for key, kind in (("loops", dict), ("callbacks", dict), ("optimizer_states", list), ("lr_schedulers", list)):
+        states = checkpoint.get(key)
+        sound = isinstance(states, kind) and bool(states or key == "callbacks")
+        if isinstance(states, dict) and key == "loops":
+            fitted = states.get("fit_loop")
+            sound = isinstance(fitted, dict) and all(isinstance(fitted.get(name), dict) for name in PROGRESS)
+        inner: Any = states.values() if isinstance(states, dict) else states
+        if not sound or not all(isinstance(state, dict) for state in inner):
+            raise UserError(
+                f"training cannot go on from {path}: it has no sound {key!r}, only weights to evaluate and sample from"
+            )
+
+
+def misfit(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    """How weights differ from those of a module, in a few words: the first that does, and how many more."""
+    different = []
+    for name, value in mine.items():
+        shapes = [list(getattr(one, "shape", ())) for one in (theirs.get(name), value)]
+        if name in theirs and shapes[0] != shapes[1]:
+            different.append(f"{name} has the shape {shapes[0]}, the model's {shapes[1]}")
+    different += [f"{name} is missing" for name in mine if name not in theirs]
+    different += [f"{name} is not one of the model's" for name in theirs if name not in mine]
+    more = f", and {len(different) - 1} more" if len(different) > 1 else ""
+    return different[0] + more if different else ""
 
 
 def restore(module: Module, checkpoint: Mapping[str, Any], path: str | Path) -> None:
@@ -84,7 +121,8 @@ def restore(module: Module, checkpoint: Mapping[str, Any], path: str | Path) -> 
         module.on_load_checkpoint(dict(checkpoint))
         module.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:  # of other shapes, names or types
-        reason = " ".join(str(error).split())[:200]
+        weights = checkpoint["state_dict"]
+        reason = misfit(weights, module.state_dict()) or " ".join(str(error).split())[:200]
         raise UserError(f"the weights in {path} do not fit the model: leave model as it was ({reason})") from error
 
 

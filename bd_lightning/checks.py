@@ -1,8 +1,12 @@
 """One-sentence refusals of values that no computation should be started with."""
 
 import difflib
+import errno
 import math
+import os
+import stat
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -12,7 +16,7 @@ class UserError(Exception):
 def suggest(word: str, known: Iterable[str]) -> str:
     """' Did you mean …?' for a close match, else the choices."""
     known = sorted(known)
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(known)}." if known else ""
@@ -28,6 +32,26 @@ def reason_of(error: BaseException) -> str:
     return "the file could not be written whole; is the disk full?"
 
 
+def regular_file(path: str | Path, what: str) -> None:
+    """Refuse a path at which there is no file that can be read to its end.
+
+    Args:
+        path: the path.
+        what: what the file should be, for the message.
+
+    Raises:
+        UserError: saying what is there instead.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        looped = isinstance(error, OSError) and error.errno == errno.ELOOP
+        raise UserError(f"{what} not found: {path}{' is a link to itself' if looped else ''}") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+        raise UserError(f"{what} not found: {path} is {kind}, not a file")
+
+
 def plain_name(**values: object) -> None:
     """Refuse what cannot be the name of a file, a folder and a W&B run alike.
 
@@ -36,10 +60,12 @@ def plain_name(**values: object) -> None:
     """
     for name, value in values.items():
         wrong = sorted({c for c in str(value) if c in "/\\#?%:" or not c.isprintable()})
-        if not isinstance(value, str) or not value.strip() or value.strip() != value or value in (".", ".."):
+        if not isinstance(value, str) or not value.strip() or value.strip() != value:
             raise ValueError(f"{name} must be a name, got {value!r}")
         if wrong:
             raise ValueError(f"{name} {_cut(value)!r} may not hold {' '.join(map(ascii, wrong))}")
+        if value.startswith("."):
+            raise ValueError(f"{name} {_cut(value)!r} may not begin with a dot")
         if len(value) > 128 or len(value.encode(errors="replace")) > 200:
             raise ValueError(f"{name} {_cut(value)!r} is too long, 128 characters are the most")
 

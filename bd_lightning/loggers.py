@@ -1,6 +1,7 @@
 """Loggers of a run folder: metrics.csv always, Weights & Biases if configured."""
 
 import csv
+import itertools
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +12,28 @@ from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_info
 
 from bd_lightning.checks import UserError, plain_name, positive
+
+
+def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]] | None:
+    """Columns and rows of a metrics.csv, without one that a killed process left half written; None if it is damaged."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            lines = list(csv.reader(file))
+    except (ValueError, csv.Error):
+        return None
+    keys = lines[0] if lines else ["step"]
+    if "step" not in keys or len(set(keys)) < len(keys):
+        return None
+    rows = [dict(zip(keys, line)) for line in lines[1:] if len(line) == len(keys)]
+    whole = [row for row in rows if row["step"].isdecimal()]
+    return None if len(lines) - 1 - len(whole) > 1 else (keys, whole)
+
+
+def moved_aside(path: Path) -> Path:
+    """Give a damaged file another name, under which nothing lies yet."""
+    names = (path.with_name(f"{path.name}.damaged{f'-{k}' if k > 1 else ''}") for k in itertools.count(1))
+    free = next(name for name in names if not os.path.lexists(name))
+    return path.replace(free)
 
 
 class _AppendingWriter(ExperimentWriter):
@@ -24,13 +47,15 @@ class _AppendingWriter(ExperimentWriter):
         path = Path(self.metrics_file_path)
         if not path.is_file():
             return
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            self.metrics_keys = sorted(reader.fieldnames or [])
-            rows = list(reader)
+        found = read_rows(path)
+        if found is None:
+            rank_zero_info(f"{path.name} was damaged: it is now {moved_aside(path).name}, and a new one is begun")
+            return
+        keys, rows = found
+        self.metrics_keys = sorted(keys)
         if self.resumed_at is None:
             return
-        rows = [row for row in rows if (row["step"] or "").isdigit() and int(row["step"]) < self.resumed_at]
+        rows = [row for row in rows if int(row["step"]) < self.resumed_at]
         part = path.with_name(f"{path.name}.part")
         with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys, extrasaction="ignore")

@@ -52,6 +52,7 @@ class Evaluation(L.Callback):
 
     Attributes:
         metrics: the numbers that are logged; the first is the one that the progress bar shows.
+        more: patterns of the names of other numbers that may be logged, as of file names.
         record: the file of rows in the run folder; None writes none.
         subject: what is missing if chains are lost, for that line; {sampler} stands for the sampler's name.
         stages: of "val" and "test", those it evaluates at.
@@ -60,6 +61,7 @@ class Evaluation(L.Callback):
     """
 
     metrics: tuple[Metric, ...] = ()
+    more: tuple[str, ...] = ()
     record: str | None = None
     subject: str = "evaluation"
     stages: tuple[str, ...] = ("val", "test")

@@ -142,7 +142,7 @@ class ImageMetrics(Evaluation):
         seed: int = 1,
     ) -> None:
         positive(n=n, batch_size=batch_size, kid_subset=kid_subset)
-        positive(n_test=n if n_test is None else n_test)
+        in_range(2, math.inf, n=n, n_test=n if n_test is None else n_test)  # a covariance is of two at least
         in_range(0, math.inf, manifold=manifold)
         self.features, self.n, self.n_test = features, n, n if n_test is None else n_test
         self.sampler, self.batch_size, self.kid_subset, self.seed = sampler, batch_size, kid_subset, seed

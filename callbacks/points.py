@@ -53,6 +53,7 @@ class PointMetrics(Evaluation):
     """
 
     metrics = (Metric("w2"), Metric("w2_ratio"), Metric("mmd"))
+    more = ("mode_*", "*_error_*")
     record = "distances.json"
     subject = "distances"
     kind = "vectors"

@@ -2,6 +2,7 @@
 
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -39,16 +40,20 @@ class Report(L.Callback):
                 if isinstance(logger, MetricsCSV):
                     logger.save()
             (folder / "metrics.json").write_text(json.dumps(self.metrics(trainer), indent=1))
-            best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-            step: Any = module.next_step
-            page = report.run_page(report.read(folder), step(report.short(best if best.is_file() else last)))
-            report.write(page, folder / "report.html")
+            self.page(folder, module)
         except Exception as error:  # a page is not worth a run
             line = f"report.html was not written: {' '.join(str(error).split()) or type(error).__name__}"
             if line not in self.told:
                 self.told.add(line)
                 rank_zero_info(line)
         self.seconds = time.perf_counter() - start
+
+    @staticmethod
+    def page(folder: Path, module: Any) -> None:
+        """Write the page of a run folder, whose model is given."""
+        best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+        page = report.run_page(report.read(folder), module.next_step(report.short(best if best.is_file() else last)))
+        report.write(page, folder / "report.html")
 
     @staticmethod
     def metrics(trainer: L.Trainer) -> dict[str, dict[str, Any]]:

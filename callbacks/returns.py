@@ -63,6 +63,7 @@ class EpisodeReturns(Evaluation):
     """
 
     metrics = (Metric("return", 3, "max"), Metric("return_error", 3))
+    more = ("env_steps",)
     record: str = "returns.json"
 
     def __init__(self, episodes: int = 50, num_envs: int = 10, threshold: float | None = None, seed: int = 1) -> None:

@@ -17,7 +17,11 @@ from bd_lightning.targets import Density
 
 
 class DataError(UserError):
-    """Data that is missing or unusable, said in one sentence."""
+    """Data that is missing or unusable, said in one sentence; also by a worker, to whose torch adds a traceback."""
+
+    def __init__(self, text: str) -> None:
+        _, worker, sentence = text.rpartition("DataError: ")
+        super().__init__(sentence.strip() if worker else text)
 
 
 class Rows(Dataset):

@@ -27,23 +27,37 @@ class FolderImages(Dataset):
         files: (path, label) of each image.
         channels: 1 for grey, 3 for colour.
         size: height and width after resizing the shorter side and cropping the centre.
+        most: share of the files that may turn out to be damaged when they are decoded; the next one takes the place of
+            each. With more of them there is an error.
     """
 
-    def __init__(self, files: list[tuple[Path, int]], channels: int, size: int) -> None:
-        self.files, self.channels, self.size = files, channels, size
+    def __init__(self, files: list[tuple[Path, int]], channels: int, size: int, most: float = 0.0) -> None:
+        self.files, self.channels, self.size, self.most = files, channels, size, most
+        self.damaged: dict[Path, str] = {}
         self.labels = torch.tensor([label for _, label in files])
         self.resize = v2.Compose([v2.Resize(size, antialias=True), v2.CenterCrop(size)])
 
     def take(self, rows: torch.Tensor) -> "FolderImages":
         """Some of the images."""
-        return FolderImages([self.files[i] for i in rows.tolist()], self.channels, self.size)
+        return FolderImages([self.files[i] for i in rows.tolist()], self.channels, self.size, self.most)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        pixels = v2.functional.pil_to_tensor(read(self.files[index][0], self.channels))
-        return to_unit(self.resize(pixels)), int(self.labels[index])
+        path, label = self.files[index]
+        try:
+            if path not in self.damaged:
+                pixels = v2.functional.pil_to_tensor(read(path, self.channels))
+                return to_unit(self.resize(pixels)), label
+        except DataError as error:
+            self.damaged[path] = str(error)
+            if len(self.damaged) > self.most * len(self.files):
+                share = math.ceil(100 * len(self.damaged) / len(self.files)) / 100
+                more = f" ({len(self.damaged)} such files in all)" if len(self.damaged) > 1 else ""
+                raise DataError(f"{error}{more}, or raise data.max_broken to {share:g} or above") from error
+            rank_zero_info(f"{error}; the next one takes its place")
+        return self[(index + 1) % len(self)]
 
 
 class ImageFolder(ImageDataModule):
@@ -59,8 +73,9 @@ class ImageFolder(ImageDataModule):
         size: height and width of the images, in pixels.
         channels: 1 for grey, 3 for colour.
         val_fraction: share held out where the folder has no split for it.
-        max_broken: share of the files that may be unreadable (empty, dead links, no images); they are named and left
-            out. With more of them the folder is refused.
+        max_broken: share of the files that may be unreadable (empty, cut off, dead links, no images); they are named
+            and left out. With more of them the folder is refused. What is found out only in decoding counts again, for
+            each split and each worker.
         sigma_data: standard deviation of the images in [−1, 1]; None measures it on 500 training images at random.
         options: arguments of `ImageDataModule`.
 
@@ -98,6 +113,7 @@ class ImageFolder(ImageDataModule):
         seen: set[str] = set()  # held-out folders first: a link to them among the training images is passed over
         held_out = [split for split in ("val", "test") if places["train"] and places[split]]
         scanned = {split: self._scan(places[split] or train, seen) for split in (*held_out, "train")}
+        self.max_broken = max_broken
         self.files = self._readable(scanned, max_broken)
         files = self.files["train"]
         if "val" not in held_out:
@@ -152,11 +168,12 @@ class ImageFolder(ImageDataModule):
 
     def _measure(self) -> float:
         files = self.files["train"]
-        some = FolderImages([files[i] for i in random_subset(len(files), 500)], self.shape[0], self.shape[1])
+        chosen = [files[i] for i in random_subset(len(files), 500)]
+        some = FolderImages(chosen, self.shape[0], self.shape[1], self.max_broken)
         return round(float(torch.stack([some[i][0] for i in range(len(some))]).std()), 4)
 
     def read_split(self, split: str) -> Any:
-        return FolderImages(self.files[split], self.shape[0], self.shape[1])
+        return FolderImages(self.files[split], self.shape[0], self.shape[1], self.max_broken)
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """Image files of any kind: which there are under a folder, whether they can be opened, and their pixels as bytes."""
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from datamodules.base import DataError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
+"""What a file of a format ends with."""
 _UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -38,12 +41,17 @@ def find(place: Path, seen: set[str]) -> Iterator[Path]:
 def problem(path: Path) -> str | None:
     """What keeps a file from being opened as an image of bytes, in a few words; None if nothing does.
 
-    Its header is read, not its pixels: a file that was cut off in its middle is only found out when it is decoded.
+    Its header and its end are read, not its pixels: damage in between is only found out when it is decoded.
     """
     try:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            return "a pipe or a device"
+        if status.st_size == 0:
             return "empty"
         with Image.open(path) as image:
+            if not _ends(path, ENDS.get(image.format or "", b"")):
+                image.load()  # what follows the end, as in a photo with a film, is no damage
             return _refused(image)
     except FileNotFoundError:
         return "a link to nothing"
@@ -56,6 +64,13 @@ def problems(paths: Iterable[Path]) -> dict[Path, str]:
     paths = list(paths)
     with ThreadPoolExecutor(8) as pool:
         return {path: found for path, found in zip(paths, pool.map(problem, paths)) if found}
+
+
+def _ends(path: Path, end: bytes) -> bool:
+    """Whether a file has these bytes at its end."""
+    with path.open("rb") as file:
+        file.seek(-min(32, path.stat().st_size), os.SEEK_END)
+        return end in file.read()
 
 
 def _refused(image: Image.Image) -> str | None:

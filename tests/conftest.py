@@ -1,11 +1,15 @@
 """Shared fixtures: real data where it lies beside the checkout, runs that are trained once and used by many tests."""
 
 import os
+import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+
+import train
+from small_run import WORDS
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
@@ -35,3 +39,17 @@ def real_data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("real")
     subprocess.run([unpack, folder], check=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a run of 4 steps."""
+    root = tmp_path_factory.mktemp("runs")
+    assert train.main([*WORDS, f"root={root}", f"data.root={root / 'data'}", "run_id=one"]) == 0
+    return root / "bellman-diffusion" / "one"
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of it, in a root of its own."""
+    return Path(shutil.copytree(trained, tmp_path / "root" / "bellman-diffusion" / "one"))

@@ -59,18 +59,26 @@ class KillAt(L.Callback):
 
 
 class FillDisk(L.Callback):
-    """No space is left on the device for last.ckpt.
+    """No space is left on the device for a file.
 
     Args:
-        step: from this optimiser step on.
+        step: from this optimiser step on; None is before the first.
+        file: the file in the run folder, as it is called while it is written.
     """
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    def __init__(self, step: int | None, file: str = "checkpoints/last.ckpt.part") -> None:
+        self.step, self.file = step, file
+
+    def _fill(self, trainer):
+        Path(trainer.default_root_dir, self.file).symlink_to("/dev/full")
+
+    def setup(self, trainer, pl_module, stage):
+        if self.step is None:
+            self._fill(trainer)
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if trainer.global_step == self.step:
-            Path(trainer.default_root_dir, "checkpoints", "last.ckpt.part").symlink_to("/dev/full")
+            self._fill(trainer)
 
 
 class Poison(L.Callback):

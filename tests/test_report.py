@@ -81,6 +81,16 @@ def test_later_evaluations_of_a_checkpoint_are_no_part_of_the_curves(tmp_path):
         ("fid.json", '[{"step": 1', "fid.json is damaged"),
         ("fid.json", '{"step": 1}', "it holds no list"),
         ("fid.json", "[3]", "it is no list of rows with a step"),
+        ("fid.json", '[{"step": true}]', "it is no list of rows with a step"),
+        ("fid.json", '[{"step": 1, "protocol": [1]}]', "a protocol is [1]"),
+        ("fid.json", f'[{{"step": 1, "val/fid": {10**400}}}]', "a number that is too large"),
+        ("fid.json", "[" * 100_000, "fid.json is damaged"),
+        ("metrics.json", '{"val/fid": 3}', "does not say how val/fid is read"),
+        ("metrics.json", '{"val/fid": {"mode": "worst"}}', "does not say how val/fid is read"),
+        ("metrics.json", '{"val/fid": {"digits": -3}}', "does not say how val/fid is read"),
+        ("metrics.csv", "step,a/b\nnan,1\n", "line 2: nan is no step"),
+        ("metrics.csv", "step,a/b\ninf,1\n", "line 2: inf is no step"),
+        ("metrics.csv", "step,a/b\n1.5,1\n", "line 2: 1.5 is no step"),
         ("config.yaml", "a: [", "config.yaml is damaged"),
         ("config.yaml", "- 1", "it is no mapping"),
     ],
@@ -180,3 +190,31 @@ def test_a_page_that_fails_is_one_line_and_no_end(tmp_path, monkeypatch):
 def test_a_folder_without_files_is_no_run(tmp_path):
     with pytest.raises(UserError, match="is no run folder"):
         report.read(tmp_path)
+
+
+def test_a_comparison_is_written_over_nothing_else(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b"):
+        make_run(tmp_path / name)
+    out = tmp_path / "compare.html"
+    for _ in range(2):
+        assert train.main(["compare", "a", "b"]) == 0
+    for text in ("<html>mine</html>", ""):
+        out.write_text(text)
+        assert train.main(["compare", "a", "b"]) == 2
+        assert "is there already and is no comparison of runs" in capsys.readouterr().err and out.read_text() == text
+    out.unlink()
+    out.symlink_to(tmp_path / "nowhere.html")
+    assert train.main(["compare", "a", "b"]) == 2
+
+
+def test_evaluations_stand_on_the_page_of_their_run(tmp_path):
+    folder = make_run(tmp_path / "a")
+    place = folder / "test-best-0000200"
+    place.mkdir()
+    (place / "settings.json").write_text("{}")
+    (place / "fid.json").write_text('[{"step": 200, "test/fid": 12.25, "protocol": "of a test"}]')
+    run = report.read(folder)
+    assert run.evaluations["test-best-0000200/fid.json"][0]["test/fid"] == 12.25
+    assert run.protocol("test/fid") is None or "of a test" not in str(run.protocol("val/fid"))
+    assert "12.2" in report.run_page(run) and "of a test" in report.run_page(run)

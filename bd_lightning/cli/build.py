@@ -111,11 +111,6 @@ def check(config: Mapping[str, Any]) -> None:
         UserError: for words of an earlier version, with their new spelling.
     """
     check_keys(config)
-    if config["steps"] % config["eval_every"]:
-        raise ConfigError(
-            f"'steps' must be a multiple of 'eval_every', so that the run ends with a validation and a checkpoint; "
-            f"got {config['steps']} and {config['eval_every']}"
-        )
     refuse_old(config)
     for group in GROUPS:
         check_names(config.get(group), group)

@@ -1,10 +1,11 @@
 """compare: runs beside each other. Run folders alone are read; torch is not imported."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from bd_lightning import report
-from bd_lightning.checks import UserError
+from bd_lightning.checks import UserError, regular_file
 
 USAGE = "compare needs two or more run folders: train.py compare RUN RUN … [out=compare.html]"
 
@@ -33,6 +34,7 @@ def run(words: Sequence[str]) -> None:
     path = Path(out)
     if path.is_dir() or path.suffix not in (".html", ".htm"):
         raise UserError(f"out must be the path of an HTML file, got '{out}'")
+    refuse_other(path)
     runs = [report.read(folder, name) for folder, name in zip(folders, names(folders))]
     print(report.compare_text(runs))
     try:
@@ -40,6 +42,19 @@ def run(words: Sequence[str]) -> None:
     except OSError as error:
         raise UserError(f"{out} cannot be written: {error.strerror}") from error
     print(f"\ncurves are in {out}")
+
+
+def refuse_other(path: Path) -> None:
+    """Refuse to write over what is no comparison.
+
+    Raises:
+        UserError: asking for another name.
+    """
+    if not os.path.lexists(path):
+        return
+    regular_file(path, "the comparison to replace")
+    if path.is_symlink() or report.COMPARISON not in path.read_bytes()[:1000].decode(errors="replace"):
+        raise UserError(f"{path} is there already and is no comparison of runs: give out=FILE another name")
 
 
 def names(folders: Sequence[Path]) -> list[str]:

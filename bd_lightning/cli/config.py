@@ -24,7 +24,7 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from bd_lightning.checks import UserError, suggest
+from bd_lightning.checks import UserError, regular_file, suggest
 from bd_lightning.upgrade import is_record, upgrade
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -93,6 +93,8 @@ def parse(argv: Sequence[str]) -> Request:
         key, equals, text = word.removeprefix("--").partition("=")
         if not equals or not key:
             raise ConfigError(f"cannot read '{word}': expected key=value, group=name or --config FILE")
+        if not text.strip():  # of a variable that is not set, say
+            raise ConfigError(f"'{key}' has no value: write {key}=null for none, or leave it out")
         if key in (*GROUPS, "experiment"):
             request.choices[key] = text
         else:
@@ -114,8 +116,7 @@ def load(path: str | Path) -> dict[str, Any]:
         ConfigError: if the file is missing, not YAML, or not a mapping.
     """
     path = Path(path).expanduser()
-    if not path.is_file():
-        raise ConfigError(f"config file not found: {path}")
+    regular_file(path, "config file")
     try:
         content = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except Exception as error:

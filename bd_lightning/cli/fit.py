@@ -1,22 +1,30 @@
 """fit, validate and test."""
 
-import json
+import contextlib
+import os
 import signal
+import threading
+import traceback
+from dataclasses import replace
+from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 
 from bd_lightning.checkpoints import WholeCheckpoints
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build, objects
-from bd_lightning.cli.folders import claimed, short
-from bd_lightning.cli.plan import Plan
+from bd_lightning.cli.folders import claimed, evaluating, first_process, folder_for, in_use, short
+from bd_lightning.cli.plan import Plan, settings_of
 from bd_lightning.facts import Facts
 from bd_lightning.loggers import MetricsCSV, WandB
+from callbacks import Report
+from callbacks.records import read_record
 
 
 def run(plan: Plan) -> None:
@@ -25,44 +33,110 @@ def run(plan: Plan) -> None:
     Raises:
         UserError: for anything that is the user's to put right.
     """
+    if plan.done:
+        path = short(plan.run_dir)
+        print(f"nothing is left to train: {path} has done its {plan.config['steps']} steps; give more steps to go on")
+        return
     objects.prepare(plan.config)
-    with claimed(plan.run_dir, plan.new):
-        _run(plan)
+    if plan.command == "fit":
+        with claimed(plan.run_dir, plan.new):
+            _run(plan, plan.run_dir)
+        return
+    settings = settings_of(plan, "callbacks", "trainer")
+    folder = folder_for(settings, plan.run_dir, f"{plan.command}-{Path(plan.config['ckpt_path']).stem}-{plan.step:07d}")
+    with evaluating(folder, settings):
+        _run(replace(plan, run_dir=folder), plan.run_dir)
+    if first_process():
+        refresh(plan)
 
 
-def _run(plan: Plan) -> None:
+def refresh(plan: Plan) -> None:
+    """Put an evaluation on the page of its run; one that trains does so itself at its next validation."""
+    if (plan.run_dir / "report.html").is_file():
+        with contextlib.suppress(UserError), claimed(plan.run_dir, False):
+            Report.page(plan.run_dir, objects.model(plan, cast(Facts, plan.facts)))
+
+
+def _run(plan: Plan, run_dir: Path) -> None:
+    """Train or evaluate.
+
+    Args:
+        plan: the plan, whose run folder is what is written to.
+        run_dir: the run folder, which is another one for evaluations.
+    """
     data = build.instantiate(plan.config["data"], "data")
     if plan.facts is not None:
         refuse_other_data(plan.facts, data.facts)
     model = objects.model(plan, data.facts)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
-    callbacks = objects.callbacks(plan)
-    loggers = build_loggers(plan, callbacks)
+    begin = Begin(plan)
+    callbacks = [begin, *objects.callbacks(plan)]
+    loggers = build_loggers(plan, callbacks, run_dir)
     trainer = build_trainer(plan, loggers, callbacks)
     if plan.command == "fit" and trainer.is_global_zero:
         announce(plan, trainer, data, model)
     carry_out(plan, trainer, data, model)
     if trainer.is_global_zero:
-        finish(plan, callbacks, model)
+        finish(plan, callbacks, model, begin.diverged(trainer))
 
 
-class Record(L.Callback):
-    """Writes config.yaml when training begins: a run that is refused before changes nothing.
+class Begin(L.Callback):
+    """Writes config.yaml when the first loss is there: a run that is refused before changes nothing.
 
     Args:
         plan: the plan of the run.
+
+    Attributes:
+        loss: the first loss.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
+        self.loss: float | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write it, whole or not at all."""
+    def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Any) -> None:
+        """Check what checkpoints are chosen by, now that the names of the losses are known; write the config."""
+        if self.loss is not None:
+            return
+        objects.check_monitors(trainer)
+        self.loss = float(loss)
         if trainer.is_global_zero:
             path = self.plan.run_dir / "config.yaml"
             part = path.with_name("config.yaml.part")
             OmegaConf.save(OmegaConf.create(self.plan.record), part)
             part.replace(path)
+
+    def diverged(self, trainer: L.Trainer) -> str:
+        """That the loss has become far larger than it began, in a sentence; empty if it has not."""
+        last = float(trainer.callback_metrics.get("val/loss", 0.0))
+        if self.loss is None or last <= 1000 * max(1.0, abs(self.loss)):
+            return ""
+        first = f"{self.loss:.3g} at its first step"
+        return f"training has diverged (val/loss {last:.3g}, {first}): lower model.lr, and begin again"
+
+
+class Waiting(L.Callback):
+    """Says what a run waits for, if other nodes do not come.
+
+    Args:
+        nodes: their number.
+        seconds: after how long.
+    """
+
+    def __init__(self, nodes: int, seconds: float = 10.0) -> None:
+        where = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', 'a port of its own')}"
+        text = (
+            f"waiting for the processes of all {nodes} nodes at {where}: start the same command on each, with the same "
+            "MASTER_ADDR and MASTER_PORT, and with NODE_RANK from 0 on (torchrun and SLURM set them)"
+        )
+        self.timer = threading.Timer(seconds, lambda: print(text, flush=True))
+        self.timer.daemon = True
+        if nodes > 1:
+            self.timer.start()
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """They are there."""
+        self.timer.cancel()
 
 
 def refuse_other_data(trained: Facts, given: Facts) -> None:
@@ -80,12 +154,14 @@ def refuse_other_data(trained: Facts, given: Facts) -> None:
             )
 
 
-def build_loggers(plan: Plan, callbacks: list[Any]) -> list[Any]:
-    """metrics.csv, and the logger of the config."""
+def build_loggers(plan: Plan, callbacks: list[Any], run_dir: Path) -> list[Any]:
+    """metrics.csv, and the logger of the config, which knows a run by its own folder."""
     every = plan.config["trainer"].get("log_every_n_steps") or 50
     loggers: list[Any] = [MetricsCSV(plan.run_dir, every, plan.resumed_at)]
-    if plan.config["logger"]:
-        known = {"run_dir": plan.run_dir, "summaries": objects.metrics(objects.evaluations(callbacks))}
+    if plan.config["logger"] and run_dir != plan.run_dir and in_use(run_dir):
+        rank_zero_info("the run is training, and logs alone: this evaluation is in its folder, not at the logger")
+    elif plan.config["logger"]:
+        known = {"run_dir": run_dir, "summaries": objects.metrics(objects.evaluations(callbacks))}
         loggers.append(build.instantiate(plan.config["logger"], "logger", known))
     return loggers
 
@@ -96,7 +172,7 @@ def build_trainer(plan: Plan, loggers: list[Any], callbacks: list[Any]) -> L.Tra
     return objects.trainer(
         plan,
         logger=loggers,
-        callbacks=[Record(plan), *callbacks],
+        callbacks=[Waiting(config["trainer"].get("num_nodes", 1)), *callbacks],
         plugins=[WholeCheckpoints()],
         max_steps=config["steps"],
         max_epochs=-1,
@@ -115,19 +191,29 @@ def announce(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
 
 def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
     """Run the trainer; close the loggers and say how to go on however it ends."""
-    loop: Any = {"fit": trainer.fit, "validate": trainer.validate, "test": trainer.test}[plan.command]
     failed = True
-    try:  # given the path, Lightning restores the states of callbacks, loops and optimisers too
-        loop(model, datamodule=data, ckpt_path=plan.config["ckpt_path"], weights_only=True)
+    try:
+        if plan.command == "fit":  # given the path, Lightning restores callbacks, loops and optimisers too
+            trainer.fit(model, datamodule=data, ckpt_path=plan.config["ckpt_path"], weights_only=True)
+        else:  # the model has its weights; the file may be another one by now
+            {"validate": trainer.validate, "test": trainer.test}[plan.command](model, datamodule=data)
         failed = False
     except SIGTERMException as stop:
         stop.code = 128 + signal.SIGTERM  # not the 0 of a run that is finished
         raise
     except MisconfigurationException as error:  # e.g. a monitor that is never logged
         raise UserError(" ".join(str(error).split())) from error
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if not restoring(error):
+            raise
+        raise UserError(
+            f"training cannot go on from {plan.config['ckpt_path']}: its states are damaged, or are not those of this "
+            f"model and these callbacks ({' '.join(str(error).split())[:200] or type(error).__name__})"
+        ) from error
     finally:
         last = plan.run_dir / "checkpoints" / "last.ckpt"
-        if failed and trainer.is_global_zero and last.is_file():
+        begun = (plan.run_dir / "config.yaml").is_file()
+        if failed and trainer.is_global_zero and last.is_file() and begun:
             again = f"train.py ckpt_path={quote(short(last))}"
             print(f"stopped at step {trainer.global_step}; to resume: {again}", flush=True)
         for logger in trainer.loggers:
@@ -135,12 +221,21 @@ def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
                 logger.close(failed)
 
 
-def finish(plan: Plan, callbacks: list[Any], model: Any) -> None:
-    """Say how good it is, where everything is and how to go on with it."""
+def restoring(error: BaseException) -> bool:
+    """Whether an exception came while Lightning took states over from a checkpoint."""
+    frames = traceback.walk_tb(error.__traceback__)
+    return any(Path(frame.f_code.co_filename).name == "checkpoint_connector.py" for frame, _ in frames)
+
+
+def finish(plan: Plan, callbacks: list[Any], model: Any, diverged: str) -> None:
+    """Say how good it is, where everything is and how to go on with it, unless training has diverged."""
     for callback in objects.evaluations(callbacks):
-        if callback.record and (plan.run_dir / callback.record).is_file():
-            print(json.loads((plan.run_dir / callback.record).read_text())[-1]["summary"])
-    best, last = (plan.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-    checkpoint = best if best.is_file() else last
+        rows = read_record(plan.run_dir / callback.record) if callback.record else None
+        if rows and "summary" in rows[-1]:
+            print(rows[-1]["summary"])
+    names = [plan.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
+    given = [Path(plan.config["ckpt_path"])] if plan.command != "fit" else []
+    found = next((path for path in (*given, *names) if path.is_file()), None)
     page = " (open report.html)" if (plan.run_dir / "report.html").is_file() else ""
-    print(f"everything is in {short(plan.run_dir)}{page}; {model.next_step(quote(short(checkpoint)))}")
+    then = diverged or (model.next_step(quote(short(found))) if found else "no checkpoint was kept")
+    print(f"everything is in {short(plan.run_dir)}{page}; {then}")

@@ -135,7 +135,7 @@ def refuse_lost_steps(folder: Path, checkpoint: Path, step: int, steps: int) -> 
     """
     if steps < step:
         raise UserError(
-            f"{checkpoint} is at step {step} and 'steps' is {steps}: nothing is left to do, give more steps"
+            f"{checkpoint} is at step {step} and 'steps' is {steps}: nothing is left to train, give more steps"
         )
     last = folder / "checkpoints" / "last.ckpt"
     if not first_process() or not last.is_file() or last.samefile(checkpoint):
@@ -151,6 +151,24 @@ def refuse_lost_steps(folder: Path, checkpoint: Path, step: int, steps: int) -> 
             f"{checkpoint} is at step {step} and its run has gone on to step {reached}: give ckpt_path={short(last)} "
             "to go on from there, or a run_id for another run that starts from this checkpoint"
         )
+
+
+def finished(folder: Path, checkpoint: Mapping[str, Any], steps: int) -> bool:
+    """Whether a run has done all its steps, the last validation, and what comes after it.
+
+    Args:
+        folder: the run folder; a lock that is still in it was left by a process that was killed.
+        checkpoint: the checkpoint that training is to go on from.
+        steps: the last step of the run.
+    """
+    if checkpoint["global_step"] != steps or not (folder / "checkpoints" / "last.ckpt").is_file():
+        return False
+    try:
+        validated = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+        whole = validated["ready"] == validated["completed"] > 0
+    except (KeyError, TypeError):
+        return False
+    return bool(whole) and not (folder / LOCK).exists()
 
 
 @contextmanager
@@ -219,7 +237,8 @@ def made(folder: Path, begun: Callable[[], bool]) -> Iterator[None]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, leave: bool = False) -> Iterator[None]:
+    """The lock of a folder; `leave` leaves its file as it was."""
     path = folder / LOCK
     with path.open("a+") as file:  # closing it gives the lock back; processes that are forked do not inherit it
         try:
@@ -232,6 +251,9 @@ def _locked(folder: Path) -> Iterator[None]:
                     f"{short(folder)} is in use by {file.read().strip() or 'another process'}: "
                     "wait until it has ended, or give another run_id"
                 ) from error
+        if leave:
+            yield
+            return
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -239,6 +261,34 @@ def _locked(folder: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
+
+
+@contextmanager
+def evaluating(folder: Path, settings: Mapping[str, Any]) -> Iterator[None]:
+    """The folder of an evaluation, made if it is not there, for one process alone; see `claimed`.
+
+    Args:
+        folder: as `folder_for` gives it.
+        settings: all that its files depend on.
+
+    Raises:
+        UserError: if another process has it, or it cannot be written.
+    """
+    with writing(folder), made(folder, lambda: any(path.name not in (LOCK, SETTINGS) for path in folder.iterdir())):
+        keep_settings(settings, folder)  # first: to the other processes the folder is either empty or this one
+        with _locked(folder) if first_process() else contextlib.nullcontext():
+            yield
+
+
+def in_use(folder: Path) -> bool:
+    """Whether a living process trains in a run folder."""
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with _locked(folder, leave=True):
+            return False
+    except (UserError, OSError):
+        return True
 
 
 def folder_for(settings: Mapping[str, Any], parent: Path, name: str) -> Path:

@@ -1,6 +1,9 @@
 """What every command builds from its plan."""
 
+import re
 from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,9 +13,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from bd_lightning import checkpoints, progress
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build
+from bd_lightning.cli.folders import short
 from bd_lightning.cli.plan import Plan
 from bd_lightning.cli.quiet import quiet
 from bd_lightning.facts import Facts
+from callbacks.checkpoints import LastCheckpoint
 from callbacks.evaluation import Evaluation
 
 
@@ -56,10 +61,36 @@ def callbacks(plan: Plan) -> list[Any]:
         saves = issubclass(cls, ModelCheckpoint)
         if plan.command != "fit" and (saves or issubclass(cls, WeightAveraging)):
             continue
-        extra: Any = {"dirpath": str(plan.run_dir / "checkpoints")} if saves and "dirpath" not in node else {}
+        extra: Any = {}
+        if saves:
+            extra = {"dirpath": checkpoint_folder(node, f"callbacks.{name}", plan.run_dir, cls)}
+            node = {key: value for key, value in node.items() if key != "dirpath"}
         built.append(build.instantiate(node, f"callbacks.{name}", **extra))
     _check_monitors(built)
     return sorted(built, key=lambda callback: isinstance(callback, WeightAveraging))
+
+
+def checkpoint_folder(node: Mapping[str, Any], key: str, run_dir: Path, cls: type) -> str:
+    """Where a callback writes its checkpoints.
+
+    Raises:
+        UserError: if that is outside the run folder, or they would be written over last.ckpt.
+    """
+    folder = Path(node.get("dirpath") or run_dir / "checkpoints").resolve()
+    file = str(node.get("filename") or "")
+    plain = re.sub(r"\{[^{}]*\}", "", file)  # without the names of metrics, which hold a slash
+    if not folder.is_relative_to(run_dir.resolve()):
+        raise UserError(
+            f"'{key}.dirpath' {node['dirpath']!r} is outside the run folder {short(run_dir)}, where the checkpoints "
+            "of this run belong: leave it out"
+        )
+    if any(c in plain for c in "/\\") or plain.startswith("."):
+        raise UserError(
+            f"'{key}.filename' must be the name of a file, got {file!r}: checkpoints stay in the run folder"
+        )
+    if plain.lower() in ("last", "last.ckpt") and not issubclass(cls, LastCheckpoint):
+        raise UserError(f"'{key}.filename' is {file!r}, the name of what a run resumes from: give another name")
+    return str(folder)
 
 
 def _check_monitors(built: list[Any]) -> None:
@@ -71,6 +102,30 @@ def _check_monitors(built: list[Any]) -> None:
             raise UserError(
                 f"no callback measures {monitor}, to choose the best checkpoint by ({able[0]} does): "
                 "set callbacks.best=null too, or callbacks.best.monitor=val/loss"
+            )
+
+
+def check_monitors(trainer: L.Trainer) -> None:
+    """Refuse to choose a checkpoint by what no validation will measure, once the training's losses are known.
+
+    Raises:
+        UserError: naming what there is.
+    """
+    built: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [type(one) for one in (*built, trainer.lightning_module)]
+    if not all(cls.__module__.partition(".")[0] in (*build.OWN, "lightning") for cls in others):
+        return  # classes of the user's own may log anything
+    losses = {f"val/{name.removeprefix('train/')}" for name in trainer.callback_metrics if name.startswith("train/")}
+    names = losses | {name for name in metrics(evaluations(built)) if name.startswith("val/")}
+    patterns = [f"val/{pattern}" for one in evaluations(built) for pattern in one.more]
+    for monitor in (callback.monitor for callback in built if isinstance(callback, ModelCheckpoint)):
+        stage, _, rest = (monitor or "val/loss").partition("/")
+        if rest and stage != "val" or monitor is None:
+            continue
+        if monitor not in names and not any(fnmatch(monitor, pattern) for pattern in patterns):
+            raise UserError(
+                f"nothing measures {monitor}, to choose the best checkpoint by: there is "
+                f"{', '.join(sorted([*names, *patterns]))}"
             )
 
 

@@ -1,5 +1,7 @@
 """From words to a plan: everything that is decided before the first object is built."""
 
+import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +9,7 @@ from typing import Any
 
 from bd_lightning import facts
 from bd_lightning.checks import UserError
-from bd_lightning.cli import build, folders
+from bd_lightning.cli import build, folders, links
 from bd_lightning.cli import config as configs
 from bd_lightning.facts import Facts
 from bd_lightning.upgrade import FORMAT
@@ -23,6 +25,7 @@ class Plan:
         run_dir: the run folder.
         new: whether the run begins in a folder of its own, which must not be there yet.
         checkpoint: the checkpoint that `config["ckpt_path"]` names, as `checkpoints.read` gives it.
+        done: whether nothing is left to train.
     """
 
     command: str
@@ -30,6 +33,7 @@ class Plan:
     run_dir: Path
     new: bool = False
     checkpoint: Mapping[str, Any] | None = None
+    done: bool = False
 
     @property
     def facts(self) -> Facts | None:
@@ -37,11 +41,14 @@ class Plan:
         return facts.read(self.checkpoint["hyper_parameters"]["facts"]) if self.checkpoint else None
 
     @property
-    def resumed_at(self) -> int | None:
-        """The step that training goes on from, 0 for a new run; None for other commands."""
-        if self.command != "fit":
-            return None
+    def step(self) -> int:
+        """The step of the checkpoint; 0 without one."""
         return self.checkpoint["global_step"] if self.checkpoint else 0
+
+    @property
+    def resumed_at(self) -> int:
+        """The step that training goes on from, 0 for a new run and for an evaluation, which begins anew."""
+        return self.step if self.command == "fit" else 0
 
     @property
     def record(self) -> dict[str, Any]:
@@ -67,6 +74,7 @@ def resolve(argv: Sequence[str]) -> Plan:
     if path:
         from bd_lightning import checkpoints
 
+        links.refuse_linked(path)
         checkpoint = checkpoints.read(path)
         config = configs.compose(request, checkpoint["hyper_parameters"])
         build.refuse_strangers(config, path)
@@ -79,13 +87,44 @@ def resolve(argv: Sequence[str]) -> Plan:
         config["root"] = asked["root"]  # a stored config does not say where a new folder goes
     build.check(config)
     refuse_numbers(config["trainer"])
+    if request.command == "fit" and config["steps"] % config["eval_every"]:
+        raise UserError(
+            f"'steps' must be a multiple of 'eval_every', so that the run ends with a validation and a checkpoint; "
+            f"got {config['steps']} and {config['eval_every']}"
+        )
     run_dir = folders.run_folder(config, request.command == "fit")
     new = request.command == "fit" and not repeated and (not path or folders.folder_of(path) != run_dir)
     if new:
         folders.refuse_existing(run_dir)
+    links.refuse_links(run_dir)
+    done = False
     if path and checkpoint and request.command == "fit":
         folders.refuse_lost_steps(run_dir, Path(path), checkpoint["global_step"], config["steps"])
-    return Plan(request.command, config, run_dir, new, checkpoint)
+        done = folders.finished(run_dir, checkpoint, config["steps"])
+        if not done:
+            checkpoints.refuse_stateless(checkpoint, path)
+    return Plan(request.command, config, run_dir, new, checkpoint, done)
+
+
+def settings_of(plan: Plan, *keys: str) -> dict[str, Any]:
+    """All that samples or an evaluation depend on, as plain values; checkpoints by their content.
+
+    Args:
+        plan: the plan.
+        keys: keys of the config beside the seed, the model, the data and the precision.
+    """
+    config = plan.config
+    files = [config["ckpt_path"], *(config["merge"] or {}), (config["data"].get("autoencoder") or {}).get("ckpt_path")]
+    return {
+        "checkpoints": [_digest(file) for file in files if file],  # in order: names may be the same
+        **{key: config[key] for key in ("seed", *keys, "model", "data")},
+        "precision": config["trainer"].get("precision"),
+    }
+
+
+def _digest(file: str | Path) -> str:
+    with Path(file).open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def refuse_elsewhere(config: Mapping[str, Any], asked: Mapping[str, Any], place: str) -> None:
@@ -107,8 +146,8 @@ def refuse_elsewhere(config: Mapping[str, Any], asked: Mapping[str, Any], place:
             own = isinstance(mine, Mapping) and mine.get(key) == value
             if isinstance(value, str) and not own and (key == "dirpath" or "/" in value or "\\" in value):
                 raise UserError(
-                    f"{place} has 'callbacks.{name}.{key}' {value!r}, which leads out of the run folder: say so on the "
-                    "command line too, or add trust=true"
+                    f"{place} has 'callbacks.{name}.{key}' {value!r}, which leads out of the run folder: leave it out "
+                    f"by callbacks.{name}.{key}=null"
                 )
 
 
@@ -119,8 +158,12 @@ AT_LEAST = {
 """Smallest numbers of `lightning.Trainer` that have a meaning; of batches, a share of one is meant by a fraction."""
 
 
+LAUNCHED = ("NODE_RANK", "GROUP_RANK", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "LSB_JOBID")
+"""Variables of which one at least is set where a run has several nodes."""
+
+
 def refuse_numbers(trainer: Mapping[str, Any]) -> None:
-    """Refuse numbers that Lightning takes and that stop it later, or make it do nothing.
+    """Refuse what Lightning takes and that stop it later, or make it do nothing.
 
     Raises:
         UserError: naming the key.
@@ -132,6 +175,21 @@ def refuse_numbers(trainer: Mapping[str, Any]) -> None:
     devices = trainer.get("devices")
     if isinstance(devices, int) and devices > 4096:
         raise UserError(f"'trainer.devices' is the number of devices of one machine, got {devices}")
+    if trainer.get("barebones"):
+        raise UserError(
+            "'trainer.barebones' leaves out loggers and checkpoints, which a run is made of: set it to false"
+        )
+    strategy = str(trainer.get("strategy"))
+    if any(word in strategy for word in ("spawn", "fork", "notebook")):
+        raise UserError(
+            f"'trainer.strategy' is {strategy}, which copies what has been built into new processes; set "
+            f"trainer.strategy={strategy.split('_')[0]}, whose processes build it themselves"
+        )
+    if isinstance(nodes := trainer.get("num_nodes"), int) and nodes > 1 and not any(map(os.environ.get, LAUNCHED)):
+        raise UserError(
+            f"'trainer.num_nodes' is {nodes}, and nothing has launched this process on several nodes: use torchrun or "
+            "SLURM, or set MASTER_ADDR, MASTER_PORT and NODE_RANK on each; trainer.num_nodes=1 for this one alone"
+        )
     if str(trainer.get("precision")).startswith("64"):
         raise UserError("'trainer.precision' must be 32-true or lower: data and noise are in single precision")
 

@@ -1,6 +1,5 @@
 """predict: samples of a checkpoint, or of a mixture of what it has learned."""
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from bd_lightning import facts as facts_of
 from bd_lightning.checks import UserError, suggest
 from bd_lightning.cli import build, objects
 from bd_lightning.cli.folders import folder_for, folder_of, keep_settings, made, short, writing
-from bd_lightning.cli.plan import Plan
+from bd_lightning.cli.plan import Plan, settings_of
 from bd_lightning.facts import Facts
 from callbacks import ImageWriter, TableWriter
 from datamodules import SampleRequests
@@ -68,7 +67,7 @@ def run(plan: Plan) -> None:
     if config["calibrate"] and not mixed:
         raise UserError("calibrate corrects the weights of a mixture: give mix, remove or merge too")
     drawing = mixing(plan, facts, model) if mixed else model
-    settings = settings_of(plan)
+    settings = settings_of(plan, "n", "labels", "mix", "remove", "merge", "calibrate")
     folder = folder_for(settings, plan.run_dir, folder_name(plan, model.sampler))
     writer = build_writer(plan, facts, folder)
     trainer = objects.trainer(plan, logger=False, callbacks=[writer, *progress_bars(plan)])
@@ -78,24 +77,6 @@ def run(plan: Plan) -> None:
         trainer.predict(drawing, loader, return_predictions=False)
     if trainer.is_global_zero:
         print(f"{config['n']} {writer.product} in {short(folder)}")
-
-
-def settings_of(plan: Plan) -> dict[str, Any]:
-    """All that the samples depend on, as plain values; checkpoints by their content."""
-    config = plan.config
-    files = [config["ckpt_path"], *(config["merge"] or {}), (config["data"].get("autoencoder") or {}).get("ckpt_path")]
-    contents = [_digest(file) for file in files if file]  # in order: names may be the same
-    keys = ("seed", "n", "labels", "mix", "remove", "merge", "calibrate", "model", "data")
-    return {
-        "checkpoints": contents,
-        **{key: config[key] for key in keys},
-        "precision": config["trainer"].get("precision"),
-    }
-
-
-def _digest(file: str | Path) -> str:
-    with Path(file).open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def class_name(label: int | str, names: Sequence[str]) -> str:

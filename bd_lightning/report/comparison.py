@@ -10,6 +10,8 @@ from bd_lightning.report.folder import Run
 from bd_lightning.report.page import LOSSES, digits, headline, levels
 from bd_lightning.report.style import document, table
 
+COMPARISON = '<meta name="description" content="comparison of runs">'
+"""What tells a comparison from other pages."""
 IGNORED = ("format", "root", "data.root", "run_id", "ckpt_path", "trust", "n", "logger")
 """Keys of configs that say nothing about how runs differ."""
 
@@ -132,7 +134,7 @@ def compare_page(runs: Sequence[Run]) -> str:
             [escape(key), *(f"<span title='{escape(v)}'>{escape(_cut(v))}</span>" for v in keys[key])] for key in keys
         ]
         parts.append("<h2>What differs in the configs</h2>" + table(["", *(escape(run.name) for run in runs)], rows))
-    return document(f"{len(runs)} runs", parts)
+    return document(f"{len(runs)} runs", parts, COMPARISON)
 
 
 def _overlaid(runs: Sequence[Run], name: str) -> str:

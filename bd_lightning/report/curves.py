@@ -95,7 +95,7 @@ class _Axis(NamedTuple):
 
 def _axis(values: Sequence[float]) -> _Axis:
     low, high = min(values), max(values)
-    log = low > 0 and high / low > 20
+    log = low > 1e-300 and high / low > 20
     if log:
         return _Axis(low / 1.1, high * 1.1, True)
     room = (high - low) * 0.06 or abs(low) * 0.1 or 1.0
@@ -113,9 +113,9 @@ def chart(title: str, lines: Sequence[Line], levels: Mapping[str, float] | None 
     Returns:
         HTML: a <figure> with a legend, an SVG, and the last value of each curve.
     """
-    levels = dict(levels or {})
+    levels = {name: value for name, value in (levels or {}).items() if math.isfinite(value)}
     values = [value for line in lines for _, value in line.series]
-    axis = _axis([*values, *(v for v in levels.values() if math.isfinite(v))])
+    axis = _axis([*values, *levels.values()])
     steps = [step for line in lines for step, _ in line.series]
     first, last = min(steps), max(steps)
 

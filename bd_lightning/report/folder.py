@@ -2,15 +2,22 @@
 
 import csv
 import json
-import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from bd_lightning.checks import UserError
+from bd_lightning.cli.links import refuse_links
+
+SETTINGS = "settings.json"
+"""What tells the folder of an evaluation."""
+OTHERS = (SETTINGS, "metrics.json")
+"""JSON files that hold no rows."""
+LARGEST = 1e300
+"""Larger numbers are taken for infinite: differences of them are."""
 
 Series = list[tuple[int, float]]
 """Values by optimiser step, in order of steps; finite ones only."""
@@ -27,6 +34,7 @@ class Run:
         curves: what was logged in training and validation, name → values.
         records: rows of its JSON records, name → rows.
         metrics: how the numbers of its evaluations are read, name → {"mode": "min" or "max", "digits"}.
+        evaluations: records of later evaluations of its checkpoints, <folder>/<name> → rows.
     """
 
     folder: Path
@@ -35,6 +43,7 @@ class Run:
     curves: dict[str, Series]
     records: dict[str, list[dict[str, Any]]]
     metrics: dict[str, dict[str, Any]]
+    evaluations: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -88,6 +97,7 @@ def read(folder: str | Path, name: str | None = None) -> Run:
         UserError: if it is none, or one of its files is damaged.
     """
     folder = Path(folder)
+    refuse_links(folder)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run folder: it has no config.yaml")
     try:
@@ -96,15 +106,24 @@ def read(folder: str | Path, name: str | None = None) -> Run:
         raise UserError(f"{folder / 'config.yaml'} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.yaml'} is damaged: it is no mapping of keys to values")
-    about = folder / "metrics.json"
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
         config={str(key): value for key, value in config.items()},
         curves=read_curves(folder / "metrics.csv"),
-        records={path.name: _rows(path) for path in sorted(folder.glob("*.json")) if path != about},
-        metrics=_json(about, dict) if about.is_file() else {},
+        records=_records(folder),
+        metrics=_metrics(folder / "metrics.json"),
+        evaluations={
+            f"{path.parent.name}/{name}": rows
+            for path in sorted([*folder.glob(f"test-*/{SETTINGS}"), *folder.glob(f"validate-*/{SETTINGS}")])
+            for name, rows in _records(path.parent).items()
+        },
     )
+
+
+def _records(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records in a folder, by name."""
+    return {path.name: _rows(path) for path in sorted(folder.glob("*.json")) if path.name not in OTHERS}
 
 
 def read_curves(path: Path) -> dict[str, Series]:
@@ -137,24 +156,44 @@ def read_curves(path: Path) -> dict[str, Series]:
             values = {key: float(value) for key, value in zip(header, row) if value}
         except ValueError as error:
             raise UserError(f"{path} is damaged: line {line}: {error}") from error
+        step = values.get("step", -1.0)
+        if not abs(step) < LARGEST or step != round(step):
+            raise UserError(f"{path} is damaged: line {line}: {step} is no step")
         for key, value in values.items():
-            step = int(values.get("step", -1)) + 1
-            if key in curves and math.isfinite(value) and (not curves[key] or step > curves[key][-1][0]):
-                curves[key].append((step, value))
+            if key in curves and abs(value) < LARGEST and (not curves[key] or step + 1 > curves[key][-1][0]):
+                curves[key].append((int(step) + 1, value))
     return {key: series for key, series in curves.items() if series}
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
     rows = _json(path, list)
-    if not all(isinstance(row, dict) and isinstance(row.get("step"), int) for row in rows):
+    if not all(isinstance(row, dict) and type(row.get("step")) is int for row in rows):
         raise UserError(f"{path} is damaged: it is no list of rows with a step")
+    for row in rows:
+        if not isinstance(row.get("protocol", ""), str):
+            raise UserError(f"{path} is damaged: a protocol is {row['protocol']!r}")
+        if any(isinstance(value, int) and abs(value) > LARGEST for value in row.values()):
+            raise UserError(f"{path} is damaged: it has a number that is too large")
     return rows
+
+
+def _metrics(path: Path) -> dict[str, dict[str, Any]]:
+    found: dict[str, Any] = _json(path, dict) if path.is_file() else {}
+    for name, about in found.items():
+        digits = about.get("digits") if isinstance(about, dict) else "none"
+        if not (digits is None or type(digits) is int and 0 <= digits <= 20) or about.get("mode") not in (
+            "min",
+            "max",
+            None,
+        ):
+            raise UserError(f"{path} is damaged: it does not say how {name} is read")
+    return found
 
 
 def _json(path: Path, kind: type) -> Any:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(content, kind):
         raise UserError(f"{path} is damaged: it holds no {kind.__name__}")

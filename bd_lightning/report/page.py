@@ -57,7 +57,8 @@ def _section(title: str, cards: Sequence[str]) -> list[str]:
 
 
 def _header(run: Run) -> str:
-    kinds = [str((run.config.get(group) or {}).get("_target_", "")).rpartition(".")[2] for group in ("model", "data")]
+    groups = [run.config.get(group) for group in ("model", "data")]
+    kinds = [str(node.get("_target_", "")).rpartition(".")[2] for node in groups if isinstance(node, dict)]
     total = run.config.get("steps")
     how_far = f"step {run.step} of {total}" if isinstance(total, int) and total >= run.step else f"step {run.step}"
     now = time.strftime("%Y-%m-%d %H:%M")
@@ -169,7 +170,7 @@ def _picture(path: Path, title: str, note: str) -> str:
 def _evaluations(run: Run) -> list[str]:
     """Every row of every record, with a letter for its protocol."""
     parts = []
-    for name, rows in run.records.items():
+    for name, rows in {**run.records, **run.evaluations}.items():
         skipped = ("step", "protocol", "summary")
         keys = list(dict.fromkeys(key for row in rows for key in row if key not in skipped))
         protocols = list(dict.fromkeys(row["protocol"] for row in rows if "protocol" in row))
@@ -212,7 +213,9 @@ def _commands(run: Run, next_step: str | None) -> str:
     if best.is_file():
         lines += ["# the test split", f"train.py test ckpt_path={short(best)}"]
     if last.is_file():
-        lines += ["# to go on", f"train.py ckpt_path={short(last)} steps={2 * max(1, int(run.config.get('steps', 1)))}"]
+        steps = run.config.get("steps")
+        more = 2 * max(1, steps if isinstance(steps, int) else run.step)
+        lines += ["# to go on", f"train.py ckpt_path={short(last)} steps={more}"]
     lines += ["# the same again", f"train.py --config {short(run.folder / 'config.yaml')}"]
     lines += ["# beside another run", f"train.py compare {short(run.folder)} OTHER"]
     return f"<h2>To go on</h2><pre>{escape(chr(10).join(lines))}</pre>"

@@ -65,11 +65,11 @@ def _colours() -> str:
     return "\n".join(rules)
 
 
-def document(title: str, parts: Iterable[str]) -> str:
-    """A whole page: HTML that needs nothing but itself."""
+def document(title: str, parts: Iterable[str], mark: str = "") -> str:
+    """A whole page: HTML that needs nothing but itself; `mark` goes into its head."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'{mark}<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE.replace('COLOURS', _colours())}</style></head><body>\n"
         + "\n".join(parts)
         + "\n</body></html>\n"

@@ -10,9 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
+import train
 from datamodules import ImageFolder
 from datamodules.base import DataError
 from datamodules.image_files import find, read
+from small_run import WORDS
 from tiny_data import write_folder
 
 RAMP = np.linspace(0, 65535, 64).reshape(8, 8)
@@ -131,3 +133,46 @@ def test_any_folder_is_read_or_refused_in_a_sentence(seed, tmp_path):
     except DataError as error:
         assert str(error).startswith(("one image is not enough", "no images for the")) and "\n" not in str(error)
     list(find(root, set()))
+
+
+def damaged(root: Path, kind: str) -> Path:
+    """A folder of images with one that is cut off, or damaged inside."""
+    folder = write_folder(root, n=60, size=(40, 40))
+    path = folder / "cat" / "7.png"
+    data = path.read_bytes()
+    half = len(data) // 2
+    path.write_bytes(data[:half] if kind == "cut" else data[:half] + bytes(40) + data[half + 40 :])
+    return folder
+
+
+def test_a_file_that_was_cut_off_is_known_at_once(tmp_path):
+    folder = damaged(tmp_path / "a", "cut")
+    with pytest.raises(DataError, match=r"cat/7.png \(image file is truncated.*set data.max_broken=0.01 to leave"):
+        ImageFolder(str(folder), size=8, root=str(tmp_path), max_broken=0)
+    data = ImageFolder(str(folder), size=8, root=str(tmp_path))
+    assert not any(
+        path.name == "7.png" and path.parent.name == "cat" for files in data.files.values() for path, _ in files
+    )
+
+
+def test_more_after_the_end_of_a_file_is_no_damage(tmp_path):
+    """As in photos that have a film behind them."""
+    folder = write_folder(tmp_path / "a", n=12)
+    with (folder / "cat" / "7.png").open("ab") as file:
+        file.write(bytes(1000))
+    assert sum(map(len, ImageFolder(str(folder), size=8, max_broken=0, root=str(tmp_path)).files.values())) == 24 + 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_inside_is_named_when_it_is_met(workers, tmp_path, capsys):
+    folder = damaged(tmp_path / "a", "inside")
+    words = [*WORDS, "data=folder", f"data.folder={folder}", "data.size=8", "data.sigma_data=0.5", "data.batch_size=16"]
+    words += [f"root={tmp_path / 'runs'}", f"data.root={tmp_path}", "eval_every=20", "steps=20"]
+    words += [f"data.num_workers={workers}"]
+    assert train.main([*words, "run_id=x", "data.max_broken=0"]) == 2
+    said = capsys.readouterr()
+    assert "cat/7.png" in said.err and "raise data.max_broken to 0.01 or above" in said.err
+    assert "Traceback" not in said.err and len([x for x in said.err.splitlines() if x.startswith("error: ")]) == 1
+    if "to resume" in said.out:  # it was not in the first batch
+        words += ["ckpt_path=last"]
+    assert train.main([*words, "run_id=x" if "to resume" in said.out else "run_id=y", "data.max_broken=0.01"]) == 0
