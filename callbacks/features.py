@@ -47,6 +47,11 @@ class ImageFeatures(nn.Module):
         """
 
     @property
+    def protocol(self) -> str:
+        """What files of statistics are told apart by, known before the features are."""
+        return " ".join(map(str, self.key))
+
+    @property
     def facts(self) -> dict[str, float]:
         """Numbers about the features themselves, for the log."""
         return {}
@@ -114,7 +119,7 @@ class ClassifierFeatures(ImageFeatures):
                 save_cached({"state": self.state_dict(), "accuracy": self.accuracy, "kid_scale": self.kid_scale}, path)
                 rank_zero_info(
                     f"Trained a classifier of {data.name} for FID in {time.perf_counter() - start:.0f} s: "
-                    f"{self.accuracy:.1%} of the validation split right; kept in {path}"
+                    f"{self.accuracy:.1%} of the {data.unseen} split right; kept in {path}"
                 )
             else:
                 self.load_state_dict(cached["state"])
@@ -146,8 +151,8 @@ class ClassifierFeatures(ImageFeatures):
 
     @torch.no_grad()
     def _validate(self, data: ImageDataModule) -> tuple[float, float]:
-        """Accuracy on the validation split, and the root mean square of the features there."""
-        loader = torch.utils.data.DataLoader(data.load_split("val"), 500, collate_fn=data.collate)
+        """Accuracy on a split that is not trained on, and the root mean square of the features there."""
+        loader = torch.utils.data.DataLoader(data.load_split(data.unseen), 500, collate_fn=data.collate)
         right, squares = [], []
         for x, y in loader:
             features = self.trunk(x)

@@ -108,6 +108,7 @@ class DataModule(Data):
         class_names: names of the classes, in label order; empty if there are none.
         sigma_data: standard deviation of the training samples in the model's units.
         reference_split: split that samples are compared with: "stage" is the held-out split of the running stage.
+        unseen: the split to judge by what is not trained on.
         density: the density that the samples are from, where it is known in closed form.
 
     Args:
@@ -123,6 +124,7 @@ class DataModule(Data):
     class_names: tuple[str, ...] = ()
     sigma_data: float
     reference_split: str = "stage"
+    unseen: str = "val"
     density: Density | None = None
 
     def __init__(

@@ -14,6 +14,7 @@ from bd_lightning.cli.plan import Plan
 from bd_lightning.cli.quiet import quiet
 from bd_lightning.facts import Facts
 from callbacks.evaluation import Evaluation
+from callbacks.metrics import ImageMetrics
 
 
 def prepare(config: Mapping[str, Any]) -> None:
@@ -57,8 +58,12 @@ def callbacks(plan: Plan) -> list[Any]:
         if plan.command != "fit" and (saves or issubclass(cls, WeightAveraging)):
             continue
         extra: Any = {"dirpath": str(plan.run_dir / "checkpoints")} if saves and "dirpath" not in node else {}
+        if plan.config["export"] and issubclass(cls, ImageMetrics):
+            extra["export"] = plan.config["export"]
         built.append(build.instantiate(node, f"callbacks.{name}", **extra))
     _check_monitors(built)
+    if plan.config["export"] and not any(isinstance(callback, ImageMetrics) for callback in built):
+        raise UserError("export keeps the samples that ImageMetrics judges, and no such callback is here")
     return sorted(built, key=lambda callback: isinstance(callback, WeightAveraging))
 
 

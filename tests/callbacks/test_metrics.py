@@ -1,8 +1,5 @@
 """FID, its features and its caches."""
 
-import json
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
@@ -10,12 +7,13 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import UserError
 from callbacks import ClassifierFeatures, ImageMetrics, InceptionFeatures
-from callbacks.features import ImageFeatures
 from callbacks.memorisation import memorisation, nearest_two, some_images
 from callbacks.metrics import frechet_distance, precision_recall
+from callbacks.moments import frechet, moments_of
 from datamodules import Digits, to_uint8
 from datamodules.cache import load_cached, save_cached
-from datamodules.images import ByteImages, ImageDataModule, to_unit
+from datamodules.images import to_unit
+from fake_images import Drawn, Shades, evaluated, fake_trainer
 
 
 def features(root, **options):
@@ -60,33 +58,6 @@ def test_copies_of_training_images_are_found(tmp_path):
     assert values["distance_ratio"] == pytest.approx(1, abs=0.1)
 
 
-class Drawn:
-    """What ImageMetrics needs of a model: uniform noise stands for its samples."""
-
-    device, sampler, loaded_step = torch.device("cpu"), "noise", 0
-    samplers = {"noise": SimpleNamespace(calls=1)}
-
-    def __init__(self):
-        self.logged = {}
-
-    def log_dict(self, values, sync_dist):
-        self.logged |= {key: float(value) for key, value in values.items()}
-
-    def all_gather(self, x):
-        return x[None]
-
-
-def fake_trainer(data, model, folder):
-    """A trainer of one process, as far as evaluations look at it."""
-    strategy = SimpleNamespace(
-        barrier=lambda name: None, reduce_boolean_decision=lambda done, all: done, broadcast=lambda found: found
-    )
-    return SimpleNamespace(
-        datamodule=data, lightning_module=model, global_rank=0, world_size=1, global_step=0, is_global_zero=True,
-        strategy=strategy, sanity_checking=False, default_root_dir=str(folder), loggers=[],
-    )  # fmt: skip
-
-
 def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypatch):
     """FID uses every sample and keeps none; at most KEPT features stay for the other metrics."""
     kept, batches = [], []
@@ -104,7 +75,7 @@ def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypa
 
     monkeypatch.setattr("callbacks.metrics.KernelInceptionDistance", Watched)
     monkeypatch.setattr("callbacks.metrics.draw", noise)
-    monkeypatch.setattr("callbacks.metrics.KEPT", 300)
+    monkeypatch.setattr("callbacks.references.KEPT", 300)
     data, model = Digits(root=str(tmp_path)), Drawn()
     trainer = fake_trainer(data, model, tmp_path)
     metrics = ImageMetrics(ClassifierFeatures(steps=50), n=5000, batch_size=100, kid_subset=100)
@@ -112,54 +83,9 @@ def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypa
     metrics.on_test_epoch_end(trainer, model)
     assert max(kept) <= 600 and sum(map(len, batches)) == 5000
     rows = torch.cat([metrics.features(to_uint8(x)) for x in batches])
-    expected = frechet_distance(metrics.references["test"]["features"], rows)
+    expected = frechet(metrics.references["test"].gaussian, moments_of(rows))
     assert model.logged["test/fid"] == pytest.approx(expected, rel=1e-5)
     assert model.logged["test/kid"] > 0 and model.logged["test/precision"] < 0.5
-
-
-class Shades(ImageDataModule):
-    """Images of ten classes, told apart by their brightness, either class by class or in random order."""
-
-    shape, sigma_data, sizes = (1, 8, 8), 0.5, {"train": 6000, "val": 1500, "test": 1500}
-
-    def __init__(self, shuffled, **options):
-        super().__init__(**options)
-        self.name = f"Shades-{shuffled}"
-        self.shuffled = shuffled
-
-    def read_split(self, split):
-        generator = torch.Generator().manual_seed(len(split))
-        labels = torch.arange(self.sizes[split]) * 10 // self.sizes[split]
-        noise = torch.randint(0, 30, (len(labels), *self.shape), generator=generator)
-        rows = ByteImages((20 * labels[:, None, None, None] + noise).to(torch.uint8), labels)
-        return rows.take(torch.randperm(len(labels), generator=generator)) if self.shuffled else rows
-
-
-class Halves(ImageFeatures):
-    """Brightness of the halves of an image."""
-
-    num_features, description, key, kid_scale = 2, "brightness of both halves", ("halves",), 100.0
-
-    def prepare(self, data):
-        pass
-
-    def forward(self, images):
-        return images.float().flatten(2).unflatten(2, (2, -1)).mean((1, 3))
-
-
-def evaluated(data, folder, monkeypatch, samples):
-    """The record of a validation of given samples."""
-
-    def given(trainer, model, n, batch_size, seed, sampler):
-        yield samples[:n]
-
-    monkeypatch.setattr("callbacks.metrics.draw", given)
-    monkeypatch.setattr("callbacks.metrics.KEPT", 400)
-    trainer, model = fake_trainer(data, Drawn(), folder), Drawn()
-    metrics = ImageMetrics(Halves(), n=400, kid_subset=100)
-    metrics.setup(trainer, model, "validate")
-    metrics.on_validation_epoch_end(trainer, model)
-    return json.loads((folder / "fid.json").read_text())[-1]
 
 
 def test_the_order_of_the_data_does_not_matter(tmp_path, monkeypatch):
