@@ -6,10 +6,12 @@ from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import UserError
-from callbacks import ClassifierFeatures, ImageMetrics, InceptionFeatures
+from callbacks import ClassifierFeatures, DINOv2Features, ImageMetrics, InceptionFeatures
+from callbacks import features as features_module
 from callbacks.memorisation import memorisation, nearest_two, some_images
 from callbacks.metrics import frechet_distance, precision_recall
 from callbacks.moments import frechet, moments_of
+from callbacks.vision_transformer import VisionTransformer
 from datamodules import Digits, to_uint8
 from datamodules.cache import load_cached, save_cached
 from datamodules.images import to_unit
@@ -199,3 +201,43 @@ def test_inception_weights_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "load_state_dict_from_url", no_network)
     with pytest.raises(UserError, match="could not be downloaded .*no network here.*ClassifierFeatures"):
         InceptionFeatures().prepare(Digits())
+
+
+def test_inception_features_are_those_of_torch_fidelity(inception_weights):
+    """The published protocol: its own resize, of bytes, to 299×299, bit by bit."""
+    source = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is not here")
+    made = InceptionFeatures(str(inception_weights))
+    made.prepare(Digits())
+    theirs = source.FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(inception_weights)
+    )
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(made(images), theirs(images)[0])
+
+
+def test_images_are_prepared_for_dinov2_as_edm2_does(tmp_path, monkeypatch):
+    from PIL import Image
+    from torchvision.transforms.v2 import functional
+
+    small = VisionTransformer(width=32, depth=2, heads=2)
+    for p in small.parameters():
+        nn.init.normal_(p, std=0.2)
+    torch.save(small.state_dict(), tmp_path / "dino.pth")
+    monkeypatch.setattr(features_module, "VisionTransformer", lambda width: VisionTransformer(width, 2, 2))
+    monkeypatch.setattr(DINOv2Features, "num_features", 32)
+    made = DINOv2Features(str(tmp_path / "dino.pth"))
+    made.prepare(Digits())
+    for side in (32, 400):  # up, and down, where antialiasing matters
+        images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+        x = functional.resize(images.float(), [224, 224], functional.InterpolationMode.BICUBIC, antialias=True)
+        mean, deviation = [255 * m for m in (0.485, 0.456, 0.406)], [255 * s for s in (0.229, 0.224, 0.225)]
+        torch.testing.assert_close(made.standardised(images), functional.normalize(x, mean, deviation))
+        torch.testing.assert_close(made(images), small.eval()(made.standardised(images)).detach())
+    pillow = Image.fromarray(images[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
+    ours = (made.standardised(images[:1])[0] * made.deviation + made.mean) * 255
+    assert float((ours - functional.pil_to_tensor(pillow)).abs().mean()) < 1  # of 255: the reference's slow resize
+    grey = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    assert made(grey).shape == (2, 32)
+    with pytest.raises(UserError, match="DINOv2 weights could not be read from .*wrong.pth"):
+        torch.save({"a": torch.ones(1)}, tmp_path / "wrong.pth")
+        DINOv2Features(str(tmp_path / "wrong.pth")).prepare(Digits())
