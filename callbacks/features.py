@@ -245,6 +245,7 @@ class DINOv2Features(ImageFeatures):
     description = "1024 DINOv2 ViT-L/14 features, images resized to 224×224, bicubic and antialiased"
     key = ("dinov2-vitl14", 224, "bicubic antialiased")
     url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+    network: nn.Module
     mean: Tensor
     deviation: Tensor
 
