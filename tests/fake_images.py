@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import torch
+from lightning.pytorch.plugins import Precision
 
 from callbacks import ImageMetrics
 from callbacks.features import ImageFeatures
@@ -32,7 +33,8 @@ def fake_trainer(data, model, folder):
         barrier=lambda name: None, reduce_boolean_decision=lambda done, all: done, broadcast=lambda found: found
     )
     return SimpleNamespace(
-        datamodule=data, lightning_module=model, global_rank=0, world_size=1, global_step=0, is_global_zero=True,
+        datamodule=data, lightning_module=model, global_rank=0, world_size=1, precision_plugin=Precision(),
+        global_step=0, is_global_zero=True,
         strategy=strategy, sanity_checking=False, default_root_dir=str(folder), loggers=[],
     )  # fmt: skip
 
