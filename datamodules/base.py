@@ -79,11 +79,31 @@ class Data(L.LightningDataModule):
         name: what caches and protocols call it.
         root: folder of data sets; also holds what is derived from them.
         batch_size: batch size of one device.
+        total_batch_size: effective batch that `batch_size` follows from; None where it is given itself.
     """
 
     name: str
     root: str
     batch_size: int
+    total_batch_size: int | None = None
+
+    def share(self, parts: int) -> None:
+        """Cut `total_batch_size`, if there is one, into the batches of devices and of accumulated steps.
+
+        Args:
+            parts: devices × nodes × accumulated batches.
+
+        Raises:
+            DataError: if it cannot be cut into so many of two samples at least.
+        """
+        total = self.total_batch_size
+        if total is not None:
+            if total % parts or total < 2 * parts:
+                raise DataError(
+                    f"data.total_batch_size {total} cannot be cut into {parts} equal batches of at least 2, one for "
+                    "each device and accumulated step: choose a multiple, or set data.batch_size alone"
+                )
+            self.batch_size = total // parts
 
     @property
     @abstractmethod
@@ -115,6 +135,7 @@ class DataModule(Data):
         root: folder of data sets; also holds what is derived from them.
         batch_size: batch size of one device. The effective batch is batch_size × devices × nodes ×
             trainer.accumulate_grad_batches.
+        total_batch_size: the effective batch itself; with it, batch_size is what is left for one device.
         eval_batch_size: batch size of validation and test.
         num_workers: worker processes of each loader; each is seeded from the run's seed.
         pin_memory: copy batches to page-locked memory, for GPUs.
@@ -131,18 +152,19 @@ class DataModule(Data):
         self,
         root: str = "data",
         batch_size: int = 128,
+        total_batch_size: int | None = None,
         eval_batch_size: int = 500,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         super().__init__()
         self.name = type(self).__name__
-        positive(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        positive(batch_size=batch_size, eval_batch_size=eval_batch_size, total_batch_size=total_batch_size or 1)
         if batch_size < 2:
             raise ValueError("batch_size must be at least 2: the kernel estimate averages over pairs")
         in_range(0, 256, num_workers=num_workers)
         self.root = root
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.batch_size, self.eval_batch_size, self.total_batch_size = batch_size, eval_batch_size, total_batch_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.splits: dict[str, Any] = {}
 

@@ -1,5 +1,6 @@
 """What every command builds from its plan."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,8 +32,24 @@ def prepare(config: Mapping[str, Any]) -> None:
             f"'trainer.accelerator' is {accelerator}, and PyTorch finds no GPU here; "
             "set trainer=cpu, and to train choose an experiment of that size, e.g. experiment=mnist_small"
         )
+    _refuse_processes(config["trainer"], accelerator == "cpu" or not gpus)
     progress.show((config["callbacks"] or {}).get("progress") is not None)
     L.seed_everything(config["seed"], workers=True, verbose=False)
+
+
+def _refuse_processes(trainer: Mapping[str, Any], cpu: bool) -> None:
+    """Refuse more processes on a CPU than it has cores, which would take the memory of the machine. Two may share one.
+
+    Raises:
+        UserError: with the number of cores.
+    """
+    devices = str(trainer.get("devices") or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cpu and devices.isdigit() and int(devices) > max(2, cores):
+        raise UserError(
+            f"'trainer.devices' is {devices}, a process each, and this machine has {cores} cores: set trainer.devices "
+            f"to {cores} or less"
+        )
 
 
 def model(plan: Plan, facts: Facts) -> Any:
