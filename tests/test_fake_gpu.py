@@ -1,0 +1,102 @@
+"""Training losses and samplers of the GPU configs on fake CUDA tensors: what is on the wrong device fails without a card.
+
+Fake tensors have shapes and devices and no numbers, so that reading a number of the device back, which would make the
+host wait for it, fails too.
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from bd_lightning import dynamics
+from bd_lightning.cli import build
+from bd_lightning.cli import config as configs
+from bd_lightning.dynamics import SampleNoise
+from bd_lightning.facts import SampleFacts
+
+SMALL = "model.network.blocks=1"
+GPU = ["cifar10", "cifar10_cond", "mnist"]
+OTHERS = [
+    "model=mlp", "model=mlp model=paper", "model=mlp model.objective.trace=hutchinson",
+    "model=mlp model.kernel={_target_: bd_lightning.kernels.Sliced}",
+]  # fmt: skip
+
+
+def on_a_fake_gpu(module: nn.Module) -> nn.Module:
+    """The module with fake parameters and buffers in place of its own; called inside a `FakeTensorMode`."""
+    for part in module.modules():
+        for own in (part._parameters, part._buffers):
+            for name, tensor in own.items():
+                if tensor is not None:
+                    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda")
+                    own[name] = nn.Parameter(fake, tensor.requires_grad) if own is part._parameters else fake
+    return module
+
+
+def real(function, *args):
+    """Real numbers, of what is computed on the CPU by design."""
+    with unset_fake_temporarily():
+        return function(*args)
+
+
+def short(sampler):
+    """A sampler of three steps."""
+    few = {"levels", "steps", "steps_per_level"} & {field.name for field in dataclasses.fields(sampler)}
+    return dataclasses.replace(sampler, **dict.fromkeys(few, 3))
+
+
+def built(words):
+    config = configs.compose(configs.parse(words))
+    shape = (1, 28, 28) if "experiment=mnist" in words else (1, 8, 8) if "experiment" not in words[0] else (3, 32, 32)
+    facts = SampleFacts("images", shape, 0.5, tuple("0123456789"))
+    return build.instantiate(config["model"], "model", facts.arguments), shape, config
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *(f"experiment={name} model.network.channels=[16,16,16] {SMALL}".split(" ") for name in GPU),
+        *(words.replace(": ", ":~").split(" ") for words in OTHERS),
+    ],
+    ids=lambda words: " ".join(words[:2]),
+)
+def test_a_step_and_the_samplers_stay_on_the_device(words, monkeypatch):
+    for name in ("descent.geometric_ladder", "langevin.geometric_ladder", "descent.edm_grid"):
+        module, function = name.split(".")
+        whole = getattr(getattr(dynamics, module), function)
+        monkeypatch.setattr(f"bd_lightning.dynamics.{name}", lambda *args, whole=whole: real(whole, *args))
+    module, shape, config = built([word.replace("~", " ") for word in words])
+    with FakeTensorMode():
+        on_a_fake_gpu(module)
+        x, label = torch.empty(8, *shape, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda")
+        half = config["trainer"].get("precision") == "bf16-mixed"
+        with torch.autocast("cuda", torch.bfloat16, enabled=half):
+            values, vectors = module.train().compute((x, label), None)
+        assert {v.device.type for v in (*values.values(), *vectors.values())} == {"cuda"}
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=half):
+            fields = module.eval().fields.conditioned(label if module.conditional else None)
+            for sampler in map(short, module.samplers.values()):
+                for state in sampler.path(fields, SampleNoise(range(8), shape, device="cuda")):
+                    assert state.device.type == "cuda" and state.shape == x.shape
+
+
+def test_a_step_of_relative_densities_reads_nothing_back():
+    module, shape, _ = built(["model=relative", "model.network.width=16"])
+    with FakeTensorMode():
+        on_a_fake_gpu(module)
+        x, label = torch.empty(8, *shape, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda")
+        values, _ = module.train().compute((x, label), None)
+        assert values["loss"].device.type == "cuda"
+
+
+def test_a_tensor_that_stayed_behind_is_noticed():
+    module, shape, _ = built(["model=mlp"])
+    with FakeTensorMode():
+        on_a_fake_gpu(module)
+        module.fields.network.embed.frequencies = torch.empty(32)
+        with pytest.raises(RuntimeError, match="found two different devices|on different devices|same device"):
+            module.compute((torch.empty(8, *shape, device="cuda"), torch.zeros(8, device="cuda").long()), None)
