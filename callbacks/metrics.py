@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import in_range, positive
+from bd_lightning.kernels import whole_products
 from callbacks import references
 from callbacks.drawing import SampleModule, all_or_none, data_of, draw
 from callbacks.evaluation import Evaluation, Findings, Metric
@@ -64,7 +65,7 @@ def kernel_distance(samples: Tensor, real: Tensor, subset: int, scale: float = 1
     ).to(samples.device)
     kid.update(real / scale, real=True)
     kid.update(samples / scale, real=False)
-    with isolate_rng():
+    with isolate_rng(), whole_products():
         torch.manual_seed(0)
         return float(kid.compute()[0].float())
 

@@ -1,22 +1,26 @@
-"""Training losses and samplers of the GPU configs on fake CUDA tensors: what is on the wrong device fails without a card.
+"""Training losses and samplers of the GPU configs on fake CUDA tensors: a wrong device fails without a card.
 
 Fake tensors have shapes and devices and no numbers, so that reading a number of the device back, which would make the
 host wait for it, fails too.
 """
 
 import dataclasses
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd import forward_ad
 
 from bd_lightning import dynamics
 from bd_lightning.cli import build
 from bd_lightning.cli import config as configs
 from bd_lightning.dynamics import SampleNoise
 from bd_lightning.facts import SampleFacts
+from bd_lightning.kernels import ClosedFormSlices, leave_one_out
+from bd_lightning.networks import dual
 
 SMALL = "model.network.blocks=1"
 GPU = ["cifar10", "cifar10_cond", "mnist"]
@@ -100,3 +104,35 @@ def test_a_tensor_that_stayed_behind_is_noticed():
         module.fields.network.embed.frequencies = torch.empty(32)
         with pytest.raises(RuntimeError, match="found two different devices|on different devices|same device"):
             module.compute((torch.empty(8, *shape, device="cuda"), torch.zeros(8, device="cuda").long()), None)
+
+
+def test_attention_is_one_kernel_on_a_gpu_and_differentiable_in_forward_mode(monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 4, 25, 8).unbind(0)
+    theirs = nn.functional.scaled_dot_product_attention(*(one.transpose(-1, -2) for one in (q, k, v)))
+    torch.testing.assert_close(dual.attention(q, k, v), theirs.transpose(-1, -2))
+    fused = mock.Mock(wraps=nn.functional.scaled_dot_product_attention)
+    monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", fused)
+    with FakeTensorMode():
+        q, k, v = torch.empty(3, 2, 4, 25, 8, device="cuda").unbind(0)
+        with forward_ad.dual_level():
+            dual.attention(forward_ad.make_dual(q, torch.empty_like(q)), k, v)
+        assert not fused.called
+        assert dual.attention(q, k, v).shape == q.shape and fused.called
+
+
+def test_distances_are_in_single_precision_under_tf32():
+    seen = []
+
+    class Watched(ClosedFormSlices):
+        def log(self, r2, variance, dim):
+            seen.append(torch.get_float32_matmul_precision())
+            return super().log(r2, variance, dim)
+
+    x, sigma = torch.randn(4, 3), torch.ones(4)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        Watched()(x, x, sigma, leave_one_out(4))
+        assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -7,7 +7,6 @@ import lightning as L
 import pytest
 import torch
 from PIL import Image
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import AnnealedDynamics, BellmanDynamics, ProbabilityFlow
@@ -27,6 +26,7 @@ from callbacks import (
 from callbacks.drawing import draw, draw_together
 from callbacks.evaluation import Evaluation, Findings, Metric, shown
 from callbacks.records import append_record
+from counted import Counted
 from datamodules import Digits
 
 
@@ -108,18 +108,6 @@ def test_exception_during_validation_saves_weights_in_their_places(tmp_path, cac
     assert (average - start).norm() < (current - start).norm()  # decay 1: the average is the first step's
 
 
-class Calls(TorchDispatchMode):
-    """Names of the operations that run."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(str(func))
-        return func(*args, **(kwargs or {}))
-
-
 def test_averages_live_where_the_model_trains_and_take_one_call(tmp_path):
     """Lightning moves the model after `setup`, in which the averages are made."""
     module, average = build(), AveragedWeights(decay=0.9)
@@ -130,7 +118,7 @@ def test_averages_live_where_the_model_trains_and_take_one_call(tmp_path):
     assert {p.device.type for p in made.module.parameters()} == {"meta"} and made.n_averaged.device.type == "cpu"
     for step in (1, 2, 3):
         trainer.global_step = step
-        with Calls() as calls:  # reading a number of the device back would fail: meta has none
+        with Counted() as calls:  # reading a number of the device back would fail: meta has none
             average.on_train_batch_end(trainer, module, None, None, step)
     updates = [name for name in calls.names if "lerp" in name]
     assert (
