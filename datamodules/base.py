@@ -1,8 +1,10 @@
 """What all data modules share: facts, splits and loaders."""
 
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import singledispatch
 from typing import Any
 
 import lightning as L
@@ -18,6 +20,15 @@ from bd_lightning.targets import Density
 
 class DataError(UserError):
     """Data that is missing or unusable, said in one sentence."""
+
+
+SHARE = 0.2
+"""A split is moved to the device that trains if it takes at most this share of what is free there."""
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a GPU; infinite on other devices."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 class Rows(Dataset):
@@ -40,8 +51,25 @@ class Rows(Dataset):
         return x[0], y[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        rows = torch.as_tensor(indices)
+        rows = torch.as_tensor(indices).to(self.x.device, non_blocking=True)
         return self.x[rows], self.labels[rows]
+
+
+@singledispatch
+def moved(split: Any, device: torch.device) -> bool:
+    """Move a split to the device that trains, if there is plenty of room; whether it lies on a device of its own now.
+
+    Batches are then put together there. A split that is not held in memory stays where it is.
+    """
+    return False
+
+
+@moved.register
+def _(split: Rows, device: torch.device) -> bool:
+    if split.x.nbytes > SHARE * free_memory(device):
+        return False
+    split.x, split.labels = split.x.to(device), split.labels.to(device)
+    return device.type != "cpu"
 
 
 class ShuffledShare(DistributedSampler):
@@ -137,8 +165,9 @@ class DataModule(Data):
             trainer.accumulate_grad_batches.
         total_batch_size: the effective batch itself; with it, batch_size is what is left for one device.
         eval_batch_size: batch size of validation and test.
-        num_workers: worker processes of each loader; each is seeded from the run's seed.
-        pin_memory: copy batches to page-locked memory, for GPUs.
+        num_workers: worker processes of each loader; each is seeded from the run's seed. A training split that lies
+            on the device as a whole (see `moved`) needs none.
+        pin_memory: copy batches to page-locked memory, for GPUs; likewise.
     """
 
     shape: tuple[int, ...]
@@ -222,13 +251,16 @@ class DataModule(Data):
         """Pass a batch that was fetched whole; stack one that came image by image."""
         return batch if isinstance(batch, tuple) else torch.utils.data.default_collate(batch)
 
-    def _loader(self, dataset: Dataset, kind: type[DataLoader] = DataLoader, **options: Any) -> DataLoader:
+    def _loader(
+        self, dataset: Any, kind: type[DataLoader] = DataLoader, there: bool = False, **options: Any
+    ) -> DataLoader:
+        workers = 0 if there else self.num_workers
         return kind(
             dataset,
             collate_fn=self.collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.pin_memory,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.pin_memory and not there,
             **options,
         )
 
@@ -249,7 +281,8 @@ class DataModule(Data):
             return trainer.fit_loop.epoch_loop.batch_progress.current.ready * self.batch_size if trainer else 0
 
         sampler = ShuffledShare(split, world, rank, seen)
-        return self._loader(split, _Late, batch_size=self.batch_size, sampler=sampler, drop_last=True)
+        there = trainer is not None and moved(split, trainer.strategy.root_device)
+        return self._loader(split, _Late, there, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def eval_dataloader(self, split: str) -> DataLoader:
         """Batches of a split in order."""

@@ -5,6 +5,7 @@ host wait for it, fails too.
 """
 
 import dataclasses
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -21,6 +22,8 @@ from bd_lightning.dynamics import SampleNoise
 from bd_lightning.facts import SampleFacts
 from bd_lightning.kernels import ClosedFormSlices, leave_one_out
 from bd_lightning.networks import dual
+from datamodules import Digits, base
+from datamodules.images import ByteImages
 
 SMALL = "model.network.blocks=1"
 GPU = ["cifar10", "cifar10_cond", "mnist"]
@@ -136,3 +139,27 @@ def test_distances_are_in_single_precision_under_tf32():
         assert seen == ["highest"] and torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+def test_batches_are_made_on_the_device_from_bytes(tmp_path, monkeypatch):
+    """The bytes go there once; of a step, places and the mirrored rows do."""
+    monkeypatch.setattr(base, "free_memory", lambda device: 6 * 192 * 20)  # a fifth is 1.2 splits
+    data = Digits(root=str(tmp_path), batch_size=64, num_workers=2, pin_memory=True, flip=True)
+    data.splits["train"] = ByteImages(data.load_split("train").x[:20, :1].expand(-1, 3, -1, -1).clone())
+    data.batch_size = 4
+    data.trainer = SimpleNamespace(
+        strategy=SimpleNamespace(root_device=torch.device("meta")), world_size=1, global_rank=0, training=True,
+        fit_loop=SimpleNamespace(
+            epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)),
+            epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=0))),
+        ),
+    )  # fmt: skip
+    loader = data.train_dataloader()
+    assert loader.num_workers == 0 and not loader.pin_memory
+    assert data.split("train").x.device.type == "meta" and data.split("train").x.dtype == torch.uint8
+    for batch in (next(iter(loader)), data.on_before_batch_transfer(next(iter(loader)), 0)):
+        assert [one.device.type for one in batch] == ["meta", "meta"] and batch[0].dtype == torch.float32
+    monkeypatch.setattr(base, "free_memory", lambda device: 4 * 192 * 20)  # too little
+    data.splits["train"] = ByteImages(torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
+    loader = data.train_dataloader()
+    assert loader.num_workers == 2 and loader.pin_memory and data.split("train").x.device.type == "cpu"
