@@ -38,12 +38,14 @@ class Export:
         self.shape: tuple[int, int, int, int] = (0, 0, 0, 3)
         self.rank, self.world, self.written = 0, 1, 0
 
-    def check(self, n: int, shape: tuple[int, ...], num_features: int) -> None:
-        """Refuse a place that the file cannot be written to, before anything is computed.
+    def expect(self, n: int, shape: tuple[int, ...]) -> None:
+        """Say, on every rank, that n samples of a shape (channels, height, width) will come."""
+        self.shape = (n, shape[1], shape[2], 3)
+
+    def check(self, num_features: int) -> None:
+        """Refuse a place that the expected samples cannot be written to, before anything is computed. On rank 0.
 
         Args:
-            n: number of samples.
-            shape: (channels, height, width) of a sample.
             num_features: size of a feature vector.
 
         Raises:
@@ -61,12 +63,11 @@ class Export:
                 pass
         except OSError as error:
             raise UserError(f"export: nothing can be written to {folder} ({reason_of(error)})") from error
-        self.shape = (n, shape[1], shape[2], 3)
         need = 2 * int(np.prod(self.shape)) + 8 * num_features * (num_features + 1)
         free = shutil.disk_usage(folder).free
         if need > free:
             raise UserError(
-                f"export of {n} samples needs {need / 1e9:.3g} GB in {folder}, which has {free / 1e9:.3g} GB left: "
+                f"export of {self.shape[0]} samples needs {need / 1e9:.3g} GB in {folder}, which has {free / 1e9:.3g} GB left: "
                 "choose another place, or fewer by callbacks.metrics.n_test"
             )
 

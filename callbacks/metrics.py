@@ -156,8 +156,10 @@ class ImageMetrics(Evaluation):
         data = cast(ImageDataModule, data_of(trainer).observed)
         if self._from_file:
             load_statistics(str(self.reference), self.features.num_features, self.features.protocol)
-        if self.export is not None and trainer.is_global_zero:
-            self.export.check(self.n_test, data.shape, self.features.num_features)
+        if self.export is not None:
+            self.export.expect(self.n_test, data.shape)
+            if trainer.is_global_zero:
+                self.export.check(self.features.num_features)
         with rank_zero_first(trainer):
             self.features.check(data)
         if stage != "fit":

@@ -147,14 +147,40 @@ def test_an_interrupted_export_leaves_nothing(when, tmp_path, monkeypatch):
     assert not list(file.parent.iterdir())
 
 
+def expected(path, n, shape):
+    export = Export(path)
+    export.expect(n, shape)
+    return export
+
+
+def test_two_ranks_write_one_file(tmp_path):
+    images = torch.randint(0, 256, (7, 3, 4, 4), dtype=torch.uint8)
+    ranks = [expected(tmp_path / "x.npz", 7, (3, 4, 4)) for _ in range(2)]
+    ranks[0].check(2)  # on rank 0 alone
+    strategy = SimpleNamespace(barrier=lambda name: None)
+    trainers = [
+        SimpleNamespace(global_rank=r, world_size=2, is_global_zero=r == 0, strategy=strategy) for r in range(2)
+    ]
+    for rank, trainer in zip(ranks, trainers):
+        rank.begin(trainer)
+    for rank, export in enumerate(ranks):
+        for part in images[rank::2].split(2):
+            export.add(part)
+    for export, trainer in reversed(list(zip(ranks, trainers))):
+        export.finish(trainer, moments_of(torch.randn(9, 2)), "two")
+        export.abandon()
+    with np.load(tmp_path / "x.npz") as found:
+        np.testing.assert_array_equal(found["arr_0"], images.permute(0, 2, 3, 1).numpy())
+
+
 def test_places_that_cannot_hold_an_export(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="export must be the name of an .npz file"):
-        Export(tmp_path / "samples.png").check(10, (1, 8, 8), 2)
+        expected("samples.png", 10, (1, 8, 8)).check(2)
     with pytest.raises(UserError, match="nothing can be written to /proc/nowhere"):
-        Export("/proc/nowhere/x.npz").check(10, (1, 8, 8), 2)
+        expected("/proc/nowhere/x.npz", 10, (1, 8, 8)).check(2)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
     with pytest.raises(UserError, match=r"export of 50000 samples needs 0.307 GB in .*, which has 0.001 GB left"):
-        Export(tmp_path / "x.npz").check(50_000, (3, 32, 32), 2)
+        expected(tmp_path / "x.npz", 50_000, (3, 32, 32)).check(2)
 
 
 def test_export_is_for_tests(capsys):
