@@ -25,6 +25,8 @@ References:
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -88,6 +90,19 @@ def single_partner(batch: int, pool: int | None = None, device: torch.device | N
     if pool < 2:
         raise ValueError(f"a kernel estimate needs a batch of at least 2 points, got {pool}; raise the batch size")
     return torch.eye(pool, device=device).roll(1, dims=1)[:batch]
+
+
+@contextmanager
+def whole_products() -> Iterator[None]:
+    """Matrix products in whole single precision, also where TF32 is on: ‖x‖² + ‖y‖² − 2x·y cancels its digits."""
+    before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
@@ -173,10 +188,11 @@ class _Radial(Kernel):
 
     def __call__(self, x, y, sigma, weights, generator=None):
         variance = (self.epsilon + sigma.square())[:, None]
-        log_k, slope = self.log(squared_distances(x, y), variance, x.shape[1])
-        k = weights * log_k.exp()
-        pull = 2 * k * slope  # ∇_x k(r²) = 2 k'(r²) (x − y)
-        return k.sum(1), pull.sum(1, keepdim=True) * x - pull @ y
+        with whole_products():
+            log_k, slope = self.log(squared_distances(x, y), variance, x.shape[1])
+            k = weights * log_k.exp()
+            pull = 2 * k * slope  # ∇_x k(r²) = 2 k'(r²) (x − y)
+            return k.sum(1), pull.sum(1, keepdim=True) * x - pull @ y
 
 
 @dataclass(frozen=True)

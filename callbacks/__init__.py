@@ -5,7 +5,7 @@ part of the checkpointed module. Those that evaluate run between the two swaps o
 from callbacks.checkpoints import AveragedWeights, LastCheckpoint
 from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss, TrainingDiagnostics
 from callbacks.evaluation import Evaluation, Findings, Metric
-from callbacks.features import ClassifierFeatures, InceptionFeatures
+from callbacks.features import ClassifierFeatures, DINOv2Features, InceptionFeatures
 from callbacks.figures import FieldFigures, PointTrajectory
 from callbacks.memorisation import Memorisation
 from callbacks.metrics import ImageMetrics
@@ -19,6 +19,7 @@ from callbacks.writers import ImageWriter, TableWriter
 __all__ = [
     "AveragedWeights",
     "ClassifierFeatures",
+    "DINOv2Features",
     "EpisodeReturns",
     "Evaluation",
     "FieldDiagnostics",

@@ -3,6 +3,7 @@
 import math
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from bd_lightning.checkpoints import SavingFailed
 from bd_lightning.checks import in_range
 from callbacks.diagnostics import NonFiniteLoss
+
+LOOK = 50
+"""Optimiser steps between two looks at the clock."""
 
 
 @contextmanager
@@ -36,8 +40,9 @@ def uninterrupted() -> Iterator[None]:
 class AveragedWeights(EMAWeightAveraging):
     """Exponential moving average of the weights: validation, samples and FID use it, checkpoints hold both.
 
-    Lightning's, except that averaged and current weights are put back in their places when an exception stops a
-    validation, so that a checkpoint saved then does not hold them the wrong way round.
+    Lightning's, except that the averages live on the device that trains, where one call updates them all and nothing is
+    read back; and that averaged and current weights are put back in their places when an exception stops a validation,
+    so that a checkpoint saved then does not hold them the wrong way round.
 
     Args:
         decay: weight of the past at each step.
@@ -51,7 +56,34 @@ class AveragedWeights(EMAWeightAveraging):
         super().__init__(
             decay=decay, update_every_n_steps=update_every_n_steps, update_starting_at_step=update_starting_at_step
         )
-        self.swapped = False
+        self.decay, self.swapped = decay, False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Make room for the averages on the device that the module will be moved to after this.
+
+        The count of updates stays on the CPU: it is looked at before each.
+        """
+        self._device = trainer.strategy.root_device
+        super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            self._average_model.n_averaged = torch.zeros((), dtype=torch.long)
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the averages after an optimiser step; the first takes the weights as they are."""
+        step, average = trainer.global_step, self._average_model
+        if average is None or step <= self._latest_update_step or not self.should_update(step_idx=step - 1):
+            return
+        ours, theirs = ([*module.parameters(), *module.buffers()] for module in (average.module, pl_module))
+        decay = self.decay if average.n_averaged > 0 else 0.0
+        floating = [i for i, one in enumerate(ours) if one.is_floating_point()]
+        torch._foreach_lerp_([ours[i] for i in floating], [theirs[i] for i in floating], 1 - decay)
+        for i in set(range(len(ours))).difference(floating):
+            ours[i].copy_(theirs[i])
+        average.n_averaged += 1
+        self._latest_update_step = step
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Swap averaged weights in."""
@@ -72,7 +104,7 @@ class AveragedWeights(EMAWeightAveraging):
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """last.ckpt, overwritten at every validation, every so many steps in between, and when the run is interrupted.
+    """last.ckpt, overwritten at every validation, every few minutes in between, and when the run is interrupted.
 
     A non-finite loss does not overwrite it: the weights that led there are of no use.
 
@@ -83,13 +115,15 @@ class LastCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: the folder; `train.py` gives the run's.
-        every: optimiser steps between saves; 0 saves at validations alone. It is what a killed run loses at most.
+        every: optimiser steps between saves, which is what a killed run loses at most; 0 saves at validations alone.
+            None looks at the clock of rank 0 every 50 steps, and saves if it is `minutes` since it last did.
+        minutes: see `every`.
     """
 
-    def __init__(self, dirpath: str | None = None, every: int = 250) -> None:
-        in_range(0, float("inf"), every=every)
+    def __init__(self, dirpath: str | None = None, every: int | None = None, minutes: float = 3.0) -> None:
+        in_range(0, float("inf"), every=every or 0, minutes=minutes)
         super().__init__(dirpath=dirpath, filename="last", enable_version_counter=False, save_on_exception=True)
-        self.every = every
+        self.every, self.minutes, self.saved = every, minutes, time.monotonic()
         self.interrupted, self.begun = False, 0
         self.together, self.asked = False, 0
 
@@ -162,10 +196,22 @@ class LastCheckpoint(ModelCheckpoint):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if it is time and no validation follows, which saves by itself."""
-        due = self.every and trainer.global_step % self.every == 0
-        due = due and (trainer.fit_loop.total_batch_idx + 1) % (trainer.val_check_batch or math.inf) != 0
+        due = self._due(trainer) and (trainer.fit_loop.total_batch_idx + 1) % (trainer.val_check_batch or math.inf) != 0
         if due and not self._should_skip_saving_checkpoint(trainer):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        """Whether it is time to save, the same on every rank."""
+        if self.every is not None:
+            return self.every > 0 and trainer.global_step % self.every == 0
+        if trainer.global_step % LOOK:
+            return False
+        return trainer.strategy.broadcast(time.monotonic() - self.saved >= 60 * self.minutes)
+
+    def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
+        """Save, and start the clock anew."""
+        super()._save_checkpoint(trainer, filepath)
+        self.saved = time.monotonic()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> Any:
         """Save, unless the loss is no longer finite, nothing can be saved, or the weights are half changed."""

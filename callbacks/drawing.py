@@ -1,7 +1,7 @@
 """Drawing samples on all ranks."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -82,6 +82,11 @@ def data_of(trainer: L.Trainer) -> DataModule:
     return trainer.datamodule  # type: ignore[attr-defined]
 
 
+def precision_of(trainer: L.Trainer) -> AbstractContextManager[Any]:
+    """The precision that `predict` draws in, so that samples are judged and shown as they are written."""
+    return trainer.precision_plugin.predict_step_context()
+
+
 @contextmanager
 def all_or_none(trainer: L.Trainer) -> Iterator[None]:
     """Fail on every rank if sampling fails on one, so that no rank waits for the others in what follows."""
@@ -116,7 +121,8 @@ def draw(
             indices = mine[start : start + batch_size]
             label = classes_of(pl_module, indices)
             watch = partial(_move, progress, start, len(indices), pl_module.samplers[name].calls)
-            x = pl_module.sample(indices, sampler=sampler, seed=seed, label=label, watch=watch)
+            with precision_of(trainer):
+                x = pl_module.sample(indices, sampler=sampler, seed=seed, label=label, watch=watch)
             _move(progress, start, len(indices), 1, 1)
             yield data_of(trainer).decode(x)
 

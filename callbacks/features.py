@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bd_lightning.checks import UserError, positive
 from bd_lightning.progress import bar
+from callbacks.vision_transformer import VisionTransformer
 from datamodules.cache import cache_path, load_cached, save_cached
 from datamodules.images import ImageDataModule, to_unit
 
@@ -45,6 +46,11 @@ class ImageFeatures(nn.Module):
         Raises:
             UserError: as `check`.
         """
+
+    @property
+    def protocol(self) -> str:
+        """What files of statistics are told apart by, known before the features are."""
+        return " ".join(map(str, self.key))
 
     @property
     def facts(self) -> dict[str, float]:
@@ -114,7 +120,7 @@ class ClassifierFeatures(ImageFeatures):
                 save_cached({"state": self.state_dict(), "accuracy": self.accuracy, "kid_scale": self.kid_scale}, path)
                 rank_zero_info(
                     f"Trained a classifier of {data.name} for FID in {time.perf_counter() - start:.0f} s: "
-                    f"{self.accuracy:.1%} of the validation split right; kept in {path}"
+                    f"{self.accuracy:.1%} of the {data.unseen} split right; kept in {path}"
                 )
             else:
                 self.load_state_dict(cached["state"])
@@ -146,8 +152,8 @@ class ClassifierFeatures(ImageFeatures):
 
     @torch.no_grad()
     def _validate(self, data: ImageDataModule) -> tuple[float, float]:
-        """Accuracy on the validation split, and the root mean square of the features there."""
-        loader = torch.utils.data.DataLoader(data.load_split("val"), 500, collate_fn=data.collate)
+        """Accuracy on a split that is not trained on, and the root mean square of the features there."""
+        loader = torch.utils.data.DataLoader(data.load_split(data.unseen), 500, collate_fn=data.collate)
         right, squares = [], []
         for x, y in loader:
             features = self.trunk(x)
@@ -219,3 +225,68 @@ class InceptionFeatures(ImageFeatures):
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
         return self.network(images)[0]
+
+
+class DINOv2Features(ImageFeatures):
+    """The class token of DINOv2 ViT-L/14, which FD_DINOv2 is computed in; images as EDM2 prepares them.
+
+    They are resized to 224×224, bicubic and antialiased, scaled to [0, 1] and standardised by ImageNet's mean and
+    deviation. Grey images are repeated into three channels.
+
+    Args:
+        weights: path of dinov2_vitl14_pretrain.pth; None downloads it.
+
+    References:
+        | Stein et al., Exposing Flaws of Generative Model Evaluation Metrics, arXiv 2306.04675 (FD in DINOv2 features)
+        | Karras et al., Analyzing and Improving the Training Dynamics of Diffusion Models, arXiv 2312.02696 (EDM2)
+    """
+
+    num_features = 1024
+    description = "1024 DINOv2 ViT-L/14 features, images resized to 224×224, bicubic and antialiased"
+    key = ("dinov2-vitl14", 224, "bicubic antialiased")
+    url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
+    network: nn.Module
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        if weights is not None and not Path(weights).is_file():
+            raise ValueError(f"weights: file not found: {weights}")
+        self.weights, self.network, self.loaded = weights, nn.Identity(), False
+        for name, values in {"mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}.items():
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
+
+    def check(self, data: ImageDataModule) -> None:
+        if self.loaded:
+            return
+        try:
+            if self.weights:
+                state = torch.load(self.weights, weights_only=True, mmap=True)
+            else:
+                state = torch.hub.load_state_dict_from_url(self.url, map_location="cpu", weights_only=True)
+            network = VisionTransformer(width=self.num_features)
+            network.load_state_dict(state)
+        except Exception as error:  # no network, or a file that is not these weights
+            source = f"read from {self.weights}" if self.weights else "downloaded"
+            raise UserError(
+                f"the DINOv2 weights could not be {source} ({' '.join(str(error).split())[:200]}); "
+                "give callbacks.metrics.features.weights the path of dinov2_vitl14_pretrain.pth"
+            ) from error
+        self.network = network
+        self.requires_grad_(False).eval()
+        self.loaded = True
+
+    def prepare(self, data: ImageDataModule) -> None:
+        self.check(data)
+
+    def standardised(self, images: Tensor) -> Tensor:
+        """Bytes (B, 1 or 3, H, W) as the network takes them, (B, 3, 224, 224)."""
+        x = images.expand(-1, 3, -1, -1).float()
+        x = F.interpolate(x, size=(224, 224), mode="bicubic", antialias=True)
+        return (x / 255 - self.mean) / self.deviation
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of bytes (B, 1 or 3, H, W); (B, 1024)."""
+        return self.network(self.standardised(images))

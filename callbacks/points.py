@@ -74,7 +74,7 @@ class PointMetrics(Evaluation):
     def _floor(self, data: DataModule, split: str) -> tuple[float, float]:
         """Mean distances between training and held-out points."""
         if split not in self.floors:
-            train = data.split("train").x
+            train = data.split("train").x.cpu()
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
             self.floors[split] = self._distances(train[order[: self._total(data)]], data, split)
         return self.floors[split]

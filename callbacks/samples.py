@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from bd_lightning.checks import positive
-from callbacks.drawing import SampleModule, check, classes_of, data_of, draw_together
+from callbacks.drawing import SampleModule, check, classes_of, data_of, draw_together, precision_of
 from callbacks.evaluation import Evaluation, unless_lost
 from callbacks.pictures import grid_image, publish_animation, publish_picture
 from datamodules.images import to_uint8
@@ -94,7 +94,8 @@ class Trajectory(L.Callback):
         pl_module.eval()
         try:
             subject = f"animation of sampler '{self.sampler}'"
-            states = unless_lost(trainer, subject, partial(self.draw, cast(SampleModule, pl_module)))
+            with precision_of(trainer):
+                states = unless_lost(trainer, subject, partial(self.draw, cast(SampleModule, pl_module)))
         finally:
             pl_module.train(training)
         if states is not None:

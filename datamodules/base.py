@@ -1,8 +1,10 @@
 """What all data modules share: facts, splits and loaders."""
 
+import math
 import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from functools import singledispatch
 from typing import Any
 
 import lightning as L
@@ -22,6 +24,15 @@ class DataError(UserError):
     def __init__(self, text: str) -> None:
         _, worker, sentence = text.rpartition("DataError: ")
         super().__init__(sentence.strip() if worker else text)
+
+
+SHARE = 0.2
+"""A split is moved to the device that trains if it takes at most this share of what is free there."""
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that are free on a GPU; infinite on other devices."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
 
 
 class Rows(Dataset):
@@ -44,8 +55,25 @@ class Rows(Dataset):
         return x[0], y[0]
 
     def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        rows = torch.as_tensor(indices)
+        rows = torch.as_tensor(indices).to(self.x.device, non_blocking=True)
         return self.x[rows], self.labels[rows]
+
+
+@singledispatch
+def moved(split: Any, device: torch.device) -> bool:
+    """Move a split to the device that trains, if there is plenty of room; whether it lies on a device of its own now.
+
+    Batches are then put together there. A split that is not held in memory stays where it is.
+    """
+    return False
+
+
+@moved.register
+def _(split: Rows, device: torch.device) -> bool:
+    if split.x.nbytes > SHARE * free_memory(device):
+        return False
+    split.x, split.labels = split.x.to(device), split.labels.to(device)
+    return device.type != "cpu"
 
 
 class ShuffledShare(DistributedSampler):
@@ -83,11 +111,31 @@ class Data(L.LightningDataModule):
         name: what caches and protocols call it.
         root: folder of data sets; also holds what is derived from them.
         batch_size: batch size of one device.
+        total_batch_size: effective batch that `batch_size` follows from; None where it is given itself.
     """
 
     name: str
     root: str
     batch_size: int
+    total_batch_size: int | None = None
+
+    def share(self, parts: int) -> None:
+        """Cut `total_batch_size`, if there is one, into the batches of devices and of accumulated steps.
+
+        Args:
+            parts: devices × nodes × accumulated batches.
+
+        Raises:
+            DataError: if it cannot be cut into so many of two samples at least.
+        """
+        total = self.total_batch_size
+        if total is not None:
+            if total % parts or total < 2 * parts:
+                raise DataError(
+                    f"data.total_batch_size {total} cannot be cut into {parts} equal batches of at least 2, one for "
+                    "each device and accumulated step: choose a multiple, or set data.batch_size alone"
+                )
+            self.batch_size = total // parts
 
     @property
     @abstractmethod
@@ -112,39 +160,44 @@ class DataModule(Data):
         class_names: names of the classes, in label order; empty if there are none.
         sigma_data: standard deviation of the training samples in the model's units.
         reference_split: split that samples are compared with: "stage" is the held-out split of the running stage.
+        unseen: the split to judge by what is not trained on.
         density: the density that the samples are from, where it is known in closed form.
 
     Args:
         root: folder of data sets; also holds what is derived from them.
         batch_size: batch size of one device. The effective batch is batch_size × devices × nodes ×
             trainer.accumulate_grad_batches.
+        total_batch_size: the effective batch itself; with it, batch_size is what is left for one device.
         eval_batch_size: batch size of validation and test.
-        num_workers: worker processes of each loader; each is seeded from the run's seed.
-        pin_memory: copy batches to page-locked memory, for GPUs.
+        num_workers: worker processes of each loader; each is seeded from the run's seed. A training split that lies
+            on the device as a whole (see `moved`) needs none.
+        pin_memory: copy batches to page-locked memory, for GPUs; likewise.
     """
 
     shape: tuple[int, ...]
     class_names: tuple[str, ...] = ()
     sigma_data: float
     reference_split: str = "stage"
+    unseen: str = "val"
     density: Density | None = None
 
     def __init__(
         self,
         root: str = "data",
         batch_size: int = 128,
+        total_batch_size: int | None = None,
         eval_batch_size: int = 500,
         num_workers: int = 0,
         pin_memory: bool = False,
     ) -> None:
         super().__init__()
         self.name = type(self).__name__
-        positive(batch_size=batch_size, eval_batch_size=eval_batch_size)
+        positive(batch_size=batch_size, eval_batch_size=eval_batch_size, total_batch_size=total_batch_size or 1)
         if batch_size < 2:
             raise ValueError("batch_size must be at least 2: the kernel estimate averages over pairs")
         in_range(0, 256, num_workers=num_workers)
         self.root = root
-        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size
+        self.batch_size, self.eval_batch_size, self.total_batch_size = batch_size, eval_batch_size, total_batch_size
         self.num_workers, self.pin_memory = num_workers, pin_memory
         self.splits: dict[str, Any] = {}
 
@@ -202,13 +255,16 @@ class DataModule(Data):
         """Pass a batch that was fetched whole; stack one that came image by image."""
         return batch if isinstance(batch, tuple) else torch.utils.data.default_collate(batch)
 
-    def _loader(self, dataset: Dataset, kind: type[DataLoader] = DataLoader, **options: Any) -> DataLoader:
+    def _loader(
+        self, dataset: Any, kind: type[DataLoader] = DataLoader, there: bool = False, **options: Any
+    ) -> DataLoader:
+        workers = 0 if there else self.num_workers
         return kind(
             dataset,
             collate_fn=self.collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.pin_memory,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=self.pin_memory and not there,
             **options,
         )
 
@@ -229,7 +285,8 @@ class DataModule(Data):
             return trainer.fit_loop.epoch_loop.batch_progress.current.ready * self.batch_size if trainer else 0
 
         sampler = ShuffledShare(split, world, rank, seen)
-        return self._loader(split, _Late, batch_size=self.batch_size, sampler=sampler, drop_last=True)
+        there = trainer is not None and moved(split, trainer.strategy.root_device)
+        return self._loader(split, _Late, there, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def eval_dataloader(self, split: str) -> DataLoader:
         """Batches of a split in order."""

@@ -113,5 +113,5 @@ class ImageDataModule(DataModule):
             return batch
         x, labels = batch
         generator = torch.Generator().manual_seed(batch_seed(self.trainer, FLIPS))
-        mirrored = torch.rand((len(x), 1, 1, 1), generator=generator) < 0.5
+        mirrored = (torch.rand((len(x), 1, 1, 1), generator=generator) < 0.5).to(x.device, non_blocking=True)
         return torch.where(mirrored, x.flip(-1), x), labels

@@ -4,20 +4,25 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets import VisionDataset
 
-from bd_lightning.checks import positive
+from bd_lightning.checks import in_range
 from datamodules.base import DataError
 from datamodules.images import ByteImages, ImageDataModule
+
+SEEN = 5000
+"""Training images that losses are validated on if no image is held out."""
 
 
 class _Torchvision(ImageDataModule):
     """The official training set less `val_size` images (by a fixed shuffle), those images, and the official test set.
 
     Args:
-        val_size: images of the training set that validation uses.
+        val_size: images of the training set that validation uses and training does not. 0 trains on all of them: losses
+            are then validated on 5,000 training images, and samples compared with the whole training set, at tests too.
         download: fetch the files if they are not under `root`.
         options: arguments of `ImageDataModule`.
     """
@@ -27,12 +32,23 @@ class _Torchvision(ImageDataModule):
 
     def __init__(self, val_size: int = 5000, download: bool = True, **options: Any) -> None:
         super().__init__(**options)
-        positive(val_size=val_size)
+        in_range(0, float("inf"), val_size=val_size)
         self.val_size, self.download = val_size, download
+        if not val_size:
+            self.reference_split, self.unseen = "train", "test"
 
     @property
     def fingerprint(self):
         return [*super().fingerprint, self.val_size]
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits of a stage; say so if validation has seen its images."""
+        super().setup(stage)
+        if stage == "fit" and not self.val_size:
+            rank_zero_info(
+                f"data.val_size=0: all {len(self.split('train'))} images are trained on; validation takes "
+                f"{len(self.split('val'))} of them, and FID compares with the training set"
+            )
 
     def _open(self, train: bool, download: bool = False) -> VisionDataset:
         try:
@@ -64,7 +80,7 @@ class _Torchvision(ImageDataModule):
             if self.val_size >= len(images):
                 raise DataError(f"data.val_size {self.val_size} leaves none of the {len(images)} images for training")
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
-            rows = order[self.val_size :] if split == "train" else order[: self.val_size]
+            rows = order[self.val_size :] if split == "train" else order[: self.val_size or SEEN]
             images, labels = images[rows], labels[rows]
         return ByteImages(images, labels)
 

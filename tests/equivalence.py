@@ -4,7 +4,8 @@
 
 `tests/equivalence.json` was written by the code before its parts moved into rooms of their own (at
 commit 8f2ffcc, one thread, torch 2.15); `--write` replaces it. Every config is cut to two cores as in
-`fuzz.needed`; parameters get seeded noise, since heads start at zero; steps are AdamW's on three batches of up to 96.
+`fuzz.needed`; parameters get seeded noise, since heads start at zero; steps are AdamW's on three batches of up to 96;
+samples are drawn from the noise of then (`earlier_noise`).
 Prints the largest relative difference of each config, in losses, parameters and samples.
 """
 
@@ -27,6 +28,7 @@ import torch
 from bd_lightning.cli import build
 from bd_lightning.cli import config as configs
 from tests import fuzz
+from tests.earlier_noise import earlier_noise
 
 KEPT = Path(__file__).with_suffix(".json")
 ROOT = KEPT.parent.parent
@@ -118,7 +120,7 @@ def measure(config: str, place: Path) -> dict[str, Any]:
         values["loss"].backward()
         optimizer.step()
     squares = torch.stack([p.detach().double().square().sum() for p in module.parameters()])
-    with torch.no_grad():
+    with torch.no_grad(), earlier_noise():
         return {"losses": losses, "parameters": float(squares.sum().sqrt()), "samples": draw(data, module.eval())}
 
 

@@ -8,10 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import train
+from bd_lightning.cli import objects
 from bd_lightning.cli.build import instantiate
 from bd_lightning.cli.config import compose, parse
 from conftest import ROOT
-from datamodules.base import ShuffledShare
+from datamodules import Digits
+from datamodules.base import DataError, ShuffledShare
 from joined_step import FACTS, gradient
 
 ONE = "model=mlp model.network.width=16 model.network.depth=1 model.network.dropout=0"
@@ -68,3 +71,35 @@ def test_ranks_share_the_batches_of_one_process():
     assert len(joined) == len(shares[0]) == 10
     assert [set(batch) for batch in joined] == [set(a) | set(b) for a, b in zip(*shares)]
     assert batches(2, 1, 5, seen=35) == shares[1][7:]
+
+
+def test_the_effective_batch_is_shared_out(tmp_path, capsys):
+    data = Digits(root=str(tmp_path), batch_size=16, total_batch_size=96)
+    data.share(6)
+    assert data.batch_size == 16 and data.total_batch_size == 96
+    data.share(2)
+    assert data.batch_size == 48
+    for parts in (5, 96):
+        with pytest.raises(DataError, match=f"total_batch_size 96 cannot be cut into {parts} equal batches"):
+            data.share(parts)
+    words = [
+        *ONE.split(),
+        "trainer=cpu",
+        "trainer.accumulate_grad_batches=7",
+        "data.total_batch_size=100",
+        "logger=none",
+    ]
+    words += ["callbacks.metrics=null", "callbacks.best=null", f"root={tmp_path}", f"data.root={tmp_path}"]
+    assert train.main(words) == 2
+    assert "data.total_batch_size 100 cannot be cut into 7 equal batches" in capsys.readouterr().err
+
+
+def test_no_more_processes_than_cores(capsys, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(4))
+    for words in (["trainer.accelerator=cpu", "trainer.devices=100"], ["trainer=cpu", "trainer.devices='5'"]):
+        assert train.main([*words, "logger=none"]) == 2
+        said = capsys.readouterr().err
+        assert "a process each, and this machine has 4 cores: set trainer.devices to 4 or less" in said
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(1))
+    objects._refuse_processes({"devices": 2}, True)  # trainer=ddp_cpu, on the smallest machine
+    objects._refuse_processes({"devices": 8}, False)

@@ -43,6 +43,7 @@ TOP_LEVEL: dict[str, Any] = {
     "remove": list[int | str] | None,
     "merge": dict[str, float] | None,
     "calibrate": int,
+    "export": str | None,
     "trust": bool,
 }
 NOT_KEPT = ("format", "facts", "trust")

@@ -73,6 +73,7 @@ def _run(plan: Plan, run_dir: Path) -> None:
     callbacks = [begin, *objects.callbacks(plan)]
     loggers = build_loggers(plan, callbacks, run_dir)
     trainer = build_trainer(plan, loggers, callbacks)
+    data.share(trainer.world_size * trainer.accumulate_grad_batches)
     if plan.command == "fit" and trainer.is_global_zero:
         announce(plan, trainer, data, model)
     carry_out(plan, trainer, data, model)

@@ -1,5 +1,6 @@
 """What every command builds from its plan."""
 
+import os
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
@@ -19,6 +20,7 @@ from bd_lightning.cli.quiet import quiet
 from bd_lightning.facts import Facts
 from callbacks.checkpoints import LastCheckpoint
 from callbacks.evaluation import Evaluation
+from callbacks.metrics import ImageMetrics
 
 
 def prepare(config: Mapping[str, Any]) -> None:
@@ -35,8 +37,24 @@ def prepare(config: Mapping[str, Any]) -> None:
             f"'trainer.accelerator' is {accelerator}, and PyTorch finds no GPU here; "
             "set trainer=cpu, and to train choose an experiment of that size, e.g. experiment=mnist_small"
         )
+    _refuse_processes(config["trainer"], accelerator == "cpu" or not gpus)
     progress.show((config["callbacks"] or {}).get("progress") is not None)
     L.seed_everything(config["seed"], workers=True, verbose=False)
+
+
+def _refuse_processes(trainer: Mapping[str, Any], cpu: bool) -> None:
+    """Refuse more processes on a CPU than it has cores, which would take the memory of the machine. Two may share one.
+
+    Raises:
+        UserError: with the number of cores.
+    """
+    devices = str(trainer.get("devices") or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if cpu and devices.isdigit() and int(devices) > max(2, cores):
+        raise UserError(
+            f"'trainer.devices' is {devices}, a process each, and this machine has {cores} cores: set trainer.devices "
+            f"to {cores} or less"
+        )
 
 
 def model(plan: Plan, facts: Facts) -> Any:
@@ -65,8 +83,12 @@ def callbacks(plan: Plan) -> list[Any]:
         if saves:
             extra = {"dirpath": checkpoint_folder(node, f"callbacks.{name}", plan.run_dir, cls)}
             node = {key: value for key, value in node.items() if key != "dirpath"}
+        if plan.config["export"] and issubclass(cls, ImageMetrics):
+            extra["export"] = plan.config["export"]
         built.append(build.instantiate(node, f"callbacks.{name}", **extra))
     _check_monitors(built)
+    if plan.config["export"] and not any(isinstance(callback, ImageMetrics) for callback in built):
+        raise UserError("export keeps the samples that ImageMetrics judges, and no such callback is here")
     return sorted(built, key=lambda callback: isinstance(callback, WeightAveraging))
 
 

@@ -53,7 +53,7 @@ class Plan:
     @property
     def record(self) -> dict[str, Any]:
         """The config as it is kept: what repeats the run."""
-        own = {"ckpt_path": None, "run_id": None, "trust": False}
+        own = {"ckpt_path": None, "run_id": None, "export": None, "trust": False}
         return {"format": FORMAT, **self.config, **own}
 
 
@@ -68,6 +68,8 @@ def resolve(argv: Sequence[str]) -> Plan:
         raise UserError("predict draws what the checkpoint has learned: leave data= out")
     asked = config = configs.compose(request)
     build.check_keys(config)
+    if config["export"] and request.command != "test":
+        raise UserError("export keeps the samples of a test: train.py test ckpt_path=… export=FILE.npz")
     build.trusted.set(None if config["trust"] else frozenset(build.targets(config)))
     path = _existing(config) if config["ckpt_path"] == "last" else config["ckpt_path"]
     checkpoint = None

@@ -1,16 +1,16 @@
-"""What all samplers share: noise per sample, and the guard."""
+"""What all samplers share: the start, and the guard."""
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from bd_lightning.checks import UserError, in_range, one_of, positive
+from bd_lightning.dynamics.noise import SampleNoise
 from bd_lightning.fields import FieldPair
 
 
@@ -36,38 +36,6 @@ class SamplingDiverged(UserError):
             f"of the sampler (non-finite or far out); {cause}"
         )
         self.step, self.x, self.lost = step, x, lost
-
-
-class SampleNoise:
-    """Gaussian noise with one random stream per sample, so that sample i is the same in any batch, on any rank.
-
-    The streams are counter-based (Philox) with the key (seed, index), so that no two of them overlap.
-
-    Args:
-        indices: index of each sample, length B.
-        shape: shape of one sample.
-        seed: seed of the whole set of samples.
-        device: where the noise is wanted. It is drawn on the CPU, so that devices agree.
-    """
-
-    def __init__(
-        self, indices: Sequence[int], shape: Sequence[int], seed: int = 0, device: torch.device | str = "cpu"
-    ) -> None:
-        self.shape, self.device = tuple(shape), torch.device(device)
-        self.streams = [np.random.Generator(np.random.Philox(key=[seed, int(i)])) for i in indices]
-
-    def __len__(self) -> int:
-        return len(self.streams)
-
-    def __call__(self) -> Tensor:
-        """The next standard normal draw, shape (B, *shape)."""
-        draws = np.stack([stream.standard_normal(self.shape, dtype=np.float32) for stream in self.streams])
-        return torch.from_numpy(draws).to(self.device)
-
-    def uniform(self) -> Tensor:
-        """The next uniform draw, of mean zero and variance one, shape (B, *shape)."""
-        draws = np.stack([stream.random(self.shape, dtype=np.float32) for stream in self.streams])
-        return torch.from_numpy((2 * draws - 1) * np.float32(3**0.5)).to(self.device)
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ class RelativeFields(nn.Module, FieldPair):
 
     def count(self, label: Tensor) -> None:
         """Count the classes (B,) of a batch of training data."""
-        self.counts += torch.bincount(label, minlength=len(self.counts))
+        self.counts.index_add_(0, label, torch.ones_like(label, dtype=self.counts.dtype))  # bincount reads back
 
     def forward(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """ρ (B,) and g = ½ρ(∇log p_σ + U) (B, *) of the density of the training data."""

@@ -1,9 +1,7 @@
 """A small U-Net for images.
 
 Residual blocks modulated by the noise level, after Dhariwal and Nichol (arXiv 2105.05233), with self-attention at
-the resolutions asked for. Attention is written with plain matrix products, because the fused kernels have no
-forward-mode derivative and the divergence form of the losses needs one. Convolutions run channels-last, which is
-faster on CPUs and on GPUs.
+the resolutions asked for. Convolutions run channels-last, which is faster on CPUs and on GPUs.
 """
 
 import math
@@ -15,7 +13,7 @@ from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, positive
 from bd_lightning.networks.base import Network
-from bd_lightning.networks.dual import Conv2d, GroupNorm, Linear, modulate, softmax
+from bd_lightning.networks.dual import Conv2d, GroupNorm, Linear, attention, modulate
 from bd_lightning.networks.embedding import ConditionEmbedding, head_shape, zero_init
 
 
@@ -34,8 +32,7 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         b, c, h, w = x.shape
         q, k, v = self.qkv(self.norm(x)).reshape(b, 3, self.heads, c // self.heads, h * w).unbind(1)
-        weights = softmax(q.transpose(-1, -2) @ k / math.sqrt(c // self.heads))
-        return x + self.out((v @ weights.transpose(-1, -2)).reshape(b, c, h, w))
+        return x + self.out(attention(q, k, v).reshape(b, c, h, w))
 
 
 class _Block(nn.Module):

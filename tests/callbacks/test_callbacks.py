@@ -26,6 +26,7 @@ from callbacks import (
 from callbacks.drawing import draw, draw_together
 from callbacks.evaluation import Evaluation, Findings, Metric, shown
 from callbacks.records import append_record
+from counted import Counted
 from datamodules import Digits
 
 
@@ -105,6 +106,72 @@ def test_exception_during_validation_saves_weights_in_their_places(tmp_path, cac
     start = build().fields.network.enter.weight
     average, current = saved["state_dict"][name], saved["current_model_state"][name]
     assert (average - start).norm() < (current - start).norm()  # decay 1: the average is the first step's
+
+
+def test_averages_live_where_the_model_trains_and_take_one_call(tmp_path):
+    """Lightning moves the model after `setup`, in which the averages are made."""
+    module, average = build(), AveragedWeights(decay=0.9)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")), global_step=0)
+    average.setup(trainer, module, "fit")
+    module.to("meta")
+    made = average._average_model
+    assert {p.device.type for p in made.module.parameters()} == {"meta"} and made.n_averaged.device.type == "cpu"
+    for step in (1, 2, 3):
+        trainer.global_step = step
+        with Counted() as calls:  # reading a number of the device back would fail: meta has none
+            average.on_train_batch_end(trainer, module, None, None, step)
+    updates = [name for name in calls.names if "lerp" in name]
+    assert (
+        updates == ["aten._foreach_lerp_.Scalar"]
+        and not any("copy" in name for name in calls.names)
+        and int(made.n_averaged) == 3
+    )
+
+
+def test_averages_are_what_they_were(tmp_path, cache):
+    average = AveragedWeights(decay=0.7)
+    kept = []
+
+    class Watch(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            kept.append(pl_module.fields.network.enter.weight.detach().clone())
+
+    trainer, _ = fit(tmp_path, cache, [Watch(), average], steps=6)
+    expected = kept[0]
+    for weight in kept[1:]:
+        expected = 0.7 * expected + 0.3 * weight
+    torch.testing.assert_close(trainer.lightning_module.fields.network.enter.weight.detach(), expected)
+
+
+def test_samples_are_judged_in_the_precision_that_they_are_written_in(tmp_path):
+    module = build().eval()
+    for p in module.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    trainer = L.Trainer(accelerator="cpu", devices=1, precision="bf16-mixed", logger=False, default_root_dir=tmp_path)
+    trainer.datamodule = Digits(root=str(tmp_path))
+    with trainer.precision_plugin.predict_step_context():  # as in `predict`
+        written = module.sample(range(6), "ode", 0)
+    judged = draw_together(trainer, module, 6, 6, 0, "ode")
+    assert torch.equal(judged, written)
+    assert (module.sample(range(6), "ode", 0) - written).abs().max() > 1e-4
+
+
+def test_last_is_saved_by_the_clock(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("callbacks.checkpoints.time.monotonic", lambda: now[0])
+    last = LastCheckpoint(str(tmp_path), minutes=2.0)
+    trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda x: x), global_step=0)
+    due = []
+    for step in range(1, 701):
+        now[0] += 1.0
+        trainer.global_step = step
+        if last._due(trainer):
+            due.append(step)
+            last.saved = now[0]
+    assert due == [150, 300, 450, 600]  # at looks, every 50 steps, two minutes and more apart
+    steps = LastCheckpoint(str(tmp_path), every=4)
+    assert [s for s in range(1, 10) if steps._due(SimpleNamespace(global_step=s))] == [4, 8]
+    assert not LastCheckpoint(str(tmp_path), every=0)._due(SimpleNamespace(global_step=250))
 
 
 def test_pictures_are_written(tmp_path, cache):

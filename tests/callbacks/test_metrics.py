@@ -1,21 +1,21 @@
 """FID, its features and its caches."""
 
-import json
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import UserError
-from callbacks import ClassifierFeatures, ImageMetrics, InceptionFeatures
-from callbacks.features import ImageFeatures
+from callbacks import ClassifierFeatures, DINOv2Features, ImageMetrics, InceptionFeatures
+from callbacks import features as features_module
 from callbacks.memorisation import memorisation, nearest_two, some_images
 from callbacks.metrics import frechet_distance, precision_recall
+from callbacks.moments import frechet, moments_of
+from callbacks.vision_transformer import VisionTransformer
 from datamodules import Digits, to_uint8
 from datamodules.cache import load_cached, save_cached
-from datamodules.images import ByteImages, ImageDataModule, to_unit
+from datamodules.images import to_unit
+from fake_images import Drawn, Shades, evaluated, fake_trainer
 
 
 def features(root, **options):
@@ -60,33 +60,6 @@ def test_copies_of_training_images_are_found(tmp_path):
     assert values["distance_ratio"] == pytest.approx(1, abs=0.1)
 
 
-class Drawn:
-    """What ImageMetrics needs of a model: uniform noise stands for its samples."""
-
-    device, sampler, loaded_step = torch.device("cpu"), "noise", 0
-    samplers = {"noise": SimpleNamespace(calls=1)}
-
-    def __init__(self):
-        self.logged = {}
-
-    def log_dict(self, values, sync_dist):
-        self.logged |= {key: float(value) for key, value in values.items()}
-
-    def all_gather(self, x):
-        return x[None]
-
-
-def fake_trainer(data, model, folder):
-    """A trainer of one process, as far as evaluations look at it."""
-    strategy = SimpleNamespace(
-        barrier=lambda name: None, reduce_boolean_decision=lambda done, all: done, broadcast=lambda found: found
-    )
-    return SimpleNamespace(
-        datamodule=data, lightning_module=model, global_rank=0, world_size=1, global_step=0, is_global_zero=True,
-        strategy=strategy, sanity_checking=False, default_root_dir=str(folder), loggers=[],
-    )  # fmt: skip
-
-
 def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypatch):
     """FID uses every sample and keeps none; at most KEPT features stay for the other metrics."""
     kept, batches = [], []
@@ -104,7 +77,7 @@ def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypa
 
     monkeypatch.setattr("callbacks.metrics.KernelInceptionDistance", Watched)
     monkeypatch.setattr("callbacks.metrics.draw", noise)
-    monkeypatch.setattr("callbacks.metrics.KEPT", 300)
+    monkeypatch.setattr("callbacks.references.KEPT", 300)
     data, model = Digits(root=str(tmp_path)), Drawn()
     trainer = fake_trainer(data, model, tmp_path)
     metrics = ImageMetrics(ClassifierFeatures(steps=50), n=5000, batch_size=100, kid_subset=100)
@@ -112,54 +85,9 @@ def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypa
     metrics.on_test_epoch_end(trainer, model)
     assert max(kept) <= 600 and sum(map(len, batches)) == 5000
     rows = torch.cat([metrics.features(to_uint8(x)) for x in batches])
-    expected = frechet_distance(metrics.references["test"]["features"], rows)
+    expected = frechet(metrics.references["test"].gaussian, moments_of(rows))
     assert model.logged["test/fid"] == pytest.approx(expected, rel=1e-5)
     assert model.logged["test/kid"] > 0 and model.logged["test/precision"] < 0.5
-
-
-class Shades(ImageDataModule):
-    """Images of ten classes, told apart by their brightness, either class by class or in random order."""
-
-    shape, sigma_data, sizes = (1, 8, 8), 0.5, {"train": 6000, "val": 1500, "test": 1500}
-
-    def __init__(self, shuffled, **options):
-        super().__init__(**options)
-        self.name = f"Shades-{shuffled}"
-        self.shuffled = shuffled
-
-    def read_split(self, split):
-        generator = torch.Generator().manual_seed(len(split))
-        labels = torch.arange(self.sizes[split]) * 10 // self.sizes[split]
-        noise = torch.randint(0, 30, (len(labels), *self.shape), generator=generator)
-        rows = ByteImages((20 * labels[:, None, None, None] + noise).to(torch.uint8), labels)
-        return rows.take(torch.randperm(len(labels), generator=generator)) if self.shuffled else rows
-
-
-class Halves(ImageFeatures):
-    """Brightness of the halves of an image."""
-
-    num_features, description, key, kid_scale = 2, "brightness of both halves", ("halves",), 100.0
-
-    def prepare(self, data):
-        pass
-
-    def forward(self, images):
-        return images.float().flatten(2).unflatten(2, (2, -1)).mean((1, 3))
-
-
-def evaluated(data, folder, monkeypatch, samples):
-    """The record of a validation of given samples."""
-
-    def given(trainer, model, n, batch_size, seed, sampler):
-        yield samples[:n]
-
-    monkeypatch.setattr("callbacks.metrics.draw", given)
-    monkeypatch.setattr("callbacks.metrics.KEPT", 400)
-    trainer, model = fake_trainer(data, Drawn(), folder), Drawn()
-    metrics = ImageMetrics(Halves(), n=400, kid_subset=100)
-    metrics.setup(trainer, model, "validate")
-    metrics.on_validation_epoch_end(trainer, model)
-    return json.loads((folder / "fid.json").read_text())[-1]
 
 
 def test_the_order_of_the_data_does_not_matter(tmp_path, monkeypatch):
@@ -273,3 +201,43 @@ def test_inception_weights_that_cannot_be_had(tmp_path, monkeypatch):
     monkeypatch.setattr(source, "load_state_dict_from_url", no_network)
     with pytest.raises(UserError, match="could not be downloaded .*no network here.*ClassifierFeatures"):
         InceptionFeatures().prepare(Digits())
+
+
+def test_inception_features_are_those_of_torch_fidelity(inception_weights):
+    """The published protocol: its own resize, of bytes, to 299×299, bit by bit."""
+    source = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3", reason="torch-fidelity is not here")
+    made = InceptionFeatures(str(inception_weights))
+    made.prepare(Digits())
+    theirs = source.FeatureExtractorInceptionV3(
+        "inception-v3-compat", ["2048"], feature_extractor_weights_path=str(inception_weights)
+    )
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    assert torch.equal(made(images), theirs(images)[0])
+
+
+def test_images_are_prepared_for_dinov2_as_edm2_does(tmp_path, monkeypatch):
+    from PIL import Image
+    from torchvision.transforms.v2 import functional
+
+    small = VisionTransformer(width=32, depth=2, heads=2)
+    for p in small.parameters():
+        nn.init.normal_(p, std=0.2)
+    torch.save(small.state_dict(), tmp_path / "dino.pth")
+    monkeypatch.setattr(features_module, "VisionTransformer", lambda width: VisionTransformer(width, 2, 2))
+    monkeypatch.setattr(DINOv2Features, "num_features", 32)
+    made = DINOv2Features(str(tmp_path / "dino.pth"))
+    made.prepare(Digits())
+    for side in (32, 400):  # up, and down, where antialiasing matters
+        images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+        x = functional.resize(images.float(), [224, 224], functional.InterpolationMode.BICUBIC, antialias=True)
+        mean, deviation = [255 * m for m in (0.485, 0.456, 0.406)], [255 * s for s in (0.229, 0.224, 0.225)]
+        torch.testing.assert_close(made.standardised(images), functional.normalize(x, mean, deviation))
+        torch.testing.assert_close(made(images), small.eval()(made.standardised(images)).detach())
+    pillow = Image.fromarray(images[0].permute(1, 2, 0).numpy()).resize((224, 224), Image.Resampling.BICUBIC)
+    ours = (made.standardised(images[:1])[0] * made.deviation + made.mean) * 255
+    assert float((ours - functional.pil_to_tensor(pillow)).abs().mean()) < 1  # of 255: the reference's slow resize
+    grey = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
+    assert made(grey).shape == (2, 32)
+    with pytest.raises(UserError, match="DINOv2 weights could not be read from .*wrong.pth"):
+        torch.save({"a": torch.ones(1)}, tmp_path / "wrong.pth")
+        DINOv2Features(str(tmp_path / "wrong.pth")).prepare(Digits())

@@ -1,0 +1,106 @@
+"""Samples of a test as a file that other evaluators read."""
+
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+from torch import Tensor
+
+from bd_lightning.checks import UserError, reason_of
+from callbacks.moments import Gaussian, save_statistics
+
+BLOCK = 1000
+"""Samples copied at a time."""
+
+
+class Export:
+    """FILE.npz with samples as `arr_0`, bytes of shape (n, H, W, 3), and FILE.stats.npz with their mu and sigma.
+
+    guided-diffusion's evaluator reads the first; it takes a file with mu for one that has the statistics of its spatial
+    features too, so that ours stand beside it, where `callbacks.metrics.reference` reads them. Grey images are repeated
+    into three channels. Sample i is row i on any number of ranks, which share a file system.
+
+    Samples are written to a hidden file as they come; under its name the file appears when it is whole.
+
+    Args:
+        path: the file, ending in .npz.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.statistics = self.path.with_suffix(".stats.npz")
+        self.raw = self.path.with_name(f".{self.path.name}.raw")
+        self.part = self.path.with_name(f".{self.path.name}.part")
+        self.whole = self.path.with_name(f".{self.statistics.name}.part")
+        self.shape: tuple[int, int, int, int] = (0, 0, 0, 3)
+        self.rank, self.world, self.written = 0, 1, 0
+
+    def expect(self, n: int, shape: tuple[int, ...]) -> None:
+        """Say, on every rank, that n samples of a shape (channels, height, width) will come."""
+        self.shape = (n, shape[1], shape[2], 3)
+
+    def check(self, num_features: int) -> None:
+        """Refuse a place that the expected samples cannot be written to, before anything is computed. On rank 0.
+
+        Args:
+            num_features: size of a feature vector.
+
+        Raises:
+            UserError: saying what is wrong with it.
+        """
+        if self.path.suffix != ".npz":
+            raise UserError(f"export must be the name of an .npz file, got {str(self.path)!r}")
+        for path in (self.path, self.statistics):
+            if path.exists():
+                raise UserError(f"export: {path} is there already; delete it, or choose another name")
+        folder = self.path.parent
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UserError(f"export: nothing can be written to {folder} ({reason_of(error)})") from error
+        need = 2 * int(np.prod(self.shape)) + 8 * num_features * (num_features + 1)
+        free = shutil.disk_usage(folder).free
+        if need > free:
+            raise UserError(
+                f"export of {self.shape[0]} samples needs {need / 1e9:.3g} GB in {folder}, which has {free / 1e9:.3g} GB "
+                "left: choose another place, or fewer by callbacks.metrics.n_test"
+            )
+
+    def begin(self, trainer: L.Trainer) -> None:
+        """Make room, on rank 0 first."""
+        self.rank, self.world, self.written = trainer.global_rank, trainer.world_size, 0
+        if trainer.is_global_zero:
+            with self.raw.open("wb") as file:
+                file.truncate(int(np.prod(self.shape)))
+        trainer.strategy.barrier("room for the export")
+        self.rows = np.memmap(self.raw, np.uint8, "r+", shape=self.shape)
+
+    def add(self, images: Tensor) -> None:
+        """Write the next of this rank's samples, bytes (B, 1 or 3, H, W)."""
+        place = self.rank + self.world * np.arange(self.written, self.written + len(images))
+        self.rows[place] = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+        self.written += len(images)
+
+    def finish(self, trainer: L.Trainer, statistics: Gaussian, features: str) -> None:
+        """Put the files in place, on rank 0, when all ranks are through."""
+        self.rows.flush()
+        trainer.strategy.barrier("samples exported")
+        if trainer.is_global_zero:
+            with zipfile.ZipFile(self.part, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                for start in range(0, len(self.rows), BLOCK):
+                    file.write(self.rows[start : start + BLOCK].tobytes())
+            save_statistics(self.whole, statistics, features)
+            self.whole.replace(self.statistics)
+            self.part.replace(self.path)
+
+    def abandon(self) -> None:
+        """Leave nothing behind but whole files, on rank 0."""
+        for path in (self.raw, self.part, self.whole) if self.rank == 0 else ():
+            path.unlink(missing_ok=True)
