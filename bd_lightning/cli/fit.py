@@ -35,6 +35,8 @@ def _run(plan: Plan) -> None:
     if plan.facts is not None:
         refuse_other_data(plan.facts, data.facts)
     model = objects.model(plan, data.facts)
+    if plan.command == "fit":
+        model.prepare(fresh=plan.checkpoint is None)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
     callbacks = objects.callbacks(plan)
     loggers = build_loggers(plan, callbacks)
