@@ -55,12 +55,12 @@ def test_the_function_of_gaussian_data_is_learned(teacher):
     if teacher:
         model.frozen = (AnalyticTeacher(),)
     optimizer = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 3e-3)
-    generator, steps = torch.Generator().manual_seed(1), 300
+    generator, steps = torch.Generator().manual_seed(1), 500
     for k in range(steps):
         model.progress = k / steps
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * (1 - k / steps)
-        loss = model.losses(TAU * torch.randn(128, 2, generator=generator), None, generator).total
+        loss = model.losses(TAU * torch.randn(200, 2, generator=generator), None, generator).total
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -69,7 +69,7 @@ def test_the_function_of_gaussian_data_is_learned(teacher):
         point = (TAU**2 + t**2) ** 0.5 * x
         with torch.no_grad():
             ratio = float((model.function(point, torch.full((2000,), t)) * x).sum() / x.square().sum())
-        assert ratio == pytest.approx(TAU, rel=0.15)
+        assert ratio == pytest.approx(TAU, rel=0.2)
         assert t < 1 or abs(ratio - TAU) < 0.5 * (TAU - TAU**2 / (TAU**2 + t**2) ** 0.5)  # the denoiser
     for name in ("one", "two"):
         assert float(model.eval().sample(range(2000), name).std()) == pytest.approx(TAU, rel=0.15)
