@@ -14,6 +14,7 @@ from bd_lightning.modules import ConsistencyModel, Gaps
 from bd_lightning.networks import MLP
 from bd_lightning.objectives import NoiseLevels
 from bd_lightning.targets import GaussianMixture
+from wandb_records import read_records
 
 TAU = 0.7
 
@@ -248,3 +249,31 @@ def test_mistakes(root, teacher, relative, tuned, capsys):
         assert "is no score that" in message and "take one or two" in message
     assert train.main(["predict", f"ckpt_path={tuned}", "model.sampler=sde"]) == 2
     assert "is no score that 'sde' could follow" in capsys.readouterr().err
+
+
+def test_metrics_against_calls(root, teacher, tuned, capsys):
+    folder = teacher.parents[1]
+    words = ["calls=[8, 3]", "model.samplers.sde.order=3", "model.samplers.sde.corrector=true"]
+    assert train.main(["test", f"ckpt_path={teacher}", *words]) == 0
+    rows = json.loads((folder / "calls.json").read_text())
+    assert [(row["sampler"], row["calls"]) for row in rows] == [("sde", 3), ("sde", 8), ("ode", 3), ("ode", 7)]
+    assert all(row["test/fid" if "test/fid" in row else "fid"] > 0 and 0 <= row["recall"] <= 1 for row in rows)
+    assert "(ode@7, 7 network calls, seed 1)" in rows[-1]["protocol"]
+    assert "| sampler | calls | fid | kid | precision | recall |" in (folder / "calls.md").read_text()
+    assert (folder / "figures" / "calls-0000020.png").is_file()
+    assert train.main(["test", f"ckpt_path={tuned}", "calls=5", "logger=wandb"]) == 0
+    rows = json.loads((tuned.parents[1] / "calls.json").read_text())
+    assert [(row["sampler"], row["calls"]) for row in rows] == [("one", 1), ("two", 2)]
+    (path,) = tuned.parents[1].glob("wandb/offline-run-*/run-*.wandb")
+    assert any("calls/fid" in key for row in read_records(path).history for key in row)
+    capsys.readouterr()
+    for words, sentence in [
+        (
+            ["test", f"ckpt_path={teacher}", "calls=[0]"],
+            "'calls' are numbers of network calls, at least 1 each, got [0]",
+        ),
+        (["test", f"ckpt_path={teacher}", "calls=[5]", "callbacks.metrics=null"], "calls needs callbacks.metrics"),
+        (["validate", f"ckpt_path={teacher}", "calls=[5]"], "calls is for test"),
+    ]:
+        assert train.main(words) == 2
+        assert sentence in capsys.readouterr().err

@@ -17,6 +17,7 @@ from bd_lightning.cli.folders import claimed, short
 from bd_lightning.cli.plan import Plan
 from bd_lightning.facts import Facts
 from bd_lightning.loggers import MetricsCSV, WandB
+from callbacks import CallsCurve
 
 
 def run(plan: Plan) -> None:
@@ -39,6 +40,8 @@ def _run(plan: Plan) -> None:
         model.prepare(fresh=plan.checkpoint is None)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
     callbacks = objects.callbacks(plan)
+    if plan.config["calls"]:
+        callbacks.append(calls_curve(plan, callbacks, model))
     loggers = build_loggers(plan, callbacks)
     trainer = build_trainer(plan, loggers, callbacks)
     if plan.command == "fit" and trainer.is_global_zero:
@@ -65,6 +68,21 @@ class Record(L.Callback):
             part = path.with_name("config.yaml.part")
             OmegaConf.save(OmegaConf.create(self.plan.record), part)
             part.replace(path)
+
+
+def calls_curve(plan: Plan, callbacks: list[Any], model: Any) -> CallsCurve:
+    """Judges the model's samplers at the numbers of network calls that are asked for.
+
+    Raises:
+        UserError: if there is nothing to judge by, or the command is another one than test.
+    """
+    if plan.command != "test":
+        raise UserError("calls is for test: train.py test ckpt_path=… calls=[5, 10, 20]")
+    model.check_predict()
+    judges = [one for one in objects.evaluations(callbacks) if one.record is not None and one.metrics]
+    if not judges:
+        raise UserError("calls needs callbacks.metrics, which judges samples")
+    return CallsCurve(plan.config["calls"], judges[0])
 
 
 def refuse_other_data(trained: Facts, given: Facts) -> None:

@@ -20,7 +20,7 @@ References:
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -106,6 +106,9 @@ class MultistepDynamics(MultiScaleSampler):
     def calls(self):
         return self.levels
 
+    def with_calls(self, calls):
+        return replace(self, levels=calls)
+
     def ladder(self) -> list[float]:
         """The noise levels, and 0 after them."""
         if self.rho is None:
@@ -166,6 +169,9 @@ class ProbabilityFlow(MultiScaleSampler):
     @property
     def calls(self):
         return 2 * self.steps - 1
+
+    def with_calls(self, calls):
+        return replace(self, steps=(calls + 1) // 2)
 
     def path(self, fields, noise):
         def slope(x: Tensor, level: float) -> Tensor:

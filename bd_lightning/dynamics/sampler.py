@@ -102,6 +102,10 @@ class Sampler(ABC):
     def calls(self) -> int:
         """Number of network calls for one sample (NFE)."""
 
+    def with_calls(self, calls: int) -> "Sampler":
+        """The same sampler with so many network calls, or the nearest number below; itself where there is no choice."""
+        return self
+
     @abstractmethod
     def path(self, fields: FieldPair, noise: SampleNoise) -> Iterator[Tensor]:
         """Yield the state after every step, the start first; each of shape (B, *)."""
