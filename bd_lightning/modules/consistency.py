@@ -43,8 +43,8 @@ class Gaps:
         | Geng et al., Consistency Models Made Easy, arXiv 2406.14548, §3 and Table 5
     """
 
-    q: float = 2.0
-    stages: int = 5
+    q: float = 4.0
+    stages: int = 3
 
     def __post_init__(self) -> None:
         positive(stages=self.stages)
