@@ -277,3 +277,18 @@ def test_metrics_against_calls(root, teacher, tuned, capsys):
     ]:
         assert train.main(words) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_benchmark_of_calls(root, teacher, tuned, monkeypatch, capsys):
+    from benchmarks import few_steps
+
+    words = [str(teacher), str(tuned), "--n", "40", "--calls", "4", "2", "--rules", "Heun", "order 3+"]
+    words += ["--out", str(root / "few"), "--asked", "{3: 0.7, 8: 0.3}", "--time"]
+    monkeypatch.setattr("sys.argv", ["few_steps.py", *words])
+    few_steps.main()
+    printed = capsys.readouterr().out
+    assert "| rule | 1 | 2 | 3 | 4 |" in printed or "| rule | 1 | 2 |" in printed
+    assert printed.count("| L1 |") == 2 and "| time of a step |" in printed
+    kept = (root / "few" / "rows.jsonl").read_text()
+    few_steps.main()
+    assert (root / "few" / "rows.jsonl").read_text() == kept

@@ -119,7 +119,7 @@ class ConsistencyModel(Generator):
         sampler: str = "two",
         noise: NoiseLevels = NoiseLevels(-1.1, 2.0),  # noqa: B008 (frozen)
         gaps: Gaps = Gaps(),
-        huber: float = 0.0,
+        huber: float = 0.03,
         init: str | None = None,
         teacher: str | None = None,
         mix: dict[int | str, float] | None = None,
