@@ -37,7 +37,7 @@ class Teacher:
 
     def step(self, x: Tensor, t: Tensor, r: Tensor, label: Tensor | None = None) -> Tensor:
         """Where the flow takes x (B, *) from noise level t to r, both (B,), with the denoiser as it is at t."""
-        fields = self.mixture or self.model.asked(label if self.model.conditional or self.labels else None)
+        fields = self.mixture or self.model.asked(label if self.model.takes_labels else None)
         denoised = x + bcast(t.square(), x) * fields.score(x, t, self.exact)
         return denoised + bcast(r / t, x) * (x - denoised)
 
@@ -99,7 +99,7 @@ def load(
     if guidance != 1:
         if not model.takes_labels or not student.conditional:
             raise UserError("guidance needs a teacher with classes, and network.conditional=true here")
-        if getattr(model, "label_dropout", 1) == 0:
+        if not model.guidable:
             raise UserError(f"{path} cannot be guided: it was trained with label_dropout=0")
     model.guidance, model.guidance_interval = guidance, student.guidance_interval
     if mix or remove or merge:

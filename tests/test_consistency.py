@@ -123,7 +123,7 @@ def test_one_teacher_step_follows_the_flow():
     target = GaussianMixture([[0.0, 0.0]], sd=TAU)
 
     class Model:
-        conditional, samplers = False, {"ode": MultistepDynamics(exact_score=True)}
+        takes_labels, samplers = False, {"ode": MultistepDynamics(exact_score=True)}
 
         def asked(self, label):
             return AnalyticFields(target, kernels.ClosedFormSlices(0.01))

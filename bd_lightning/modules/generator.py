@@ -35,11 +35,13 @@ class Generator(Module):
         fields: the pair of fields that is learned.
         objective: what it is trained by.
         conditional: whether samples are drawn class by class unless something else is asked for.
+        guidable: whether it knows all the data beside the classes, which guidance needs.
     """
 
     fields: Any
     objective: Objective
     conditional: bool = False
+    guidable: bool = False
 
     def __init__(
         self,
