@@ -143,13 +143,15 @@ class ConsistencyModel(Generator):
                 raise ValueError(f"{name} says what a teacher's flow is made of: give teacher=<checkpoint> too")
         if guidance != 1 and teacher is None:
             raise ValueError("guidance is that of a teacher: give teacher=<checkpoint> too")
+        if coupling is not None and (coupling.conditional or coupling.head_shape):
+            raise ValueError("coupling is a network without classes: leave its conditional and per_class out")
         if labels and not network.conditional:
             raise ValueError("labels need a network that is told the class: network.conditional=true")
         self.conditional = self.takes_labels = network.conditional
         self.fields = LearnedFields(network, Constant(), sigma_data, self.dim)
         network.scalar_head.requires_grad_(False)  # no loss reaches it, and DDP would wait for its gradient
         self.coupling, self.kl_weight, self.gaps, self.huber = coupling, kl_weight, gaps, huber
-        self.init, self.teacher_path, self.labels, self.asked_of = init, teacher, labels, given
+        self.init, self.teacher_path, self.asked_of = init, teacher, given
         self.teacher_guidance = guidance
         self.sigma_max = max(one.start_scale for one in self.samplers.values())
         self.frozen: tuple[Any, ...] = ()
