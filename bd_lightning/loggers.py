@@ -3,6 +3,7 @@
 import csv
 import itertools
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,6 +208,14 @@ class WandB(WandbLogger):
         _ = self.experiment  # known is known once the run is
         if step is None or step >= self.known:
             super().log_metrics(metrics, step)
+
+    def log_lines(self, key: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_name: str) -> None:
+        """Log a chart of lines by name, each of points (x, y)."""
+        import wandb
+
+        xs, ys = ([[point[i] for point in line] for line in lines.values()] for i in (0, 1))
+        chart = wandb.plot.line_series(xs, ys, keys=list(lines), title=key, xname=x_name)
+        self.experiment.log({key: chart})
 
     def close(self, failed: bool = False) -> None:
         """End the W&B run, so that the process can start another."""

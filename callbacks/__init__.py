@@ -3,6 +3,7 @@ part of the checkpointed module. Those that evaluate run between the two swaps o
  they see averaged weights; `train.py` puts the averaging callback behind them to make it so."""
 
 from callbacks.checkpoints import AveragedWeights, LastCheckpoint
+from callbacks.curve import CallsCurve
 from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss, TrainingDiagnostics
 from callbacks.evaluation import Evaluation, Findings, Metric
 from callbacks.features import ClassifierFeatures, DINOv2Features, InceptionFeatures
@@ -18,6 +19,7 @@ from callbacks.writers import ImageWriter, TableWriter
 
 __all__ = [
     "AveragedWeights",
+    "CallsCurve",
     "ClassifierFeatures",
     "DINOv2Features",
     "EpisodeReturns",

@@ -94,18 +94,22 @@ class Evaluation(L.Callback):
         """Check the kind of the samples and the name of the sampler."""
         check(trainer, pl_module, type(self).__name__, self.kind, (self.sampler,))
 
+    def findings(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> Findings | None:
+        """What `draw` and `judge` find out about a sampler, the same on every rank."""
+        found = None
+        with isolate_rng():
+            subject = self.subject.format(sampler=sampler)
+            drawn = unless_lost(trainer, subject, partial(self.draw, trainer, pl_module, stage, sampler))
+            if trainer.is_global_zero:
+                found = self.judge(trainer, pl_module, stage, sampler, drawn)
+        return trainer.strategy.broadcast(found)
+
     def evaluate(self, trainer: L.Trainer, pl_module: SampleModule, stage: str) -> None:
         """Draw, judge, log and record."""
         if stage not in self.stages or trainer.sanity_checking:
             return
         for sampler in self.chosen(pl_module):
-            found = None
-            with isolate_rng():
-                subject = self.subject.format(sampler=sampler)
-                drawn = unless_lost(trainer, subject, partial(self.draw, trainer, pl_module, stage, sampler))
-                if trainer.is_global_zero:
-                    found = self.judge(trainer, pl_module, stage, sampler, drawn)
-            found = trainer.strategy.broadcast(found)
+            found = self.findings(trainer, pl_module, stage, sampler)
             if found is not None:
                 self.log_values(trainer, pl_module, found.values)
                 if trainer.is_global_zero and self.record is not None:

@@ -67,8 +67,8 @@ class Export:
         free = shutil.disk_usage(folder).free
         if need > free:
             raise UserError(
-                f"export of {self.shape[0]} samples needs {need / 1e9:.3g} GB in {folder}, which has {free / 1e9:.3g} GB "
-                "left: choose another place, or fewer by callbacks.metrics.n_test"
+                f"export of {self.shape[0]} samples needs {need / 1e9:.3g} GB in {folder}, which has {free / 1e9:.3g} "
+                "GB left: choose another place, or fewer by callbacks.metrics.n_test"
             )
 
     def begin(self, trainer: L.Trainer) -> None:

@@ -1,6 +1,6 @@
 """Pictures and animations: made of tensors and figures, written to the run folder, handed to the loggers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,14 @@ def publish_image(trainer: L.Trainer, key: str, path: Path, caption: str) -> Non
     """Log a picture that lies at `path` with every logger that takes pictures. Call on rank 0."""
     for logger in _loggers(trainer, "log_image"):
         logger.log_image(key, [str(path)], step=step_of(trainer), caption=[caption])
+
+
+def publish_lines(
+    trainer: L.Trainer, key: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_name: str
+) -> None:
+    """Log lines by name, each of points (x, y), with every logger that takes them. Call on rank 0."""
+    for logger in _loggers(trainer, "log_lines"):
+        logger.log_lines(key, lines, x_name)
 
 
 def publish_picture(

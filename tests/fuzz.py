@@ -91,6 +91,8 @@ def needed(config: str, place: Path) -> list[str]:
         "digits", "mnist", "cifar10", "folder", "digits_latent", "mnist_latent"
     ):  # fmt: skip
         words += ["callbacks=points"] if group == "data" else ["data=wine"]
+    if group == "model" and name == "consistency":
+        words += ["callbacks.trajectory=null"]
     if group == "model" and name in ("points", "regression"):
         words += ["data=gaussians_2d", "callbacks=points"]
     if name.startswith(("returns", "c51", "rl_", "frozen_lake", "cart_pole")):

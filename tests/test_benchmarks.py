@@ -11,7 +11,7 @@ from bd_lightning.checks import UserError
 from bd_lightning.modules.base import learning_rate
 from benchmarks import common, peers
 
-NAMES = ("fields", "images", "kernels", "linearity", "mode_weights", "scaling", "soak")
+NAMES = ("few_steps", "fields", "images", "kernels", "linearity", "mode_weights", "scaling", "soak")
 OPTIONAL = ("azula", "diffusers", "torchcfm")
 
 

@@ -97,6 +97,8 @@ def check_keys(config: Mapping[str, Any]) -> None:
     for key in ("steps", "eval_every", "n"):
         if config[key] < 1:
             raise ConfigError(f"'{key}' must be at least 1, got {config[key]}")
+    if any(count < 1 for count in config["calls"] or ()):
+        raise ConfigError(f"'calls' are numbers of network calls, at least 1 each, got {config['calls']}")
     if not 0 <= config["seed"] < 2**32:
         raise ConfigError(f"'seed' must lie between 0 and {2**32 - 1}, got {config['seed']}")
     if config["calibrate"] < 0:

@@ -39,6 +39,7 @@ TOP_LEVEL: dict[str, Any] = {
     "run_id": str | None,
     "n": int,
     "labels": list[int | str] | None,
+    "calls": list[int] | None,
     "mix": dict[int | str, float] | None,
     "remove": list[int | str] | None,
     "merge": dict[str, float] | None,
@@ -210,7 +211,7 @@ def _normalised(config: dict[str, Any]) -> dict[str, Any]:
         value = config.get(key)
         if kind is int and isinstance(value, float) and value.is_integer():
             config[key] = int(value)
-        if key in ("labels", "remove") and isinstance(value, (int, str)) and not isinstance(value, bool):
+        if key in ("labels", "remove", "calls") and isinstance(value, (int, str)) and not isinstance(value, bool):
             config[key] = [value]
     config["logger"] = config["logger"] or None  # so that a config repeated from its record stays without one
     if isinstance(config["steps"], int) and isinstance(config["eval_every"], int):

@@ -23,7 +23,7 @@ from bd_lightning.cli.folders import claimed, evaluating, first_process, folder_
 from bd_lightning.cli.plan import Plan, settings_of
 from bd_lightning.facts import Facts
 from bd_lightning.loggers import MetricsCSV, WandB
-from callbacks import Report
+from callbacks import CallsCurve, Report
 from callbacks.records import read_record
 
 
@@ -42,7 +42,7 @@ def run(plan: Plan) -> None:
         with claimed(plan.run_dir, plan.new):
             _run(plan, plan.run_dir)
         return
-    settings = settings_of(plan, "callbacks", "trainer")
+    settings = settings_of(plan, "callbacks", "trainer", "calls", "export")
     folder = folder_for(settings, plan.run_dir, f"{plan.command}-{Path(plan.config['ckpt_path']).stem}-{plan.step:07d}")
     with evaluating(folder, settings):
         _run(replace(plan, run_dir=folder), plan.run_dir)
@@ -68,9 +68,13 @@ def _run(plan: Plan, run_dir: Path) -> None:
     if plan.facts is not None:
         refuse_other_data(plan.facts, data.facts)
     model = objects.model(plan, data.facts)
+    if plan.command == "fit":
+        model.prepare(fresh=plan.checkpoint is None)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
     begin = Begin(plan)
     callbacks = [begin, *objects.callbacks(plan)]
+    if plan.config["calls"]:
+        callbacks.append(calls_curve(plan, callbacks, model))
     loggers = build_loggers(plan, callbacks, run_dir)
     trainer = build_trainer(plan, loggers, callbacks)
     data.share(trainer.world_size * trainer.accumulate_grad_batches)
@@ -138,6 +142,21 @@ class Waiting(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """They are there."""
         self.timer.cancel()
+
+
+def calls_curve(plan: Plan, callbacks: list[Any], model: Any) -> CallsCurve:
+    """Judges the model's samplers at the numbers of network calls that are asked for.
+
+    Raises:
+        UserError: if there is nothing to judge by, or the command is another one than test.
+    """
+    if plan.command != "test":
+        raise UserError("calls is for test: train.py test ckpt_path=… calls=[5, 10, 20]")
+    model.check_predict()
+    judges = [one for one in objects.evaluations(callbacks) if one.record is not None and one.metrics]
+    if not judges:
+        raise UserError("calls needs callbacks.metrics, which judges samples")
+    return CallsCurve(plan.config["calls"], judges[0])
 
 
 def refuse_other_data(trained: Facts, given: Facts) -> None:

@@ -9,12 +9,12 @@ from lightning.pytorch.callbacks import ProgressBar
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from bd_lightning import checkpoints, fields
-from bd_lightning import facts as facts_of
-from bd_lightning.checks import UserError, suggest
+from bd_lightning import fields
+from bd_lightning.checks import UserError
 from bd_lightning.cli import build, objects
 from bd_lightning.cli.folders import folder_for, folder_of, keep_settings, made, short, writing
 from bd_lightning.cli.plan import Plan, settings_of
+from bd_lightning.combinations import choose_labels, combined
 from bd_lightning.facts import Facts
 from callbacks import ImageWriter, TableWriter
 from datamodules import SampleRequests
@@ -79,31 +79,6 @@ def run(plan: Plan) -> None:
         print(f"{config['n']} {writer.product} in {short(folder)}")
 
 
-def class_name(label: int | str, names: Sequence[str]) -> str:
-    """The class that a label means, given by name or by index.
-
-    Raises:
-        UserError: for a label that does not exist.
-    """
-    if str(label) in names:
-        return str(label)
-    if isinstance(label, int) and 0 <= label < len(names):
-        return names[label]
-    raise UserError(f"no class '{label}' in this data set.{suggest(str(label), names)}")
-
-
-def choose_labels(asked: Sequence[int | str], facts: Facts, model: Any) -> list[int]:
-    """Indices of the classes that are asked for; all of them in turn for a conditional model that is asked for none.
-
-    Raises:
-        UserError: for classes that do not exist, and for models that do not know any.
-    """
-    labels = [facts.class_names.index(class_name(label, facts.class_names)) for label in asked]
-    if labels and not model.takes_labels:
-        raise UserError("labels need a class-conditional model: train one with model.network.conditional=true")
-    return labels or (list(range(facts.num_classes)) if model.conditional else [])
-
-
 def mixing(plan: Plan, facts: Facts, model: Any) -> Drawing:
     """Draws from the mixture that mix, remove and merge ask for.
 
@@ -111,32 +86,12 @@ def mixing(plan: Plan, facts: Facts, model: Any) -> Drawing:
         UserError: for models without classes, checkpoints that do not fit each other, and weights without a meaning.
     """
     config = plan.config
-    sources = [(model.mixture_source(), facts.class_names, 1.0)]
     if config["labels"]:
+        model.mixture_source()  # which a model without one refuses first
         raise UserError("labels asks for classes one by one, mix and remove for a mixture of them: give one of the two")
-    if model.guidance != 1:
-        raise UserError("guidance goes from all the data towards a class, a mixture has none: add model.guidance=1")
-    mine = identity(model, facts)
-    others = []
-    for path, weight in (config["merge"] or {}).items():
-        other, stored = checkpoints.load(path, type(model))
-        its = facts_of.read(stored["facts"])
-        for what, theirs in identity(other, its).items():
-            if mine[what] != theirs:
-                raise UserError(
-                    f"{path} cannot be merged with {config['ckpt_path']}: {what} {theirs} against {mine[what]}"
-                )
-        others.append(other)
-        sources.append((other.mixture_source(), its.class_names, weight))
-    names = list(dict.fromkeys(name for _, known, _ in sources for name in known))
-    mix = {class_name(label, names): weight for label, weight in config["mix"].items()} if config["mix"] else None
-    mixture = fields.combine(sources, mix, [class_name(label, names) for label in config["remove"] or []])
+    keys = ("mix", "remove", "merge")
+    mixture, others = combined(model, facts, config["ckpt_path"], **{key: config[key] for key in keys})
     return Drawing(model, mixture, others, config["calibrate"])
-
-
-def identity(model: Any, facts: Facts) -> dict[str, Any]:
-    """What has to agree for two models to be merged."""
-    return {**model.mixture_identity(), "space (pixels, or the codes of one autoencoder)": facts.space}
 
 
 def folder_name(plan: Plan, sampler: str) -> str:

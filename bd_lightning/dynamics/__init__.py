@@ -8,13 +8,15 @@ Bellman Diffusion dynamics (arXiv 2410.01796, §4), whose stationary density is 
 |---|---|---|
 | `BellmanDynamics` | single-scale | the paper's dynamics |
 | `AnnealedDynamics` | multi-scale | the same steps down a ladder of noise levels |
-| `MultistepDynamics` | multi-scale | the same SDE while σ falls, by a second-order rule that needs few network calls |
+| `MultistepDynamics` | multi-scale | the same SDE while σ falls, by a multistep rule that needs few network calls |
 | `ProbabilityFlow` | multi-scale | the deterministic flow dx/dσ = −σ ∇log p_σ |
+| `ConsistencySteps` | a consistency function | one or a few calls of it |
 
 They take any `fields.FieldPair`: `fields(x, sigma)` returns (s, g) of shapes (B,) and (B, *) for sigma of shape (B,),
 and `fields.reference(sigma)`, the typical mobility m_ref, turns a dimensionless step into a time step.
 """
 
+from bd_lightning.dynamics.consistency import ConsistencySteps
 from bd_lightning.dynamics.descent import MultistepDynamics, ProbabilityFlow, edm_grid
 from bd_lightning.dynamics.langevin import AnnealedDynamics, BellmanDynamics, bellman_step, geometric_ladder
 from bd_lightning.dynamics.sampler import (
@@ -27,6 +29,7 @@ from bd_lightning.dynamics.sampler import (
 __all__ = [
     "AnnealedDynamics",
     "BellmanDynamics",
+    "ConsistencySteps",
     "MultiScaleSampler",
     "MultistepDynamics",
     "ProbabilityFlow",

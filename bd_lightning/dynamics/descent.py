@@ -13,12 +13,16 @@ References:
     | Li et al., Bellman Diffusion, arXiv 2410.01796, §4
     | Song et al., Score-Based Generative Modeling through SDEs, arXiv 2011.13456 (probability flow)
     | Karras et al., EDM, arXiv 2206.00364, Algorithm 1 (Heun's method and the grid of noise levels)
-    | Lu et al., DPM-Solver++, arXiv 2211.01095 (exponential integrators in ln σ, two-step extrapolation)
+    | Lu et al., DPM-Solver++, arXiv 2211.01095 (exponential integrators in ln σ, multistep extrapolation)
+    | Zhao et al., UniPC, arXiv 2302.04867 (the corrector of the flow)
+    | Xue et al., SA-Solver, arXiv 2309.05019 (the corrector of the SDE)
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,53 +39,107 @@ def edm_grid(sigma_max: float, sigma_min: float, steps: int, rho: float = 7.0) -
     return torch.cat([grid, grid.new_zeros(1)])
 
 
-@dataclass(frozen=True)
-class MultistepDynamics(MultiScaleSampler):
-    r"""The SDE above by a second-order rule, one network call for each noise level.
-
-    With the drift −(1 + l)(x − T), T = D + l/(1 + l) σ² ∇log s, and T and l held fixed over a step of length
-    h = ln(σ/σ') the SDE is solved exactly:
-
-        x' = T + e^{−(1+l)h} (x − T) + σ' √(1 − e^{−2lh}) z.
-
-    T is extrapolated to the middle of the step from the last two levels, T + (T − T₋)h/(2h₋), which makes the drift
-    second order. A last step returns D.
+def step_target(past: Sequence[tuple[float, Tensor]], start: float, h: float, kappa: Tensor) -> Tensor:
+    r"""A = ∫₀^h κ e^{−κ(h−u)} T(u) du / ∫₀^h κ e^{−κ(h−u)} du, of the polynomial T through given values.
 
     Args:
-        levels: number of noise levels, at equal ratios.
+        past: ln σ and T, shape (B, *), at different noise levels.
+        start: ln σ where the step begins; u = start − ln σ.
+        h: length of the step.
+        kappa: κ, shape (B, 1, …).
+
+    Returns:
+        A, shape (B, *). By Gauss's rule of 16 points, which is exact to rounding while κh < 20.
+    """
+    places, values = [start - level for level, _ in past], [value for _, value in past]
+    points, weights = (torch.from_numpy(one).to(kappa) for one in np.polynomial.legendre.leggauss(16))
+    u = h * (1 + points) / 2
+    decay = weights * (-kappa.flatten()[:, None] * (h - u)).exp()
+    decay = decay / decay.sum(1, keepdim=True)
+    aim = values[0]
+    for j in range(1, len(past)):
+        lagrange = torch.ones_like(u)
+        for k, place in enumerate(places):
+            if k != j:
+                lagrange = lagrange * (u - place) / (places[j] - place)
+        aim = aim + (decay @ lagrange).reshape(kappa.shape) * (values[j] - values[0])
+    return aim
+
+
+@dataclass(frozen=True)
+class MultistepDynamics(MultiScaleSampler):
+    r"""The SDE above by an exponential multistep rule, one network call for each noise level.
+
+    With the drift −(1 + l)(x − T), T = D + l/(1 + l) σ² ∇log s, and l held fixed over a step of length h = ln(σ/σ') the
+    SDE is solved exactly for a polynomial T(u), u the way gone since σ in t:
+
+        x' = A + e^{−κh} (x − A) + σ' √(1 − e^{−2lh}) z,   κ = 1 + l,   A = ∫₀^h κ e^{−κ(h−u)} T(u) du / (1 − e^{−κh}).
+
+    T is the polynomial through its values at the last `order` levels. The corrector does a step again, with the same
+    noise, once T is known at its end too, from the call that the next step needs anyway. λ = 0 and the corrector are
+    UniPC, λ > 0 and the corrector SA-Solver. Order 2 without it takes the slope of T at the middle of the step, which
+    is DPM-Solver++(2M) at λ = 0. The first steps have fewer levels behind them and are of lower order. A last step
+    returns D.
+
+    Args:
+        levels: number of noise levels.
         relaxation: λ² above, how much the dynamics act beside the flow. More of it corrects errors of the fields and
             of earlier steps, and needs more levels.
+        order: levels that T is extrapolated from, 1 to 3.
+        corrector: correct each step by the call of the next.
+        rho: the levels are EDM's grid with this ρ; None is equal ratios.
     """
 
     levels: int = 40
     relaxation: float = 0.5
+    order: int = 2
+    corrector: bool = False
+    rho: float | None = None
 
     def __post_init__(self):
         super().__post_init__()
-        positive(levels=self.levels)
+        positive(levels=self.levels, **({} if self.rho is None else {"rho": self.rho}))
         in_range(0, math.inf, relaxation=self.relaxation)
+        in_range(1, 3, order=self.order)
 
     @property
     def calls(self):
         return self.levels
 
+    def with_calls(self, calls):
+        return replace(self, levels=calls)
+
+    def ladder(self) -> list[float]:
+        """The noise levels, and 0 after them."""
+        if self.rho is None:
+            return [*geometric_ladder(self.sigma_max, self.sigma_min, self.levels).tolist(), 0.0]
+        return edm_grid(self.sigma_max, self.sigma_min, self.levels, self.rho).tolist()
+
     def path(self, fields, noise):
         x = self.first(noise)
         yield x
-        ladder = geometric_ladder(self.sigma_max, self.sigma_min, self.levels).tolist()
-        before: tuple[Tensor, float] | None = None
-        for here, there in zip(ladder, [*ladder[1:], 0.0]):
+        ladder = self.ladder()
+        past: list[tuple[float, Tensor]] = []  # ln σ and T at the last levels, latest first
+        h, kappa, aim = 0.0, x, x  # of the last step; kappa and aim have no meaning before the first
+        for here, there in zip(ladder, ladder[1:]):
             sigma = x.new_full((len(x),), here)
             s, S, slope = fields.log_gradients(x, sigma, self.exact_score)
-            if there == 0:
-                yield x + here**2 * (S - slope)
-                return
-            h = math.log(here / there)
             rate = bcast(self.relaxation * s / fields.reference(sigma), x)
             target = x + here**2 * (S - slope / (1 + rate))
-            middle = target if before is None else target + (target - before[0]) * (h / (2 * before[1]))
-            before = target, h
-            x = middle + (-(1 + rate) * h).exp() * (x - middle) + there * (-torch.expm1(-2 * rate * h)).sqrt() * noise()
+            score = S - slope
+            if past and self.corrector:
+                again = step_target([(math.log(here), target), *past], math.log(here) + h, h, kappa)
+                x = x - torch.expm1(-kappa * h) * (again - aim)
+            if there == 0:
+                yield x + here**2 * score
+                return
+            kappa, h, behind = 1 + rate, math.log(here / there), h
+            past = [(math.log(here), target), *past][: self.order]
+            if len(past) == 2 == self.order and not self.corrector:
+                aim = target + (target - past[1][1]) * (h / (2 * behind))
+            else:
+                aim = step_target(past, math.log(here), h, kappa)
+            x = aim + (-kappa * h).exp() * (x - aim) + there * (-torch.expm1(-2 * rate * h)).sqrt() * noise()
             yield x
 
 
@@ -111,6 +169,9 @@ class ProbabilityFlow(MultiScaleSampler):
     @property
     def calls(self):
         return 2 * self.steps - 1
+
+    def with_calls(self, calls):
+        return replace(self, steps=(calls + 1) // 2)
 
     def path(self, fields, noise):
         def slope(x: Tensor, level: float) -> Tensor:

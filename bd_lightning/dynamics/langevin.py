@@ -5,7 +5,7 @@ References:
     | Song and Ermon, Generative Modeling by Estimating Gradients of the Data Distribution, arXiv 1907.05600 (annealing)
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -66,6 +66,9 @@ class BellmanDynamics(Sampler):
     def calls(self):
         return self.steps
 
+    def with_calls(self, calls):
+        return replace(self, steps=calls)
+
     def path(self, fields, noise):
         x = self.first(noise)
         sigma = x.new_zeros(len(x))
@@ -100,6 +103,10 @@ class AnnealedDynamics(MultiScaleSampler):
     @property
     def calls(self):
         return self.levels * self.steps_per_level + 1
+
+    def with_calls(self, calls):
+        steps = max(1, (calls - 1) // self.levels)
+        return replace(self, levels=min(self.levels, max(1, calls - 1)), steps_per_level=steps)
 
     def path(self, fields, noise):
         x = self.first(noise)

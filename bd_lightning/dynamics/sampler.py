@@ -48,11 +48,13 @@ class Sampler(ABC):
 
     Attributes:
         noise_levels: whether it asks for fields at noise levels above zero, which single-scale fields do not have.
+        consistency: whether it takes the fields for a consistency function, not for a score.
     """
 
     bound: float = 20.0
     start: str = "gaussian"
     noise_levels: ClassVar[bool] = False
+    consistency: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive(bound=self.bound)
@@ -67,6 +69,10 @@ class Sampler(ABC):
     @abstractmethod
     def calls(self) -> int:
         """Number of network calls for one sample (NFE)."""
+
+    def with_calls(self, calls: int) -> "Sampler":
+        """The same sampler with so many network calls, or the nearest number below; itself where there is no choice."""
+        return self
 
     @abstractmethod
     def path(self, fields: FieldPair, noise: SampleNoise) -> Iterator[Tensor]:

@@ -2,8 +2,18 @@
 
 from bd_lightning.modules.autoencoder import Autoencoder
 from bd_lightning.modules.bellman import BellmanDiffusion
+from bd_lightning.modules.consistency import ConsistencyModel, Gaps
 from bd_lightning.modules.generator import Generator
 from bd_lightning.modules.relative import RelativeDensities
 from bd_lightning.modules.returns import FreeReturnLearner, ReturnLearner
 
-__all__ = ["Autoencoder", "BellmanDiffusion", "Generator", "RelativeDensities", "FreeReturnLearner", "ReturnLearner"]
+__all__ = [
+    "Autoencoder",
+    "BellmanDiffusion",
+    "ConsistencyModel",
+    "FreeReturnLearner",
+    "Gaps",
+    "Generator",
+    "RelativeDensities",
+    "ReturnLearner",
+]

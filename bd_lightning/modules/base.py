@@ -80,6 +80,16 @@ class Module(L.LightningModule):
         self.warmup_steps, self.lr_decay, self.lr_scaling = warmup_steps, lr_decay, lr_scaling
         self.loaded_step = 0
 
+    def prepare(self, fresh: bool) -> None:
+        """Take what training needs besides data, before it begins.
+
+        Args:
+            fresh: whether the run is new, not resumed.
+
+        Raises:
+            UserError: for what does not fit.
+        """
+
     def check_predict(self) -> None:
         """Refuse to draw samples, where the model has none of its own.
 

@@ -74,7 +74,7 @@ class BellmanDiffusion(Generator):
         super().__init__(shape, num_classes, samplers, sampler, noise, guidance, guidance_interval, **options)
         self.kernel, self.objective, self.partners = kernel, objective, partners
         self.conditional = self.takes_labels = network.conditional
-        self.label_dropout = label_dropout
+        self.label_dropout, self.guidable = label_dropout, bool(label_dropout)
         in_range(0, 1, label_dropout=label_dropout)
         if scalar_network is not None and scalar_network.conditional != self.conditional:
             raise ValueError(

@@ -35,11 +35,13 @@ class Generator(Module):
         fields: the pair of fields that is learned.
         objective: what it is trained by.
         conditional: whether samples are drawn class by class unless something else is asked for.
+        guidable: whether it knows all the data beside the classes, which guidance needs.
     """
 
     fields: Any
     objective: Objective
     conditional: bool = False
+    guidable: bool = False
 
     def __init__(
         self,
@@ -97,6 +99,13 @@ class Generator(Module):
         """The fields that the losses are minimised by, for data of a density in closed form."""
         return self.objective.minimiser(self.fields, density)
 
+    def asked(self, label: Tensor | None) -> FieldPair:
+        """The fields of classes, label (B,), or of all the data for None, guided if this model is to be."""
+        fields = self.fields.conditioned(label)
+        if label is None or self.guidance == 1:
+            return fields
+        return GuidedFields(fields, self.fields.conditioned(None), self.guidance, self.guidance_interval)
+
     @torch.no_grad()
     def sample(
         self,
@@ -126,10 +135,7 @@ class Generator(Module):
             SamplingDiverged: when chains are lost.
         """
         noise = SampleNoise(indices, self.shape, seed, self.device)
-        if fields is None:
-            fields = self.fields.conditioned(label)
-            if label is not None and self.guidance != 1:
-                fields = GuidedFields(fields, self.fields.conditioned(None), self.guidance, self.guidance_interval)
+        fields = self.asked(label) if fields is None else fields
         return self.samplers[sampler or self.sampler](fields, noise, watch, finite_part)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

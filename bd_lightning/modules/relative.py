@@ -59,7 +59,7 @@ class RelativeDensities(Generator):
         if network.conditional:
             raise ValueError("relative densities need network.per_class=true instead of network.conditional=true")
         self.objective = objective
-        self.takes_labels = bool(network.head_shape)
+        self.takes_labels = self.guidable = bool(network.head_shape)
         if guidance != 1 and not self.takes_labels:
             raise ValueError("guidance needs fields of the classes: train with network.per_class=true")
         self.fields = RelativeFields(network, sigma_data, num_classes if self.takes_labels else 1)

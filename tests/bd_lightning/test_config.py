@@ -93,7 +93,7 @@ def test_interpolations_are_resolved():
 
 
 LATENT = {"digits_latent": ((1, 8, 8), "Digits"), "mnist_latent": ((1, 28, 28), "MNIST")}
-LATENT["paper_mnist_latent"] = LATENT["mnist_latent_cond"] = LATENT["mnist_latent"]
+LATENT |= dict.fromkeys(("paper_mnist_latent", "mnist_latent_cond", "mnist_latent_few"), LATENT["mnist_latent"])
 
 
 def needed(name: str, folder) -> list[str]:

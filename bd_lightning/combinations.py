@@ -1,0 +1,77 @@
+"""What mix, remove, merge and labels ask of trained models."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bd_lightning import checkpoints, fields
+from bd_lightning import facts as facts_of
+from bd_lightning.checks import UserError, suggest
+from bd_lightning.facts import Facts
+
+
+def class_name(label: int | str, names: Sequence[str]) -> str:
+    """The class that a label means, given by name or by index.
+
+    Raises:
+        UserError: for a label that does not exist.
+    """
+    if str(label) in names:
+        return str(label)
+    if isinstance(label, int) and 0 <= label < len(names):
+        return names[label]
+    raise UserError(f"no class '{label}' in this data set.{suggest(str(label), names)}")
+
+
+def choose_labels(asked: Sequence[int | str], facts: Facts, model: Any) -> list[int]:
+    """Indices of the classes that are asked for; all of them in turn for a conditional model that is asked for none.
+
+    Raises:
+        UserError: for classes that do not exist, and for models that do not know any.
+    """
+    labels = [facts.class_names.index(class_name(label, facts.class_names)) for label in asked]
+    if labels and not model.takes_labels:
+        raise UserError("labels need a class-conditional model: train one with model.network.conditional=true")
+    return labels or (list(range(facts.num_classes)) if model.conditional else [])
+
+
+def identity(model: Any, facts: Facts) -> dict[str, Any]:
+    """What has to agree for two models to be merged."""
+    return {**model.mixture_identity(), "space (pixels, or the codes of one autoencoder)": facts.space}
+
+
+def combined(
+    model: Any,
+    facts: Facts,
+    path: str,
+    mix: Mapping[int | str, float] | None = None,
+    remove: Sequence[int | str] | None = None,
+    merge: Mapping[str, float] | None = None,
+) -> tuple[fields.Mixture, list[Any]]:
+    """The mixture that is asked for, and the further models that it takes fields of.
+
+    Args:
+        model: the model of the checkpoint at `path`.
+        facts: facts of the data that it was trained on.
+        path: that checkpoint, for messages.
+        mix: weights of classes.
+        remove: classes to leave out.
+        merge: further checkpoints and their weights.
+
+    Raises:
+        UserError: for models without classes, checkpoints that do not fit each other, and weights without a meaning.
+    """
+    sources = [(model.mixture_source(), facts.class_names, 1.0)]
+    if model.guidance != 1:
+        raise UserError("guidance goes from all the data towards a class, a mixture has none: add model.guidance=1")
+    mine, others = identity(model, facts), []
+    for other_path, weight in (merge or {}).items():
+        other, stored = checkpoints.load(other_path, type(model))
+        its = facts_of.read(stored["facts"])
+        for what, theirs in identity(other, its).items():
+            if mine[what] != theirs:
+                raise UserError(f"{other_path} cannot be merged with {path}: {what} {theirs} against {mine[what]}")
+        others.append(other)
+        sources.append((other.mixture_source(), its.class_names, weight))
+    names = list(dict.fromkeys(name for _, known, _ in sources for name in known))
+    weights = {class_name(label, names): weight for label, weight in mix.items()} if mix else None
+    return fields.combine(sources, weights, [class_name(label, names) for label in remove or []]), others

@@ -1,0 +1,112 @@
+"""Trained models that another one learns from: their weights as its first ones, or their flow as its target."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bd_lightning import checkpoints, combinations
+from bd_lightning import facts as facts_of
+from bd_lightning.checks import UserError
+from bd_lightning.divergences import bcast
+from bd_lightning.fields import FieldPair
+from bd_lightning.modules.generator import Generator
+
+
+class Teacher:
+    """The flow of a model, frozen.
+
+    Args:
+        model: the model.
+        mixture: what it is asked for instead of its own fields.
+        others: models that the mixture takes fields of besides.
+        labels: classes that are asked for; empty for all.
+    """
+
+    def __init__(
+        self, model: Any, mixture: FieldPair | None = None, others: Sequence[Any] = (), labels: Sequence[int] = ()
+    ) -> None:
+        self.model, self.mixture, self.others, self.labels = model, mixture, list(others), list(labels)
+        self.exact = any(getattr(one, "exact_score", False) for one in model.samplers.values())
+
+    def to(self, device: torch.device) -> None:
+        """Move the models."""
+        for model in (self.model, *self.others):
+            model.to(device)
+
+    def step(self, x: Tensor, t: Tensor, r: Tensor, label: Tensor | None = None) -> Tensor:
+        """Where the flow takes x (B, *) from noise level t to r, both (B,), with the denoiser as it is at t."""
+        fields = self.mixture or self.model.asked(label if self.model.takes_labels else None)
+        denoised = x + bcast(t.square(), x) * fields.score(x, t, self.exact)
+        return denoised + bcast(r / t, x) * (x - denoised)
+
+
+def check_fit(student: Any, model: Any, path: str) -> None:
+    """Refuse a model of other data or noise levels.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if not model.multi_scale:
+        raise UserError(f"{path} has fields at a single scale: a consistency model needs those of every noise level")
+    mine = {"shape of a sample": list(student.shape), "sigma_data": student.fields.sigma_data}
+    its = {"shape of a sample": list(model.shape), "sigma_data": model.fields.sigma_data}
+    for what, value in mine.items():
+        if its[what] != value:
+            raise UserError(f"{path} does not fit: its {what} is {its[what]}, here it is {value}")
+    first = max(one.start_scale for one in model.samplers.values())
+    if first < student.sigma_max:
+        raise UserError(
+            f"{path} is sampled from noise level {first:g} down, the samplers here begin at {student.sigma_max:g}: "
+            f"set sigma_max of every one in model.samplers to {first:g}, and levels between below it"
+        )
+
+
+def begin_from(student: Any, path: str) -> None:
+    """Give a model the weights of the fields of a checkpoint.
+
+    Raises:
+        UserError: if they are those of another network, or of other data.
+    """
+    model, _ = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
+    check_fit(student, model, path)
+    try:
+        student.fields.network.load_state_dict(model.fields.network.state_dict())
+    except (RuntimeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the network in {path} is another one: set model.network as it is there ({reason})") from error
+
+
+def load(
+    student: Any,
+    path: str,
+    guidance: float = 1.0,
+    mix: Mapping[int | str, float] | None = None,
+    remove: Sequence[int | str] | None = None,
+    merge: Mapping[str, float] | None = None,
+    labels: Sequence[int | str] | None = None,
+) -> Teacher:
+    """The teacher that a student asks for.
+
+    Raises:
+        UserError: as `predict` refuses these keys, and for a checkpoint that does not fit the student.
+    """
+    model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
+    check_fit(student, model, path)
+    facts = facts_of.read(stored["facts"])
+    chosen = combinations.choose_labels(labels or [], facts, model)
+    if guidance != 1:
+        if not model.takes_labels or not student.conditional:
+            raise UserError("guidance needs a teacher with classes, and network.conditional=true here")
+        if not model.guidable:
+            raise UserError(f"{path} cannot be guided: it was trained with label_dropout=0")
+    model.guidance, model.guidance_interval = guidance, student.guidance_interval
+    if mix or remove or merge:
+        if labels:
+            raise UserError("labels asks for classes one by one, mix and remove for a mixture: give one of the two")
+        mixture, others = combinations.combined(model, facts, path, mix, remove, merge)
+        return Teacher(model, mixture, others)
+    if model.conditional and not student.conditional:
+        raise UserError(f"{path} is told the class: set model.network.conditional=true here too")
+    return Teacher(model, labels=chosen if labels else ())

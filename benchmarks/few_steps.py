@@ -1,0 +1,236 @@
+"""FID against network calls: the solvers of a trained model, and consistency models tuned from it.
+
+    uv run benchmarks/few_steps.py CKPT [CKPT …] [--n 10000] [--calls 5 8 10 15 20 35] [--seeds 1]
+        [--sigma-min S] [--asked '{3: 0.7, 8: 0.3}'] [--time] [--out runs/few_steps] [--rules NAME …] [--figure FILE]
+
+Each checkpoint is one of `train.py`, of images or of codes of images: a `BellmanDiffusion`, of which every rule below
+is asked at every number of calls, or a `ConsistencyModel`, whose own samplers are taken. Samples are drawn with the
+seeds 1, 2, … and judged as `callbacks.ImageMetrics` judges them, in the features of the checkpoint's config, against
+the test split. Of a mixture in closed form the largest error of a mode's weight and W2 stand in the places of FID and
+KID. Rules, all over the noise levels of the checkpoint's `ode`, whose last one --sigma-min replaces:
+
+- Heun: `ProbabilityFlow`, the nearest odd number of calls from below;
+- order 1, 2, 3, +: `MultistepDynamics` with relaxation 0 at equal ratios, `+` with the corrector;
+- … ρ7: on EDM's grid; … λ.5: with relaxation 0.5.
+
+With --asked a last column has Σ |share counted − share asked|, the shares counted by the features' classifier. --time
+takes training steps of all checkpoints in turns and prints their times relative to the first one's.
+
+A finished row is kept in OUT/rows.jsonl and not computed again. Prints a Markdown table of FID, mean over seeds.
+"""
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from bd_lightning import checkpoints
+from bd_lightning.cli import build
+from bd_lightning.distances import wasserstein2
+from bd_lightning.dynamics import MultistepDynamics, ProbabilityFlow, Sampler
+from bd_lightning.modules import Generator
+from benchmarks import common
+from benchmarks.common import Recipe, Rows, Training, Turns, mean_sd, table
+from callbacks.metrics import frechet_distance, kernel_distance, precision_recall
+from callbacks.points import mode_shares
+from datamodules import to_uint8
+
+RULES: dict[str, dict[str, Any]] = {
+    "Heun": {},
+    "order 1": {"order": 1},
+    "order 2": {"order": 2},
+    "order 2+": {"order": 2, "corrector": True},
+    "order 3": {"order": 3},
+    "order 3+": {"order": 3, "corrector": True},
+    "order 2+ ρ7": {"order": 2, "corrector": True, "rho": 7.0},
+    "order 3+ ρ7": {"order": 3, "corrector": True, "rho": 7.0},
+    "order 2 λ.5": {"order": 2, "relaxation": 0.5},
+    "order 2+ λ.5": {"order": 2, "corrector": True, "relaxation": 0.5},
+    "order 3+ λ.5": {"order": 3, "corrector": True, "relaxation": 0.5},
+}
+
+
+def sampler_of(rule: str, calls: int, like: Any, last: float | None) -> Sampler:
+    """A rule with a number of calls, over the noise levels of another sampler, or down to another last one."""
+    levels = {"sigma_max": like.sigma_max, "sigma_min": last or like.sigma_min, "exact_score": like.exact_score}
+    if rule == "Heun":
+        return ProbabilityFlow(steps=(calls + 1) // 2, **levels)
+    return MultistepDynamics(levels=calls, **({"relaxation": 0.0} | RULES[rule] | levels))
+
+
+class Points:
+    """The modes of a mixture in closed form."""
+
+    def __init__(self, data: Any) -> None:
+        self.density = data.density
+        self.real = data.density.sample(20_000, torch.Generator().manual_seed(0)).float()
+
+    def __call__(self, model: Any, sampler: str, n: int, seed: int) -> dict[str, float]:
+        """The largest error of a mode's weight as `fid`, W2 of parts of 2,000 as `kid`, and seconds."""
+        start = time.perf_counter()
+        x = model.sample(range(n), sampler, seed=seed)
+        seconds = time.perf_counter() - start
+        parts = [wasserstein2(a, b) for a, b in zip(x.split(2000), self.real.split(2000))]
+        error = mode_shares(x, self.density)["mode_error"]
+        return {"fid": error, "kid": float(torch.tensor(parts).mean()), "seconds": seconds}
+
+
+class Judge:
+    """The test split in the features of a config."""
+
+    def __init__(self, stored: dict[str, Any], asked: dict[int, float] | None = None) -> None:
+        self.asked = asked
+        self.data = build.instantiate(stored["data"], "data")
+        self.data.prepare_data()
+        self.features = build.instantiate(stored["callbacks"]["metrics"]["features"], "features")
+        self.features.prepare(self.data.observed)
+        images = self.data.observed.load_split("test")
+        split = torch.utils.data.DataLoader(images, 1000, collate_fn=self.data.observed.collate)
+        self.real = self.embed(x for x, _ in split)
+
+    @torch.no_grad()
+    def embed(self, images: Any) -> Tensor:
+        """Features of batches of images in [−1, 1]."""
+        return torch.cat([self.features(to_uint8(x)) for x in images])
+
+    @torch.no_grad()
+    def __call__(self, model: Any, sampler: str, n: int, seed: int) -> dict[str, float]:
+        """FID, KID, precision and recall of n samples, and the seconds that their network calls took."""
+        parts, seconds = [], 0.0
+        for first in range(0, n, 1000):
+            rows = range(first, min(n, first + 1000))
+            label = torch.tensor([i % model.num_classes for i in rows]) if model.conditional else None
+            start = time.perf_counter()
+            x = model.sample(rows, sampler, seed=seed, label=label)
+            seconds += time.perf_counter() - start
+            parts.append(self.data.decode(x))
+        found = self.embed(parts)
+        few = min(n, len(self.real), 5000)
+        precision, recall = precision_recall(found[:few], self.real[:few])
+        kid = kernel_distance(found, self.real, min(500, few), self.features.kid_scale)
+        fid = frechet_distance(self.real, found)
+        values = {"fid": fid, "kid": kid, "precision": precision, "recall": recall, "seconds": seconds}
+        if self.asked is not None:
+            found = torch.cat([self.features.classify(to_uint8(x)) for x in parts])
+            shares = torch.bincount(found, minlength=len(self.data.facts.class_names)) / n
+            wanted = torch.tensor([self.asked.get(k, 0.0) for k in range(len(shares))])
+            values["l1"] = float((shares - wanted / wanted.sum()).abs().sum())
+        return values
+
+
+def main() -> None:
+    """Judge what is missing, print the table."""
+    parser = common.parser(__doc__)
+    parser.add_argument("checkpoints", nargs="+", metavar="CKPT")
+    parser.add_argument("--n", type=int, default=10_000)
+    parser.add_argument("--calls", type=int, nargs="+", default=[5, 8, 10, 15, 20, 35])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
+    parser.add_argument("--out", type=Path, default=Path("runs/few_steps"))
+    parser.add_argument("--sigma-min", type=float)
+    parser.add_argument("--asked", type=OmegaConf.create)
+    parser.add_argument("--time", action="store_true")
+    parser.add_argument("--figure", type=Path)
+    options = parser.parse_args()
+    rows = Rows(options.out / "rows.jsonl")
+    judge: Any = None
+    for path in options.checkpoints:
+        model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
+        judge = judge or judge_of(stored, options)
+        for name in prepared(model, options):
+            for seed in range(1, options.seeds + 1):
+                key = {"path": path, "rule": name.partition("@")[0], "calls": model.samplers[name].calls, "seed": seed}
+                key["sigma_min"] = options.sigma_min
+                if not rows.where(**key, n=options.n):
+                    row = rows.add(**key, n=options.n, **judge(model, name, options.n, seed))
+                    print(row, file=sys.stderr, flush=True)
+    report(rows, options)
+    if options.time:
+        print(table(["checkpoint", "time of a step"], times(options.checkpoints)))
+
+
+def judge_of(stored: dict[str, Any], options: argparse.Namespace) -> Any:
+    """What judges samples of a stored config."""
+    data = build.instantiate(stored["data"], "data")
+    if getattr(data, "density", None) is not None:
+        return Points(data)
+    return Judge(stored, options.asked and {int(k): float(v) for k, v in options.asked.items()})
+
+
+def times(paths: Sequence[str], rounds: int = 40) -> Iterator[list[str]]:
+    """Forward and backward pass and update of each checkpoint's training, relative to the first one's."""
+    trainings, turns = {}, Turns(paths, skip=5)
+    for path in paths:
+        model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
+        model.requires_grad_(True)
+        model.prepare(fresh=False)
+        trainings[path] = Training(model, Recipe(steps=rounds, lr=1e-6))
+    data = build.instantiate(stored["data"], "data")
+    data.prepare_data()
+    data.setup("fit")
+    for (x, label), _ in zip(common.batches(data), range(rounds + turns.skip)):
+        for path in turns.next():
+            losses = trainings[path].model.losses
+            with turns.clock(path):
+                trainings[path].update(lambda: losses(x, label).total)  # noqa: B023
+    return ([path, f"{turns.ratio(path, paths[0]):.2f}"] for path in paths)
+
+
+def prepared(model: Any, options: argparse.Namespace) -> Sequence[str]:
+    """Names of the samplers to judge, which the model has been given."""
+    own = dict(model.samplers)
+    if any(one.consistency for one in own.values()):
+        return list(own)
+    asked = {
+        f"{rule}@{calls}": sampler_of(rule, calls, own["ode"], options.sigma_min)
+        for calls in options.calls
+        for rule in options.rules
+    }
+    model.samplers = asked
+    return list(asked)
+
+
+def report(rows: Rows, options: argparse.Namespace) -> None:
+    """Print the table and draw the figure."""
+    for path in options.checkpoints:
+        found = rows.where(path=path, n=options.n, sigma_min=options.sigma_min)
+        calls = sorted({row["calls"] for row in found})
+        names = list(dict.fromkeys(row["rule"] for row in found))
+
+        def cell(rule: str, count: int) -> str:
+            return mean_sd(row["fid"] for row in found if (row["rule"], row["calls"]) == (rule, count))  # noqa: B023
+
+        print(f"\n{path}: FID of {options.n} samples by network calls")
+        print(table(["rule", *calls], [[rule, *(cell(rule, count) for count in calls)] for rule in names]))
+        if options.asked:
+            print(
+                table(["rule", "L1"], [[rule, mean_sd(r["l1"] for r in found if r["rule"] == rule)] for rule in names])
+            )
+    if options.figure:
+        figure(rows, options)
+
+
+def figure(rows: Rows, options: argparse.Namespace) -> None:
+    """FID against calls, a line for every rule."""
+    from matplotlib.figure import Figure
+
+    picture = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    axes = picture.subplots()
+    for path in options.checkpoints:
+        found = [row for row in rows.where(path=path, n=options.n, seed=1, sigma_min=options.sigma_min)]
+        for rule in dict.fromkeys(row["rule"] for row in found):
+            mine = sorted((row["calls"], row["fid"]) for row in found if row["rule"] == rule)
+            axes.plot(*zip(*mine), "o-", ms=3, label=rule)
+    axes.set(xlabel="network calls", ylabel="FID", xscale="log", yscale="log")
+    axes.legend(fontsize=7)
+    picture.savefig(options.figure)
+
+
+if __name__ == "__main__":
+    common.run(main)
