@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bd_lightning.checkpoints import SavingFailed
 from bd_lightning.checks import in_range
+from bd_lightning.modules.base import Module
 from callbacks.diagnostics import NonFiniteLoss
 
 LOOK = 50
@@ -72,7 +73,10 @@ class AveragedWeights(EMAWeightAveraging):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the averages after an optimiser step; the first takes the weights as they are."""
+        """Update the averages after an optimiser step; the first takes the weights as they are.
+
+        An optimiser with averages of its own gives those instead.
+        """
         step, average = trainer.global_step, self._average_model
         if average is None or step <= self._latest_update_step or not self.should_update(step_idx=step - 1):
             return
@@ -82,6 +86,10 @@ class AveragedWeights(EMAWeightAveraging):
         torch._foreach_lerp_([ours[i] for i in floating], [theirs[i] for i in floating], 1 - decay)
         for i in set(range(len(ours))).difference(floating):
             ours[i].copy_(theirs[i])
+        own = cast(Module, pl_module).optimizer.averaged(trainer.optimizers[0]) or {}
+        for mean, p in zip(average.module.parameters(), pl_module.parameters()):
+            if p in own:
+                mean.copy_(own[p])
         average.n_averaged += 1
         self._latest_update_step = step
 

@@ -1,13 +1,16 @@
 """Optimisers as choices of the config: what they train, and that they go on exactly."""
 
 import copy
+import shutil
 
 import pytest
 import torch
 
+import train
 from bd_lightning.modules.base import schedule
 from bd_lightning.networks import MLP, UNet
 from bd_lightning.optimizers import AdamW, Muon, ScheduleFree
+from small_run import launch
 
 CHOICES = [AdamW(weight_decay=0.01), Muon(weight_decay=0.01), ScheduleFree(weight_decay=0.01)]
 
@@ -103,3 +106,40 @@ def test_schedule_free_is_judged_by_its_own_average():
     for p in network.parameters():
         torch.testing.assert_close(average.get(p, p), p)
     assert any((average[p] != 0).any() for p in average) and AdamW().averaged(optimizer) is None
+
+
+def same(a, b):
+    """Whether two nested states are equal, bit by bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+
+
+EVERY = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: 1, save_top_k: -1, filename: 'at-{step}', auto_insert_metric_name: false}"  # noqa: E501
+
+
+@pytest.mark.parametrize("name", ["Muon", "ScheduleFree"])
+def test_a_run_goes_on_exactly(name, tmp_path):
+    """With averages, warm-up, clipping, a combined trace and antithetic pairs."""
+    if name == "ScheduleFree":
+        pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    words = [
+        f"model.optimizer={{_target_: bd_lightning.optimizers.{name}}}", "model.objective.trace=combined",
+        "model.noise.antithetic=0.5", "model.noise.stratified=true", "run_id=a", f"callbacks.every={EVERY}",
+        *(["model.lr_decay=none"] if name == "ScheduleFree" else []),
+    ]  # fmt: skip
+    assert launch(tmp_path / "runs", *words) == 0
+    folder = tmp_path / "runs" / "bellman-diffusion" / "a" / "checkpoints"
+    whole = torch.load(folder / "last.ckpt", weights_only=True)
+    shutil.copy(folder / "at-3.ckpt", folder / "last.ckpt")
+    assert train.main([f"ckpt_path={folder}/last.ckpt", "callbacks.every=null"]) == 0
+    again = torch.load(folder / "last.ckpt", weights_only=True)
+    assert whole["global_step"] == again["global_step"] == 4
+    for part in ("state_dict", "current_model_state", "optimizer_states", "lr_schedulers", "averaging_state"):
+        assert same(again[part], whole[part]), part
+    if name == "ScheduleFree":
+        states = whole["optimizer_states"][0]["state"]
+        for (key, p), state in zip(whole["current_model_state"].items(), states.values(), strict=True):
+            torch.testing.assert_close(whole["state_dict"][key], p.lerp(state["z"], 1 - 1 / 0.9))

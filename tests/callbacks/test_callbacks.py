@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from PIL import Image
 
 from bd_lightning.checks import UserError
@@ -111,7 +112,8 @@ def test_exception_during_validation_saves_weights_in_their_places(tmp_path, cac
 def test_averages_live_where_the_model_trains_and_take_one_call(tmp_path):
     """Lightning moves the model after `setup`, in which the averages are made."""
     module, average = build(), AveragedWeights(decay=0.9)
-    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")), global_step=0)
+    strategy = SimpleNamespace(root_device=torch.device("meta"))
+    trainer = SimpleNamespace(strategy=strategy, global_step=0, optimizers=[None])
     average.setup(trainer, module, "fit")
     module.to("meta")
     made = average._average_model
@@ -202,13 +204,14 @@ def test_fid_is_recorded_with_its_protocol_and_does_not_depend_on_the_batch(tmp_
 
 def test_reference_statistics_are_cached(tmp_path, cache, monkeypatch):
     fit(tmp_path / "a", cache, [metrics()], steps=2)
-    monkeypatch.setattr(ImageMetrics, "_embed", lambda *args, **options: pytest.fail("computed again"))
+    monkeypatch.setattr("callbacks.references.embed", lambda *args, **options: pytest.fail("computed again"))
     fit(tmp_path / "b", cache, [metrics()], steps=2)
 
 
 def test_ranks_share_the_samples_of_one_process():
     class Rank:
         world_size = 3
+        precision_plugin = Precision()
 
         def __init__(self, rank):
             self.global_rank, self.datamodule = rank, Digits()
