@@ -4,12 +4,14 @@
         [--habits] [--only NAME] [KEY=VALUE ...]
 
 Everything is trained with the same network, data, batches, optimiser, schedule, clipping and averaging, those of the
-experiment's config, and sampled with the same number of network calls (35; the paper's own dynamics take 300). Two
-cores: `--experiment mnist_latent data.autoencoder.ckpt_path=…`, or `mnist_small` for pixels; a GPU: `--experiment
-mnist` or `cifar10`.
+experiment's config unless its name says otherwise, and sampled with the same number of network calls (35; the paper's
+own dynamics take 300). Two cores: `--experiment mnist_latent data.autoencoder.ckpt_path=…`, or `mnist_small` for
+pixels; a GPU: `--experiment mnist` or `cifar10`.
 
-- Bellman Diffusion: the default; the same with its trace by Hutchinson; and as the paper writes it (`model=paper`).
+- Bellman Diffusion: the experiment's own; and as the paper writes it (`model=paper`).
 - Score matching: the constant kernel, all else equal.
+- Both with AdamW at 3e-3, independent noise, and the former then with its trace by Hutchinson, with a combined trace,
+  and with antithetic pairs in strata of noise levels.
 - DDPM: linear betas, 1,000 steps, the loss on the noise, sampled by diffusers' own DDIM and DPM-Solver++ (one
   training, the two samplers are separate rows).
 - Flow matching: independent coupling, sampled by Heun's method.
@@ -47,12 +49,23 @@ from datamodules.subsets import random_subset
 
 EQUAL = [f"model.samplers.sde.levels={CALLS}", "model.samplers.sde.relaxation=0.5", "model.samplers.ode.steps=18"]
 DEFAULT, DDPM_NAME = "Bellman Diffusion", "DDPM"
+ADAMW = [
+    "model.optimizer._target_=bd_lightning.optimizers.AdamW", "model.lr=3.0e-3", "model.noise.antithetic=0",
+    "model.noise.stratified=false",
+]  # fmt: skip
+CONSTANT = "model.kernel._target_=bd_lightning.kernels.Constant"
 OURS = {
     DEFAULT: EQUAL,
-    "score matching": [*EQUAL, "model.kernel._target_=bd_lightning.kernels.Constant"],
-    "Bellman Diffusion, trace by Hutchinson": [*EQUAL, "model.objective.trace=hutchinson"],
+    "score matching": [*EQUAL, CONSTANT],
+    "Bellman Diffusion, AdamW": [*EQUAL, *ADAMW],
+    "score matching, AdamW": [*EQUAL, *ADAMW, CONSTANT],
+    "Bellman Diffusion, AdamW, combined trace": [*EQUAL, *ADAMW, "model.objective.trace=combined"],
+    "Bellman Diffusion, AdamW, antithetic": [
+        *EQUAL, *ADAMW, "model.noise.antithetic=0.5", "model.noise.stratified=true",
+    ],
+    "Bellman Diffusion, AdamW, trace by Hutchinson": [*EQUAL, *ADAMW, "model.objective.trace=hutchinson"],
     "Bellman Diffusion, as in the paper": ["model=paper"],
-}
+}  # fmt: skip
 PEERS = {DDPM_NAME: DDPM, "flow matching": FlowMatching}
 NAMES = [DEFAULT, "score matching", *PEERS, *list(OURS)[2:]]
 
@@ -62,7 +75,7 @@ class Bellman(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.conditional = model, model.conditional
+        self.model, self.conditional, self.trained_as = model, model.conditional, model
         self.samplers = {name: self._sampler(name) for name in model.samplers}
         self.main = model.sampler
 
@@ -108,8 +121,7 @@ class Suite:
         )
         self.real = torch.cat([self.features(to_uint8(x).to(self.device)).cpu() for x, _ in split])
         self.steps = options.steps or self.config["steps"]
-        model = common.make_model(self.config, self.facts.arguments)
-        self.recipe = Recipe.of(model, self.config, self.steps, options.bf16)
+        self.model = common.make_model(self.config, self.facts.arguments)
         self.pixels = self.data.observed is self.data
         self.mirrored = self.pixels and self.data.observed.flip
 
@@ -119,7 +131,7 @@ class Suite:
         def name(on: bool, habit: str) -> str:
             return f"no {habit}" if on else habit
 
-        bf16, network = self.recipe.bf16, self.config["model"]["network"]
+        bf16, network = self.options.bf16, self.config["model"]["network"]
         found = {"no clipping": Habit({"clip": None}), "no warm-up": Habit({"warmup_steps": 0})}
         found |= {"no decay": Habit({"decay": False}), name(bf16, "bf16"): Habit({"bf16": not bf16})}
         if self.pixels:
@@ -138,6 +150,10 @@ class Suite:
         torch.manual_seed(seed)
         return PEERS[name](self.config, self.facts.arguments).to(self.device)
 
+    def recipe_of(self, method: Any) -> Recipe:
+        """How a method is trained: as it asks for itself, or else as the experiment's own model."""
+        return Recipe.of(method.trained_as or self.model, self.config, self.steps, self.options.bf16)
+
     def batches(self, seed: int, mirrored: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches without end, half of the images mirrored if asked for."""
         torch.manual_seed(seed)
@@ -149,7 +165,7 @@ class Suite:
     def train(self, name: str, seed: int, habit: Habit = Habit()) -> Iterator[tuple[int, Any, Any]]:
         """Trains, and yields (steps, averaged, raw) at each quarter."""
         method = self.build(name, seed, habit.words)
-        training = Training(method, replace(self.recipe, **habit.recipe))
+        training = Training(method, replace(self.recipe_of(method), **habit.recipe))
         mirrored = self.mirrored if habit.mirrored is None else habit.mirrored
         quarters = [round(self.steps * k / 4) for k in (1, 2, 3, 4)]
         for done, (x, label) in zip(range(1, self.steps + 1), self.batches(seed, mirrored)):
@@ -197,7 +213,8 @@ def _loss(method: Any, x: Tensor, label: Tensor) -> Callable[[], Tensor]:
 
 def speed(suite: Suite, names: list[str], rounds: int = 30) -> dict[str, dict[str, float]]:
     """Step time relative to DDPM's (which must be there), memory, and sampling time per 1,000 images of methods."""
-    trainings = {name: Training(suite.build(name, 0), suite.recipe) for name in names}
+    methods = {name: suite.build(name, 0) for name in names}
+    trainings = {name: Training(method, suite.recipe_of(method)) for name, method in methods.items()}
     turns = Turns(names, suite.device, skip=3)
     source = suite.batches(0, suite.mirrored)
     for _ in range(rounds + turns.skip):

@@ -1,7 +1,8 @@
 """What Bellman Diffusion is compared with on images, around the same network: DDPM and flow matching.
 
 Each peer is an `nn.Module` with `loss(x, label)`, a mean over a batch (B, *), with `samplers`, functions of
-(the peer, rows, label) that return samples (B, *), and with `main`, the name of the one to look at first.
+(the peer, rows, label) that return samples (B, *), with `main`, the name of the one to look at first, and with
+`trained_as`, the model of this suite whose optimiser it is trained by; None for the experiment's.
 
 References:
     | Ho et al., Denoising Diffusion Probabilistic Models, arXiv 2006.11239
@@ -55,6 +56,7 @@ class Peer(nn.Module):
 
     samplers: dict[str, Draw]
     main: str
+    trained_as: Any = None
 
     def __init__(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         super().__init__()
