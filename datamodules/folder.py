@@ -45,11 +45,11 @@ class FolderImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        path, label = self.files[index]
+        path, _ = self.files[index]
         try:
             if path not in self.damaged:
                 pixels = v2.functional.pil_to_tensor(read(path, self.channels))
-                return to_unit(self.resize(pixels)), label
+                return to_unit(self.resize(pixels)), int(self.labels[index])
         except DataError as error:
             self.damaged[path] = str(error)
             if len(self.damaged) > self.most * len(self.files):

@@ -255,6 +255,7 @@ def test_metrics_against_calls(root, teacher, tuned, capsys):
     folder = teacher.parents[1]
     words = ["calls=[8, 3]", "model.samplers.sde.order=3", "model.samplers.sde.corrector=true"]
     assert train.main(["test", f"ckpt_path={teacher}", *words]) == 0
+    (folder,) = folder.glob("test-*")
     rows = json.loads((folder / "calls.json").read_text())
     assert [(row["sampler"], row["calls"]) for row in rows] == [("sde", 3), ("sde", 8), ("ode", 3), ("ode", 7)]
     assert all(row["fid"] > 0 and 0 <= row["recall"] <= 1 for row in rows)
@@ -262,7 +263,8 @@ def test_metrics_against_calls(root, teacher, tuned, capsys):
     assert "| sampler | calls | fid | kid | precision | recall |" in (folder / "calls.md").read_text()
     assert (folder / "figures" / "calls-0000020.png").is_file()
     assert train.main(["test", f"ckpt_path={tuned}", "calls=5", "logger=wandb"]) == 0
-    rows = json.loads((tuned.parents[1] / "calls.json").read_text())
+    (folder,) = tuned.parents[1].glob("test-*")
+    rows = json.loads((folder / "calls.json").read_text())
     assert [(row["sampler"], row["calls"]) for row in rows] == [("one", 1), ("two", 2)]
     (path,) = tuned.parents[1].glob("wandb/offline-run-*/run-*.wandb")
     assert any("calls/fid" in key for row in read_records(path).history for key in row)

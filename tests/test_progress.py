@@ -21,6 +21,7 @@ from datamodules import Digits
 @pytest.fixture
 def at_once(monkeypatch):
     """Bars appear without a delay and are written at every step."""
+    progress.show(True)  # whatever a run before this asked for
     monkeypatch.setattr(progress, "DELAY", 0.0)
     monkeypatch.setattr(progress, "SELDOM", 0.0)
     yield

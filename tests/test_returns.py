@@ -81,7 +81,7 @@ def test_predict_draws_returns_of_the_start(finished, sampler):
     model.load_state_dict(stored)
     with torch.no_grad():
         values = model.values(torch.eye(16)[:1])[0]
-    assert returns.mean(0) == pytest.approx(values.numpy(), abs=0.05)
+    assert returns.mean(0) == pytest.approx(values.numpy(), abs=0.07)
 
 
 def test_resume_goes_on(finished, tmp_path):
