@@ -11,7 +11,7 @@ from bd_lightning.checks import UserError
 from bd_lightning.modules.base import learning_rate
 from benchmarks import common, peers
 
-NAMES = ("few_steps", "fields", "images", "kernels", "linearity", "mode_weights", "scaling", "soak")
+NAMES = ("few_steps", "fields", "images", "kernels", "linearity", "mode_weights", "scaling", "soak", "trace")
 OPTIONAL = ("azula", "diffusers", "torchcfm")
 
 
@@ -195,3 +195,28 @@ def test_heun_follows_the_velocity():
     peer.start, peer.network = lambda rows: start, network
     torch.testing.assert_close(peer.samplers["Heun"](peer, range(4), None), 2.0 * (start + 0.5))
     assert len(calls) == peers.CALLS
+
+
+def test_variances_of_traces(monkeypatch, tmp_path, capsys):
+    from benchmarks import trace
+
+    monkeypatch.setattr(trace, "LEVELS", (0.1, 3.0))
+    words = ["--seeds", "1", "--steps", "30", "--draws", "16", "--problems", "mixture_2d", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["trace.py", *words, "--figure", str(tmp_path / "trace.png")])
+    trace.main()
+    said = capsys.readouterr().out
+    assert said.count("mixture_2d") == 2 and (tmp_path / "trace.png").is_file()
+    rows = {(row["kernel"], row["level"]): row for row in trace.Rows(tmp_path / "rows.jsonl")}
+    low, high = rows["constant", 0.1], rows["constant", 3.0]
+    assert low["Hutchinson"] < 0.5 < 2 < high["Hutchinson"] and low["combined"] < 0.5 and low["antithetic"] < 0.7
+    assert low["a"] < 0.4 and high["a"] > 0.8  # the best weight of Stein's identity
+
+
+def test_the_best_weight_is_the_minimum_of_the_parabola():
+    from benchmarks.trace import best, spread
+
+    g = torch.Generator().manual_seed(0)
+    stein, probe = 3 * torch.randn(500, 4, generator=g), torch.randn(500, 4, generator=g)
+    a = best(stein, probe)
+    around = [spread(w * stein + (1 - w) * probe) for w in (a - 0.05, a, a + 0.05)]
+    assert around[1] < min(around[0], around[2]) and a == pytest.approx(0.1, abs=0.05)

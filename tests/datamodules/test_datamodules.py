@@ -131,7 +131,9 @@ def test_bad_data_is_named(tmp_path, monkeypatch):
     root = write_folder(tmp_path / "a")
     cut = (root / "cat" / "0.png").read_bytes()[:400]  # a whole header, and not all of the pixels
     (root / "cat" / "0.png").write_bytes(cut)
-    with pytest.raises(DataError, match=r"cannot be read: .*cat/0.png .image file is truncated.. Repair or delete them"):
+    with pytest.raises(
+        DataError, match=r"cannot be read: .*cat/0.png .image file is truncated.. Repair or delete them"
+    ):
         data = ImageFolder(str(root), size=8, sigma_data=0.5)
         [item for split in ("train", "val") for item in data.load_split(split)]
     with pytest.raises(DataError, match="fewer than one batch; set data.batch_size to 21 or less"):
