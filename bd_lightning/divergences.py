@@ -51,9 +51,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from bd_lightning.checks import one_of
+from bd_lightning.checks import UserError, one_of
 
 PROBES = ("hutchinson", "gaussian", "sliced", "exact")
+NO_FORWARD_MODE = (
+    "this network cannot be differentiated in forward mode, which a trace by a probe needs: take objective.trace=stein"
+)
 
 
 def bcast(a: Tensor, like: Tensor) -> Tensor:
@@ -168,12 +171,20 @@ def probe_jacobian(
     Returns:
         The field at x, the function's second output without its tangent, and the quadratic form Σ_k v_kᵀ J v_k,
         shape (B,): the trace, exactly or in expectation.
+
+    Raises:
+        UserError: for a field that forward mode cannot differentiate.
     """
     total = x.new_zeros(len(x))
     for direction in v:
         with forward_ad.dual_level():
-            value, aux = function(forward_ad.make_dual(x, direction))
+            try:
+                value, aux = function(forward_ad.make_dual(x, direction))
+            except NotImplementedError as error:
+                raise UserError(f"{NO_FORWARD_MODE} ({str(error).partition(' because')[0]})") from error
             value, tangent = forward_ad.unpack_dual(value)
             aux = forward_ad.unpack_dual(aux).primal
+        if tangent is None:
+            raise UserError(f"{NO_FORWARD_MODE} (what it gives does not depend on its input)")
         total = total + inner(tangent, direction)
     return value, aux, total

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from bd_lightning import kernels
+from bd_lightning.checks import UserError
 from bd_lightning.dynamics import MultistepDynamics
 from bd_lightning.fields.preconditioning import Direct, Factored
 from bd_lightning.modules import BellmanDiffusion
@@ -169,3 +171,30 @@ def test_the_lowest_noise_levels_are_probed():
     assert not weight[[0, 1, 3, 5, 6, 7]].any()
     for found, plain in zip((h, s), module.fields.outputs(DATA[:8], level)):
         torch.testing.assert_close(found, plain)
+
+
+class Fused(MLP):
+    """With distances in a kernel that has no derivative in forward mode."""
+
+    def forward(self, x, c_noise, label=None):
+        out, a = super().forward(x, c_noise, label)
+        return torch.cdist(out, DATA[:DIM]), a
+
+
+class Cut(MLP):
+    """Whose output is cut from its input."""
+
+    def forward(self, x, c_noise, label=None):
+        out, a = super().forward(torch.zeros_like(forward_ad.unpack_dual(x).primal), c_noise, label)
+        return out, a
+
+
+@pytest.mark.parametrize("trace", ["combined", "hutchinson"])
+@pytest.mark.parametrize("network", [Fused, Cut])
+def test_a_network_without_forward_mode_is_one_sentence(network, trace):
+    module = BellmanDiffusion(
+        network((DIM,), width=8, depth=1), CONSTANT, (DIM,), 0, 1.0, {"sde": MultistepDynamics()}, "sde",
+        FieldDivergence(trace=trace),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="cannot be differentiated in forward mode.*take objective.trace=stein"):
+        module.losses(DATA[:6])
