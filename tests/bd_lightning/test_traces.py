@@ -194,7 +194,7 @@ class Cut(MLP):
 def test_a_network_without_forward_mode_is_one_sentence(network, trace):
     module = BellmanDiffusion(
         network((DIM,), width=8, depth=1), CONSTANT, (DIM,), 0, 1.0, {"sde": MultistepDynamics()}, "sde",
-        FieldDivergence(trace=trace),
+        FieldDivergence(trace=trace), parametrisation="direct",
     )  # fmt: skip
     with pytest.raises(UserError, match="cannot be differentiated in forward mode.*take objective.trace=stein"):
         module.losses(DATA[:6])
