@@ -17,8 +17,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from bd_lightning.checks import in_range
+from bd_lightning.checks import in_range, positive
 from bd_lightning.networks.base import Network
+
+
+def _rates(**values: float) -> None:
+    """Refuse decay rates outside [0, 1)."""
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name} must lie between 0 and 1, and below 1, got {value}")
 
 
 @dataclass(frozen=True)
@@ -38,8 +45,7 @@ class Optimizer(ABC):
     decays: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for i, beta in enumerate(self.betas):
-            in_range(0, 1, **{f"betas[{i}]": beta})
+        _rates(**{f"betas[{i}]": beta for i, beta in enumerate(self.betas)})
         in_range(0, float("inf"), weight_decay=self.weight_decay)
 
     @abstractmethod
@@ -84,7 +90,7 @@ class Muon(Optimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        in_range(0, 1, momentum=self.momentum)
+        _rates(momentum=self.momentum)
 
     def __call__(self, module, lr):
         if not hasattr(torch.optim, "Muon"):
@@ -156,6 +162,10 @@ class ScheduleFree(Optimizer):
 
     betas: tuple[float, float] = (0.9, 0.999)
     decays: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive(**{"betas[0]": self.betas[0]})
 
     def __call__(self, module, lr):
         try:

@@ -83,7 +83,8 @@ class AveragedWeights(EMAWeightAveraging):
         ours, theirs = ([*module.parameters(), *module.buffers()] for module in (average.module, pl_module))
         decay = self.decay if average.n_averaged > 0 else 0.0
         floating = [i for i, one in enumerate(ours) if one.is_floating_point()]
-        torch._foreach_lerp_([ours[i] for i in floating], [theirs[i] for i in floating], 1 - decay)
+        ends = [theirs[i].to(ours[i].dtype) for i in floating]  # themselves, unless the model trains in half precision
+        torch._foreach_lerp_([ours[i] for i in floating], ends, 1 - decay)
         for i in set(range(len(ours))).difference(floating):
             ours[i].copy_(theirs[i])
         own = cast(Module, pl_module).optimizer.averaged(trainer.optimizers[0]) or {}
@@ -132,7 +133,7 @@ class LastCheckpoint(ModelCheckpoint):
         in_range(0, float("inf"), every=every or 0, minutes=minutes)
         super().__init__(dirpath=dirpath, filename="last", enable_version_counter=False, save_on_exception=True)
         self.every, self.minutes, self.saved = every, minutes, time.monotonic()
-        self.interrupted, self.begun = False, 0
+        self.interrupted, self.begun, self.started = False, 0, False
         self.together, self.asked = False, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -141,6 +142,7 @@ class LastCheckpoint(ModelCheckpoint):
 
         Lightning puts the handlers of before the run back when it ends.
         """
+        self.started = True
         self.together = trainer.world_size > 1 and torch.distributed.is_initialized()
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT) if self.together else (signal.SIGINT,):
@@ -222,7 +224,11 @@ class LastCheckpoint(ModelCheckpoint):
         self.saved = time.monotonic()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> Any:
-        """Save, unless the loss is no longer finite, nothing can be saved, or the weights are half changed."""
+        """Save, unless training has not begun (what it goes on from could not be restored, say), the loss is no longer
+        finite, nothing can be saved, or the weights are half changed.
+        """
+        if not self.started:
+            return
         steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step
         batches: Any = trainer.fit_loop.epoch_loop.batch_progress.total
         changing = steps.total.ready != steps.total.completed  # the optimiser was at work

@@ -17,6 +17,9 @@ from bd_lightning.cli import signatures
 from bd_lightning.cli.config import GROUPS, TOP_LEVEL, ConfigError
 from bd_lightning.upgrade import refuse_old
 
+MOST_CALLS = 10_000
+"""Network calls of a sampler that `test` is asked to judge at most."""
+
 FACTS = ("shape", "num_classes", "sigma_data", "actions", "v_min", "v_max", "run_dir")
 """Arguments that a config leaves out: the data module knows all but the last, `train.py` that one."""
 
@@ -97,8 +100,8 @@ def check_keys(config: Mapping[str, Any]) -> None:
     for key in ("steps", "eval_every", "n"):
         if config[key] < 1:
             raise ConfigError(f"'{key}' must be at least 1, got {config[key]}")
-    if any(count < 1 for count in config["calls"] or ()):
-        raise ConfigError(f"'calls' are numbers of network calls, at least 1 each, got {config['calls']}")
+    if any(not 1 <= count <= MOST_CALLS for count in config["calls"] or ()):
+        raise ConfigError(f"'calls' are numbers of network calls, from 1 to {MOST_CALLS:,}, got {config['calls']}")
     if not 0 <= config["seed"] < 2**32:
         raise ConfigError(f"'seed' must lie between 0 and {2**32 - 1}, got {config['seed']}")
     if config["calibrate"] < 0:

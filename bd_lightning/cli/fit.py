@@ -69,6 +69,7 @@ def _run(plan: Plan, run_dir: Path) -> None:
         refuse_other_data(plan.facts, data.facts)
     model = objects.model(plan, data.facts)
     if plan.command == "fit":
+        refuse_other_optimizer(plan, model)
         model.prepare(fresh=plan.checkpoint is None)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
     begin = Begin(plan)
@@ -157,6 +158,23 @@ def calls_curve(plan: Plan, callbacks: list[Any], model: Any) -> CallsCurve:
     if not judges:
         raise UserError("calls needs callbacks.metrics, which judges samples")
     return CallsCurve(plan.config["calls"], judges[0])
+
+
+def refuse_other_optimizer(plan: Plan, model: Any) -> None:
+    """Refuse to go on with another optimiser than that of the checkpoint, whose state it cannot take.
+
+    Raises:
+        UserError: naming both.
+    """
+    if plan.checkpoint is None:
+        return
+    stored = plan.checkpoint["hyper_parameters"]["model"].get("optimizer") or {}
+    before, now = str(stored.get("_target_", "AdamW")).rpartition(".")[2], type(model.optimizer).__name__
+    if before != now:
+        raise UserError(
+            f"{plan.config['ckpt_path']} was trained by {before}, whose state {now} cannot go on from: leave "
+            "model.optimizer as it is there, or train anew"
+        )
 
 
 def refuse_other_data(trained: Facts, given: Facts) -> None:

@@ -62,6 +62,8 @@ def run(plan: Plan) -> None:
     objects.prepare(config)
     model = objects.model(plan, facts)
     model.check_predict()
+    if config["calls"]:
+        raise UserError("calls is for test: a sampler's own are set by model.samplers.NAME.levels or .steps")
     labels = choose_labels(config["labels"] or [], facts, model)
     mixed = any(config[key] for key in ("mix", "remove", "merge"))
     if config["calibrate"] and not mixed:

@@ -166,10 +166,17 @@ class Module(L.LightningModule):
         return self._evaluate("test", batch, batch_idx)
 
     def configure_optimizers(self) -> Any:
-        """The optimiser, with linear warm-up and, if asked for, cosine decay over the run, stepped every batch."""
+        """The optimiser, with linear warm-up and, if asked for, cosine decay over the run, stepped every batch.
+
+        Raises:
+            UserError: for an optimiser that cannot train this model.
+        """
         batches = self.trainer.world_size * self.trainer.accumulate_grad_batches
         lr = self.lr * batches ** LR_POWERS[self.lr_scaling]
         total = int(self.trainer.estimated_stepping_batches) if self.lr_decay == "cosine" else None
-        optimizer = self.optimizer(self, lr)
+        try:
+            optimizer = self.optimizer(self, lr)
+        except ValueError as error:
+            raise UserError(f"model.optimizer: {error}") from error
         scheduler = schedule(optimizer, self.warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

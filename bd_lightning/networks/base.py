@@ -32,5 +32,5 @@ class Network(nn.Module):
         """Weights of the linear layers and convolutions that carry the data from the first layer to the heads."""
         kinds = (nn.Linear, nn.modules.conv._ConvNd)
         layers = (layer for name, layer in self.named_modules() if not set(name.split(".")) & set(self.outer))
-        weights = (layer.get_parameter("weight") for layer in layers if isinstance(layer, kinds))
-        return [weight for weight in weights if weight.requires_grad]
+        weights = (layer.weight for layer in layers if isinstance(layer, kinds))
+        return [weight for weight in weights if isinstance(weight, nn.Parameter) and weight.requires_grad]

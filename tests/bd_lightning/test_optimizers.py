@@ -86,6 +86,59 @@ def test_muon_asks_for_a_network_with_matrices():
         Muon()(torch.nn.Linear(2, 2), 1e-3)
 
 
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (lambda: AdamW((1.0, 0.9)), r"betas\[0\] must lie between 0 and 1, and below 1"),
+        (lambda: Muon(momentum=1.0), "momentum must lie between 0 and 1, and below 1"),
+        (lambda: ScheduleFree((0.0, 0.9)), r"betas\[0\] must be positive"),
+    ],
+)
+def test_rates_that_would_stand_still(call, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call()
+
+
+def test_muon_leaves_reparametrised_weights_to_adam():
+    network = MLP((2,), width=8, depth=1)
+    torch.nn.utils.parametrizations.weight_norm(network.blocks[0].inner)
+    assert len(network.matrices()) == 1
+
+
+def test_another_optimizer_cannot_go_on_and_leaves_the_run_alone(tmp_path, capsys):
+    assert launch(tmp_path / "runs", "run_id=a") == 0
+    folder = tmp_path / "runs" / "bellman-diffusion" / "a"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    words = [f"ckpt_path={folder}/checkpoints/last.ckpt", "steps=6"]
+    assert train.main([*words, "model.optimizer._target_=bd_lightning.optimizers.Muon"]) == 2
+    assert "was trained by AdamW, whose state Muon cannot go on from" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_state_that_cannot_be_restored_leaves_the_checkpoint_alone(tmp_path, capsys):
+    assert launch(tmp_path / "runs", "run_id=a") == 0
+    last = tmp_path / "runs" / "bellman-diffusion" / "a" / "checkpoints" / "last.ckpt"
+    stored = torch.load(last, weights_only=True)
+    stored["optimizer_states"][0]["state"] = {k: {"z": torch.zeros(1)} for k in stored["optimizer_states"][0]["state"]}
+    torch.save(stored, last)
+    before = last.read_bytes()
+    train.main([f"ckpt_path={last}", "steps=6"])
+    assert last.read_bytes() == before and "error:" in capsys.readouterr().err
+
+
+def test_an_optimizer_that_cannot_train_the_model_is_one_sentence(tmp_path, capsys):
+    words = ["model=autoencoder", "model.latent=[4]", "model.channels=[4]", "callbacks=autoencoder"]
+    words += ["callbacks.metrics=null", "callbacks.best=null", "callbacks.grid=null", "callbacks.progress=null"]
+    words += ["steps=2", "eval_every=2", "logger=none", "trainer=cpu", f"root={tmp_path / 'runs'}"]
+    assert train.main([*words, "model.optimizer={_target_: bd_lightning.optimizers.Muon}"]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "this model has none: take bd_lightning.optimizers.AdamW" in said[0]
+
+
+def test_half_precision_has_averages(tmp_path):
+    assert launch(tmp_path / "runs", "run_id=a", "trainer.precision=bf16-true") == 0
+
+
 def test_an_optimizer_that_is_not_there_is_one_sentence(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match="Muon needs torch 2.9 or later"):
