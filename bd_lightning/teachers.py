@@ -94,6 +94,8 @@ def load(
     """
     model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
     check_fit(student, model, path)
+    if not model.has_score:
+        raise UserError(f"{path} is a consistency model, no score to learn from: give the checkpoint it was tuned from")
     facts = facts_of.read(stored["facts"])
     chosen = combinations.choose_labels(labels or [], facts, model)
     if guidance != 1:

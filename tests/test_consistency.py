@@ -241,6 +241,7 @@ def test_mistakes(root, teacher, relative, tuned, capsys):
         f"model.teacher={teacher}", "model.network.conditional=true", "model.labels=[3]"
     )
     assert "train with model=relative" in refused(f"model.teacher={teacher}", "model.mix={3: 1.0}")
+    assert "is a consistency model, no score to learn from" in refused(f"model.teacher={tuned}")
     assert "guidance needs a teacher with classes" in refused(f"model.teacher={teacher}", "model.guidance=2")
     assert "mix says what a teacher's flow is made of" in refused("model.mix={3: 1.0}")
     assert "no class 'cat'" in refused(f"model.teacher={relative}", "model.mix={cat: 1.0}")

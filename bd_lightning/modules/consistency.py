@@ -108,6 +108,7 @@ class ConsistencyModel(Generator):
     """
 
     fields: LearnedFields
+    has_score = False
 
     def __init__(
         self,

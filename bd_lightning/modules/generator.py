@@ -35,12 +35,14 @@ class Generator(Module):
         fields: the pair of fields that is learned.
         objective: what it is trained by.
         conditional: whether samples are drawn class by class unless something else is asked for.
+        has_score: whether S is the score of the noised data, which a flow or a student can follow.
         guidable: whether it knows all the data beside the classes, which guidance needs.
     """
 
     fields: Any
     objective: Objective
     conditional: bool = False
+    has_score: bool = True
     guidable: bool = False
 
     def __init__(
