@@ -90,7 +90,7 @@ class Objective(ABC):
     scalar_weight: float = 0.1
 
     def __post_init__(self) -> None:
-        in_range(0, float("inf"), scalar_weight=self.scalar_weight)
+        in_range(0, 1e6, scalar_weight=self.scalar_weight)
 
     @property
     def forward_mode(self) -> bool:

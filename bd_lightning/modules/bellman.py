@@ -80,7 +80,7 @@ class BellmanDiffusion(Generator):
             raise ValueError(
                 "network.conditional and scalar_network.conditional must be the same: set both, or neither"
             )
-        if network.head_shape:
+        if network.head_shape or (scalar_network is not None and scalar_network.head_shape):
             raise ValueError("network.per_class=true is for model=relative, whose fields it has heads for")
         if label_dropout and not self.conditional:
             raise ValueError("label_dropout needs network.conditional=true: this network is not told the class")

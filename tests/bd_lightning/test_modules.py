@@ -262,6 +262,10 @@ def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
         ({"compile": True, "objective": FieldDivergence(trace="combined")}, "forward mode cannot be compiled"),
         ({"noise": None, "parametrisation": "direct"}, "nothing to denoise"),
         ({"noise": None, "objective": FieldDivergence(trace="exact")}, "noise=null needs parametrisation=direct"),
+        (
+            {"scalar_network": MLP((2,), num_classes=3, per_class=True, width=8, depth=1)},
+            "per_class=true is for model=relative",
+        ),
         ({"label_dropout": 0.1}, "label_dropout needs network.conditional=true"),
         ({"guidance": 2.0}, "guidance needs a class-conditional model"),
         ({"guidance_interval": (3.0, 1.0)}, "guidance_interval must be .low, high."),
@@ -291,6 +295,7 @@ def test_refusals(options, message):
         (lambda: FieldDivergence(trace="combined", probed=1.5), "probed must lie between 0 and 1"),
         (lambda: FieldDivergence(crossover=0.5), "crossover and probed are of trace=combined"),
         (lambda: FieldDivergence(scalar_weight=-1.0), "scalar_weight must lie between"),
+        (lambda: FieldDivergence(scalar_weight=float("inf")), "scalar_weight must lie between"),
     ],
 )
 def test_refusals_of_parts(call, message):
