@@ -63,14 +63,10 @@ class Optimizer(ABC):
 
 @dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay, torch's. On a GPU all parameters are updated in one kernel."""
+    """Adam with decoupled weight decay, torch's; not the fused one, whose gradients Lightning does not clip under autocast."""
 
     def __call__(self, module, lr):
-        parameters = list(module.parameters())
-        fused = all(p.device.type == "cuda" for p in parameters)
-        return torch.optim.AdamW(
-            parameters, lr=lr, betas=tuple(self.betas), weight_decay=self.weight_decay, fused=fused or None
-        )
+        return torch.optim.AdamW(module.parameters(), lr=lr, betas=tuple(self.betas), weight_decay=self.weight_decay)
 
 
 @dataclass(frozen=True)
