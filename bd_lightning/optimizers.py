@@ -63,7 +63,7 @@ class Optimizer(ABC):
 
 @dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay, torch's; not the fused one, whose gradients Lightning does not clip under autocast."""
+    """Adam with decoupled weight decay, torch's; not the fused one, which Lightning cannot clip under autocast."""
 
     def __call__(self, module, lr):
         return torch.optim.AdamW(module.parameters(), lr=lr, betas=tuple(self.betas), weight_decay=self.weight_decay)

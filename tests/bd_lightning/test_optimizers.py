@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 import torch
+from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
+from torch._subclasses import FakeTensorMode
 
 import train
 from bd_lightning.modules.base import schedule
@@ -79,6 +81,17 @@ def test_muon_is_torchs_on_flattened_matrices_and_adam_on_the_rest():
     for name, p in network.named_parameters():
         expected = flat[name].view(p.shape) if name in flat else theirs[name]
         torch.testing.assert_close(p, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("choice", CHOICES[:2], ids=lambda choice: type(choice).__name__)
+def test_gradients_can_be_clipped_in_mixed_precision_on_a_gpu(choice):
+    """Lightning refuses to for optimisers that unscale gradients themselves, as fused ones on a GPU do."""
+    with FakeTensorMode(), torch.device("cuda"):
+        network = MLP((2,), width=8, depth=1)
+        optimizer = choice(network, 1e-3)
+    assert {p.device.type for p in network.parameters()} == {"cuda"}
+    parts = [optimizer, *getattr(optimizer, "parts", [])]
+    assert not any(_optimizer_handles_unscaling(part) for part in parts)
 
 
 def test_muon_asks_for_a_network_with_matrices():
