@@ -212,6 +212,28 @@ def test_variances_of_traces(monkeypatch, tmp_path, capsys):
     assert low["a"] < 0.4 and high["a"] > 0.8  # the best weight of Stein's identity
 
 
+def test_what_ways_of_taking_the_trace_learn(monkeypatch, tmp_path, capsys):
+    from benchmarks import trace
+
+    monkeypatch.setattr(trace, "WAYS", {name: trace.WAYS[name] for name in ("Stein", "combined, antithetic")})
+    words = ["--learn", "40", "--seeds", "1", "--problems", "mixture_2d", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["trace.py", *words])
+    trace.main()
+    said = capsys.readouterr().out
+    rows = trace.Rows(tmp_path / "rows.jsonl")
+    assert len(rows) == 2 * 2 * 4 and "errors at σ/σ_data" in said
+    assert all(len(row["errors"]["g"]) == len(trace.JUDGED) and row["minutes"] > 0 for row in rows)
+    constant = rows.where(kernel="constant", way="Stein")
+    assert max(constant[-1]["errors"]["s"]) < 1e-5  # its mobility is one
+    assert constant[-1]["errors"]["g"][2] < constant[0]["errors"]["g"][2]
+    trace.main()
+    assert len(trace.Rows(tmp_path / "rows.jsonl")) == len(rows)  # nothing is computed again
+    for wrong in ("6", "-4"):
+        monkeypatch.setattr("sys.argv", ["trace.py", "--learn", wrong])
+        with pytest.raises(SystemExit):
+            trace.main()
+
+
 def test_the_best_weight_is_the_minimum_of_the_parabola():
     from benchmarks.trace import best, spread
 
