@@ -186,6 +186,28 @@ def test_the_betas_are_those_of_diffusers():
             assert sampler(peer, range(3), None).isfinite().all()
 
 
+def test_solvers_of_diffusers_make_the_calls_that_they_are_asked_for(tmp_path):
+    pytest.importorskip("diffusers")
+    from benchmarks import few_steps
+
+    config = common.compose("experiment=score_matching", "data=digits", "model.network.channels=[8]")
+    data = common.make_data(config)
+    data.prepare_data()
+    data.setup("fit")
+    torch.save(peers.DDPM(config, data.facts.arguments).state_dict(), tmp_path / "ddpm.pt")
+    peer = few_steps.Peer(str(tmp_path / "ddpm.pt"), config, [5, 8])
+    calls = []
+    peer.ddpm.network.register_forward_hook(lambda *_: calls.append(1))
+    for name, sampler in peer.samplers.items():
+        calls.clear()
+        x = peer.sample(range(3), name, seed=2)
+        assert x.isfinite().all() and len(calls) == sampler.calls == int(name.partition("@")[2])
+    assert not torch.equal(x, peer.sample(range(3), name, seed=3))
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="not the weights of a DDPM"):
+        few_steps.Peer(str(tmp_path / "other.pt"), config, [5])
+
+
 def test_heun_follows_the_velocity():
     """A constant velocity of ½ takes every start ½ further, in units of the data."""
     peer = peers.FlowMatching(CONFIG, FACTS)
