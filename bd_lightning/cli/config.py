@@ -28,7 +28,7 @@ from bd_lightning.checks import UserError, regular_file, suggest
 from bd_lightning.upgrade import is_record, upgrade
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "export")
 GROUPS = ("data", "model", "trainer", "logger", "callbacks")
 TOP_LEVEL: dict[str, Any] = {
     "seed": int,
@@ -45,6 +45,8 @@ TOP_LEVEL: dict[str, Any] = {
     "merge": dict[str, float] | None,
     "calibrate": int,
     "export": str | None,
+    "to": str | None,
+    "precision": str | None,
     "trust": bool,
 }
 NOT_KEPT = ("format", "facts", "trust")

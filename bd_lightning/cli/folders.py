@@ -59,7 +59,7 @@ def run_folder(config: Mapping[str, Any], training: bool) -> Path:
 
     Training that goes on from a checkpoint under another run id leaves the checkpoint's run as it is.
     """
-    if config["ckpt_path"]:
+    if config["ckpt_path"] and not Path(config["ckpt_path"]).is_dir():
         folder = folder_of(config["ckpt_path"])
         branches = training and config["run_id"] not in (None, folder.name)
         if (folder / "config.yaml").is_file() and not branches:
@@ -92,8 +92,9 @@ def _refuse_name(name: Any, key: str) -> None:
 
 
 def folder_of(checkpoint: str | Path) -> Path:
-    """The run folder that a checkpoint lies in."""
-    return Path(checkpoint).resolve().parent.parent
+    """The run folder that a checkpoint lies in; an exported model is a folder of its own."""
+    path = Path(checkpoint).resolve()
+    return path if path.is_dir() else path.parent.parent
 
 
 def short(path: Path) -> str:
