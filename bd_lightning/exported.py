@@ -84,10 +84,9 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     kept = _without_folders({key: value for key, value in config.items() if key not in OURS})
     kept |= {key: value for key, value in OURS.items() if key in config}
-    kept["logger"] = None
-    kept["trainer"] = {key: value for key, value in config["trainer"].items() if key not in MACHINE}
-    kept["callbacks"] = {name: node for name, node in (kept["callbacks"] or {}).items() if node is not None}
-    return _with_data_root(kept)
+    kept["trainer"] = {key: value for key, value in (config.get("trainer") or {}).items() if key not in MACHINE}
+    kept["callbacks"] = {name: node for name, node in (kept.get("callbacks") or {}).items() if node is not None}
+    return _with_data_root({**kept, "logger": None})
 
 
 def _without_folders(node: Any) -> Any:

@@ -173,10 +173,10 @@ def test_nothing_that_an_exported_config_names_is_called(exported, capsys):
     )
     with pytest.raises(UserError, match=r"subprocess\.Popen"):
         bd_lightning.load(exported)
-    config.write_text(words.replace("seed: 0", "seed: 0\nn: ${oc.env:HOME}"))
+    config.write_text(words.replace("seed: 0", "seed: ${oc.env:HOME}"))
     assert "refers to something outside it" in refused(capsys, "predict", f"ckpt_path={exported}")
 
 
 def test_an_exported_model_cannot_be_trained_on(exported, capsys, tmp_path):
-    words = [f"ckpt_path={exported}", "steps=8", f"root={tmp_path / 'out'}", "run_id=on"]
+    words = [f"ckpt_path={exported}", "steps=8", f"root={tmp_path / 'out'}", "run_id=further"]
     assert "only weights to evaluate and sample from" in refused(capsys, *words)
