@@ -97,6 +97,18 @@ def folder_of(checkpoint: str | Path) -> Path:
     return path if path.is_dir() else path.parent.parent
 
 
+def newest(run: str | Path) -> str:
+    """The last checkpoint of a run folder; a checkpoint is given back as it is.
+
+    Raises:
+        UserError: if the folder has none.
+    """
+    path = Path(run) / "checkpoints" / "last.ckpt" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise UserError(f"{run} is no run folder with checkpoints/last.ckpt, and no checkpoint of one")
+    return str(path)
+
+
 def short(path: Path) -> str:
     """A path relative to the working directory where that is shorter."""
     return min(os.path.relpath(path), str(path), key=len)

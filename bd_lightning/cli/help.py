@@ -15,6 +15,7 @@ commands
   test       losses and FID of a checkpoint on the test split
   predict    write n samples of a checkpoint: PNG files and a grid, or the rows of a CSV file
   export     the weights of a checkpoint as a folder for others: to=FOLDER, read back by ckpt_path=FOLDER
+  average    checkpoints of a run with averages of other lengths: ckpt_path=RUN length=0.05,0.1 [score=validate]
   compare    run folders beside each other: last and best numbers, and a page of curves
 
 groups (choose a file from configs/GROUP)

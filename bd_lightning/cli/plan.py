@@ -14,13 +14,16 @@ from bd_lightning.cli import config as configs
 from bd_lightning.facts import Facts
 from bd_lightning.upgrade import FORMAT
 
+ONCE = {"to": "export", "precision": "export", "length": "average", "score": "average"}
+"""Keys that say what one command does, and no run keeps."""
+
 
 @dataclass(frozen=True)
 class Plan:
     """What a command line comes to.
 
     Args:
-        command: "fit", "validate", "test", "predict" or "export".
+        command: "fit", "validate", "test", "predict", "export" or "average".
         config: the config, resolved and checked.
         run_dir: the run folder.
         new: whether the run begins in a folder of its own, which must not be there yet.
@@ -53,7 +56,7 @@ class Plan:
     @property
     def record(self) -> dict[str, Any]:
         """The config as it is kept: what repeats the run."""
-        own = {"ckpt_path": None, "run_id": None, "export": None, "to": None, "precision": None, "trust": False}
+        own = {**dict.fromkeys((*ONCE, "ckpt_path", "run_id", "export")), "trust": False}
         return {"format": FORMAT, **self.config, **own}
 
 
@@ -71,15 +74,16 @@ def resolve(argv: Sequence[str]) -> Plan:
     build.check_keys(config)
     if config["export"] and request.command != "test":
         raise UserError("export keeps the samples of a test: train.py test ckpt_path=… export=FILE.npz")
-    if request.command != "export" and (config["to"] or config["precision"]):
-        raise UserError("to and precision are for export; what a run computes in is trainer.precision")
+    for key, command in ONCE.items():
+        if config[key] is not None and command != request.command:
+            raise UserError(f"'{key}' is for train.py {command}{', what a run computes in is trainer.precision' * (key == 'precision')}")
     build.trusted.set(None if config["trust"] else frozenset(build.targets(config)))
     path = _existing(config) if config["ckpt_path"] == "last" else config["ckpt_path"]
     checkpoint = None
     if path:
         from bd_lightning import checkpoints
 
-        path = addresses.local(path)
+        path = folders.newest(path) if request.command == "average" else addresses.local(path)
         links.refuse_linked(path)
         checkpoint = checkpoints.read(path)
         config = configs.compose(request, checkpoint["hyper_parameters"])
