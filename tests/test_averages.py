@@ -84,13 +84,14 @@ def test_weights_that_stand_still_stay_where_they_are():
 # ---- runs
 
 POWER = ["callbacks.ema._target_=callbacks.PowerAverages", "callbacks.ema.snapshots=12"]
+MOVES = ["model.warmup_steps=0", "model.lr_decay=none", "model.lr=0.02", f"eval_every={STEPS // 2}"]
 
 
 @pytest.fixture(scope="module")
 def power_run(tmp_path_factory) -> Path:
     """A run that follows two averages."""
     root = tmp_path_factory.mktemp("power")
-    words = [*WORDS, *POWER, f"steps={STEPS}", f"eval_every={STEPS // 2}", "model.warmup_steps=0", "run_id=two"]
+    words = [*WORDS, *POWER, *MOVES, f"steps={STEPS}", "run_id=two"]
     assert train.main([*words, f"root={root}", f"data.root={root / 'data'}"]) == 0
     return root / "bellman-diffusion" / "two"
 
@@ -111,7 +112,7 @@ def test_a_run_keeps_snapshots_and_average_makes_a_length_of_them(power_run, cap
     assert train.main(["average", f"ckpt_path={power_run}", "length=0.05,0.07,0.15"]) == 0
     assert "length-0.07.ckpt: of 24 snapshots" in capsys.readouterr().out
     made = {length: weights(power_run / "checkpoints" / f"length-{length}.ckpt") for length in (0.05, 0.07, 0.15)}
-    assert distance(made[0.05], weights(last)) < 1e-3 * distance(made[0.15], weights(last))  # it was followed
+    assert distance(made[0.05], weights(last)) < 0.02 * distance(made[0.15], weights(last))  # it was followed
     longer = averages.snapshots(power_run)[-1]
     second = averages.combined([longer], [1.0])
     assert distance(made[0.07], second) < distance(made[0.05], second)
@@ -120,20 +121,20 @@ def test_a_run_keeps_snapshots_and_average_makes_a_length_of_them(power_run, cap
 
 
 def test_an_average_of_another_length_is_what_a_run_that_follows_it_has(power_run, tmp_path):
-    words = [*WORDS, *POWER, f"steps={STEPS}", f"eval_every={STEPS // 2}", "model.warmup_steps=0", "run_id=direct"]
+    words = [*WORDS, *POWER, *MOVES, f"steps={STEPS}", "run_id=direct"]
     words += ["callbacks.ema.lengths=[0.07,0.2]", f"root={tmp_path}", f"data.root={power_run.parents[1] / 'data'}"]
     assert train.main(words) == 0
     assert train.main(["average", f"ckpt_path={power_run}", "length=[0.07]"]) == 0
     direct = weights(tmp_path / "bellman-diffusion" / "direct" / "checkpoints" / "last.ckpt")
     made = weights(power_run / "checkpoints" / "length-0.07.ckpt")
     other = weights(power_run / "checkpoints" / "last.ckpt")
-    assert distance(made, direct) < 0.05 * distance(other, direct)
+    assert distance(made, direct) < 0.1 * distance(other, direct)
 
 
 def test_both_averages_go_on_after_an_interruption(power_run, tmp_path):
-    words = [*WORDS, *POWER, f"eval_every={STEPS // 2}", "model.warmup_steps=0", "model.lr_decay=none", "run_id=on"]
+    words = [*WORDS, *POWER, *MOVES, "run_id=one"]
     words += [f"data.root={power_run.parents[1] / 'data'}", "callbacks.ema.snapshots=4"]
-    folders = [tmp_path / name / "bellman-diffusion" / "on" for name in ("whole", "parts")]
+    folders = [tmp_path / name / "bellman-diffusion" / "one" for name in ("whole", "parts")]
     assert train.main([*words, f"root={folders[0].parents[1]}", f"steps={STEPS}"]) == 0
     assert train.main([*words, f"root={folders[1].parents[1]}", f"steps={STEPS // 2}"]) == 0
     last = folders[1] / "checkpoints" / "last.ckpt"
