@@ -2,6 +2,7 @@
 part of the checkpointed module. Those that evaluate run between the two swaps of `AveragedWeights` at validation, so
  they see averaged weights; `train.py` puts the averaging callback behind them to make it so."""
 
+from callbacks.averages import PowerAverages
 from callbacks.checkpoints import AveragedWeights, LastCheckpoint
 from callbacks.curve import CallsCurve
 from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss, TrainingDiagnostics
@@ -36,6 +37,7 @@ __all__ = [
     "NonFiniteLoss",
     "PointMetrics",
     "PointTrajectory",
+    "PowerAverages",
     "Report",
     "ReturnFigures",
     "SampleGrid",

@@ -273,7 +273,7 @@ def finish(plan: Plan, callbacks: list[Any], model: Any, diverged: str) -> None:
             print(rows[-1]["summary"])
     names = [plan.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
     given = [Path(plan.config["ckpt_path"])] if plan.command != "fit" else []
-    found = next((path for path in (*given, *names) if path.is_file()), None)
+    found = next((path for path in (*given, *names) if path.exists()), None)
     page = " (open report.html)" if (plan.run_dir / "report.html").is_file() else ""
     then = diverged or (model.next_step(quote(short(found))) if found else "no checkpoint was kept")
     print(f"everything is in {short(plan.run_dir)}{page}; {then}")
