@@ -9,6 +9,7 @@ from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss, TrainingDiagn
 from callbacks.evaluation import Evaluation, Findings, Metric
 from callbacks.features import ClassifierFeatures, DINOv2Features, InceptionFeatures
 from callbacks.figures import FieldFigures, PointTrajectory
+from callbacks.likelihood import FieldLikelihood, FlowLikelihood
 from callbacks.memorisation import Memorisation
 from callbacks.metrics import ImageMetrics
 from callbacks.points import PointMetrics
@@ -27,7 +28,9 @@ __all__ = [
     "Evaluation",
     "FieldDiagnostics",
     "FieldFigures",
+    "FieldLikelihood",
     "Findings",
+    "FlowLikelihood",
     "ImageMetrics",
     "ImageWriter",
     "InceptionFeatures",

@@ -54,6 +54,7 @@ class ImageDataModule(DataModule):
     """
 
     shape: tuple[int, int, int]
+    cell = 1 / 127.5
 
     def __init__(
         self, flip: bool = False, keep: list[str | int] | dict[str | int, float] | None = None, **options: Any

@@ -40,6 +40,7 @@ TOP_LEVEL: dict[str, Any] = {
     "n": int,
     "labels": list[int | str] | None,
     "calls": list[int] | None,
+    "likelihood": str | None,
     "mix": dict[int | str, float] | None,
     "remove": list[int | str] | None,
     "merge": dict[str, float] | None,
