@@ -75,9 +75,14 @@ class Bellman(nn.Module):
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model, self.conditional, self.trained_as = model, model.conditional, model
+        self.model, self.conditional = model, model.conditional
         self.samplers = {name: self._sampler(name) for name in model.samplers}
         self.main = model.sampler
+
+    @property
+    def trained_as(self) -> Any:
+        """The model itself."""
+        return self.model
 
     def loss(self, x: Tensor, label: Tensor) -> Tensor:
         """The weighted losses of both fields, a mean over the batch (B, *)."""
