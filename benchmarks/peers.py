@@ -17,8 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from bd_lightning.cli import build
+from bd_lightning.divergences import bcast
 from bd_lightning.dynamics import SampleNoise
+from bd_lightning.fields.preconditioning import Factored
+from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks.base import Network
+from bd_lightning.objectives import Losses
 from benchmarks.common import optional
 
 CALLS = 35
@@ -139,6 +143,39 @@ class FlowMatching(Peer):
         noise, t = torch.randn_like(x), torch.rand(len(x), device=x.device)
         point, target = straight_path(noise, x / self.scale, t)
         return nn.functional.mse_loss(self.velocity(point, t, self.told(label)), target)
+
+
+class Noise(Factored):
+    """h = S of a network F that predicts the noise: S = −F/σ."""
+
+    def output(self, out, x, sigma, sigma_data, kernel, m_ref):
+        """S (B, *)."""
+        return -out / bcast(sigma, x)
+
+
+class NoisePrediction(BellmanDiffusion):
+    """DDPM's loss in a module of the suite, for `train.py` to train, average, sample and judge as the others.
+
+    Its steps t are noise levels σ_d √((1 − ᾱ)/ᾱ), of which the network is told as it is in this suite. With the
+    constant kernel the scalar field stays one, and samplers follow the score.
+
+    Args:
+        options: arguments of `BellmanDiffusion`; kernel has to be `Constant`, and objective and noise are not used.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self.fields.parametrisation = Noise()
+        self.register_buffer("alphas", alphas_cumprod(), persistent=False)
+
+    def losses(self, x: Tensor, label: Tensor | None = None, generator: torch.Generator | None = None) -> Losses:
+        """The squared error of the noise of every sample of a batch (B, *)."""
+        alpha = self.alphas[torch.randint(0, len(self.alphas), (len(x),), device=x.device, generator=generator)]
+        sigma = self.fields.sigma_data * ((1 - alpha) / alpha).sqrt()
+        noise = torch.randn(x.shape, device=x.device, generator=generator)
+        S, s = self.fields.outputs(x + bcast(sigma, x) * noise, sigma, label if self.conditional else None)
+        error = (bcast(sigma, x) * S + noise).square().flatten(1).mean(1)
+        return Losses(gradient=error, scalar=torch.zeros_like(error), sigma=sigma, relative_s=s.detach())
 
 
 def _heun(owner: FlowMatching, rows: range, label: Tensor | None) -> Tensor:
