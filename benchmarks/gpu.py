@@ -55,7 +55,7 @@ PEAKS = {
 CONSTANT = "model.kernel._target_=bd_lightning.kernels.Constant"
 MODELS = {
     "Bellman Diffusion": [],
-    "DDPM": [CONSTANT, "model._target_=benchmarks.peers.NoisePrediction"],
+    "DDPM": [CONSTANT, "model._target_=benchmarks.peers.NoisePrediction", "model.parametrisation=noise"],
     "score matching": [CONSTANT],
 }
 MODES = {f"{p}{', compiled' * c}": (p == "bf16", c) for p in ("float32", "bf16") for c in (False, True)}
@@ -75,6 +75,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out, self.device = options, options.out.resolve(), torch.device(options.device)
         self.out.mkdir(parents=True, exist_ok=True)
+        torch.backends.cudnn.benchmark = True  # as trainer=gpu does
         self.rows = Rows(self.out / "rows.jsonl")
         cut = REHEARSAL if self.device.type == "cpu" else ["trainer=gpu", "trainer.devices=1"]
         self.words = ["experiment=cifar10_h200", *data_words(options.data, self.out), *cut, *inception(options.weights)]
@@ -140,23 +141,30 @@ def inception(weights: Path | None) -> list[str]:
 
 
 def devices(bench: Bench) -> dict[str, Any]:
-    """A step and the samplers of the GPU configs, and a step that does not wait."""
+    """A step and the samplers of the GPU configs, and a step that may not wait: what went wrong, in words."""
+    wrong = []
     for words in CASES:
-        module, shape, config = built([word.replace("~", " ") for word in words.split(" ")])
-        loss = step_and_sample(module.to(bench.device), shape, config, bench.device.type)
-        if not loss.isfinite():
-            raise UserError(f"the loss of {words} is {float(loss):g} on {bench.card}")
-    found = {"card": bench.card, "torch": torch.__version__, "configs": len(CASES)}
+        try:
+            module, shape, config = built([word.replace("~", " ") for word in words.split(" ")])
+            loss = step_and_sample(module.to(bench.device), shape, config, bench.device.type)
+            if not loss.isfinite():
+                wrong.append(f"{words}: the loss is {float(loss):g}")
+        except (RuntimeError, AssertionError) as error:
+            wrong.append(f"{words}: {' '.join(str(error).split())[:300]}")
+    found = {"card": bench.card, "torch": torch.__version__, "configs": len(CASES), "wrong": wrong}
     if bench.device.type != "cuda":
         return found
     training, loss_of = bench.training("Bellman Diffusion", True, False)
-    training.step(loss_of)
+    training.update(loss_of)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        training.step(loss_of)
+        training.update(loss_of)
+        waits = ""
+    except RuntimeError as error:
+        waits = " ".join(str(error).split())[:300]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return found | {"waits": 0, "memory": torch.cuda.get_device_properties(bench.device).total_memory}
+    return found | {"waits": waits, "memory": torch.cuda.get_device_properties(bench.device).total_memory}
 
 
 def flops(bench: Bench) -> dict[str, Any]:
@@ -175,12 +183,12 @@ def speed(bench: Bench, name: str, mode: str) -> dict[str, Any]:
         if bench.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(bench.device)
         begun = now(bench.device)
-        training.step(loss_of)
+        training.update(loss_of)
         first, seconds = now(bench.device) - begun, []
         while len(seconds) < 6 or sum(seconds[1:]) < TIMED:
             begun = now(bench.device)
             for _ in range(5):
-                training.step(loss_of)
+                training.update(loss_of)
             seconds.append((now(bench.device) - begun) / 5)
         memory = torch.cuda.max_memory_allocated(bench.device) if bench.device.type == "cuda" else None
         return {"seconds": median(seconds[1:]), "first": first, "batch": bench.batch, "memory": memory}
@@ -194,10 +202,10 @@ def profile(bench: Bench) -> dict[str, Any]:
     """Where the time of a bf16 step goes, in a file."""
     training, loss_of = bench.training("Bellman Diffusion", True, False)
     for _ in range(3):
-        training.step(loss_of)
+        training.update(loss_of)
     with torch.profiler.profile() as found:
         for _ in range(3):
-            training.step(loss_of)
+            training.update(loss_of)
         now(bench.device)
     where = "self_device_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
     text = found.key_averages().table(sort_by=where, row_limit=25, max_name_column_width=60)
@@ -227,7 +235,9 @@ def plan(bench: Bench, name: str) -> dict[str, Any]:
 def run_words(bench: Bench, name: str, planned: dict[str, Any]) -> list[str]:
     """The words of a model's run."""
     words = [*bench.words, *MODELS[name], f"steps={planned['steps']}", f"eval_every={planned['steps'] // 4}"]
-    words += [f"model.compile={str(MODES[planned['mode']][1]).lower()}", f"root={bench.out / 'runs'}", "trust=true"]
+    bf16, compiled = MODES[planned["mode"]]
+    words += [f"trainer.precision={'bf16-mixed' if bf16 else '32-true'}", f"model.compile={str(compiled).lower()}"]
+    words += [f"root={bench.out / 'runs'}", "trust=true"]
     words += [
         "logger=none",
         "callbacks.progress=null",

@@ -12,8 +12,11 @@ def report(rows: Rows, peak: float | None, device: str) -> str:
     text = []
     for row in rows.where(kind="devices"):
         rehearsal = " REHEARSAL on a CPU, with all sizes cut." if device == "cpu" else ""
-        waits = " A training step waits for nothing." if row.get("waits") == 0 else ""
-        text.append(f"{row['card']}, torch {row['torch']}: {row['configs']} configs step and sample.{waits}{rehearsal}")
+        text.append(f"{row['card']}, torch {row['torch']}.{rehearsal}")
+        fine = row["configs"] - len(row["wrong"])
+        text += [f"{fine} of {row['configs']} configs step and sample on it.", *row["wrong"]]
+        if "waits" in row:
+            text.append(f"A training step waits for {row['waits'] or 'nothing'}.")
     for work in rows.where(kind="flops"):
         size = f"{work['parameters'] / 1e6:.3g} million parameters, batch {work['batch']}"
         text.append(f"\nA training step of {size} is {work['flop'] / 1e12:.3g} TFLOP.")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bd_lightning.cli import build
 from bd_lightning.divergences import bcast
 from bd_lightning.dynamics import SampleNoise
-from bd_lightning.fields.preconditioning import Factored
+from bd_lightning.fields.preconditioning import PARAMETRISATIONS, Factored
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks.base import Network
 from bd_lightning.objectives import Losses
@@ -31,9 +31,11 @@ CALLS = 35
 Draw = Callable[[Any, range, Tensor | None], Tensor]
 
 
-def alphas_cumprod(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
+def alphas_cumprod(
+    steps: int = 1000, first: float = 1e-4, last: float = 0.02, device: torch.device | str = "cpu"
+) -> Tensor:
     """ᾱ_t of DDPM's linear betas, shape (steps,)."""
-    return (1 - torch.linspace(first, last, steps)).cumprod(0)
+    return (1 - torch.linspace(first, last, steps, device=device)).cumprod(0)
 
 
 def noised(x: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
@@ -153,24 +155,23 @@ class Noise(Factored):
         return -out / bcast(sigma, x)
 
 
+PARAMETRISATIONS["noise"] = Noise()
+
+
 class NoisePrediction(BellmanDiffusion):
     """DDPM's loss in a module of the suite, for `train.py` to train, average, sample and judge as the others.
 
     Its steps t are noise levels σ_d √((1 − ᾱ)/ᾱ), of which the network is told as it is in this suite. With the
     constant kernel the scalar field stays one, and samplers follow the score.
 
-    Args:
-        options: arguments of `BellmanDiffusion`; kernel has to be `Constant`, and objective and noise are not used.
+    The arguments are those of `BellmanDiffusion`, with the kernel `Constant` and the parametrisation "noise"; objective
+    and noise levels are not used.
     """
-
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        self.fields.parametrisation = Noise()
-        self.register_buffer("alphas", alphas_cumprod(), persistent=False)
 
     def losses(self, x: Tensor, label: Tensor | None = None, generator: torch.Generator | None = None) -> Losses:
         """The squared error of the noise of every sample of a batch (B, *)."""
-        alpha = self.alphas[torch.randint(0, len(self.alphas), (len(x),), device=x.device, generator=generator)]
+        alphas = alphas_cumprod(device=x.device)
+        alpha = alphas[torch.randint(0, len(alphas), (len(x),), device=x.device, generator=generator)]
         sigma = self.fields.sigma_data * ((1 - alpha) / alpha).sqrt()
         noise = torch.randn(x.shape, device=x.device, generator=generator)
         S, s = self.fields.outputs(x + bcast(sigma, x) * noise, sigma, label if self.conditional else None)
