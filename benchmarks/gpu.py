@@ -55,9 +55,12 @@ PEAKS = {
 CONSTANT = "model.kernel._target_=bd_lightning.kernels.Constant"
 MODELS = {
     "Bellman Diffusion": [],
-    "DDPM": [CONSTANT, "model._target_=benchmarks.peers.NoisePrediction", "model.parametrisation=noise"],
+    "DDPM": [
+        CONSTANT, "model.parametrisation=noise", "model.objective={_target_: benchmarks.peers.NoiseError}",
+        "model.noise={_target_: benchmarks.peers.LinearBetas, scale: 0.5}",
+    ],
     "score matching": [CONSTANT],
-}
+}  # fmt: skip
 MODES = {f"{p}{', compiled' * c}": (p == "bf16", c) for p in ("float32", "bf16") for c in (False, True)}
 REHEARSAL = [
     "trainer=cpu", "model.network.channels=[16,16,32,32]", "model.network.blocks=1", "data.batch_size=16",

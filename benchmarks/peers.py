@@ -11,6 +11,7 @@ References:
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +20,10 @@ from torch import Tensor, nn
 from bd_lightning.cli import build
 from bd_lightning.divergences import bcast
 from bd_lightning.dynamics import SampleNoise
+from bd_lightning.fields import AnalyticFields
 from bd_lightning.fields.preconditioning import PARAMETRISATIONS, Factored
-from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks.base import Network
-from bd_lightning.objectives import Losses
+from bd_lightning.objectives import FieldObjective, Losses, NoiseLevels
 from benchmarks.common import optional
 
 CALLS = 35
@@ -158,25 +159,46 @@ class Noise(Factored):
 PARAMETRISATIONS["noise"] = Noise()
 
 
-class NoisePrediction(BellmanDiffusion):
-    """DDPM's loss in a module of the suite, for `train.py` to train, average, sample and judge as the others.
+@dataclass(frozen=True)
+class LinearBetas(NoiseLevels):
+    """The noise levels σ_d √((1 − ᾱ)/ᾱ) of DDPM's steps, all as likely; mean and std are not used.
 
-    Its steps t are noise levels σ_d √((1 − ᾱ)/ᾱ), of which the network is told as it is in this suite. With the
-    constant kernel the scalar field stays one, and samplers follow the score.
-
-    The arguments are those of `BellmanDiffusion`, with the kernel `Constant` and the parametrisation "noise"; objective
-    and noise levels are not used.
+    Args:
+        scale: standard deviation σ_d of the data.
     """
 
-    def losses(self, x: Tensor, label: Tensor | None = None, generator: torch.Generator | None = None) -> Losses:
-        """The squared error of the noise of every sample of a batch (B, *)."""
-        alphas = alphas_cumprod(device=x.device)
-        alpha = alphas[torch.randint(0, len(alphas), (len(x),), device=x.device, generator=generator)]
-        sigma = self.fields.sigma_data * ((1 - alpha) / alpha).sqrt()
-        noise = torch.randn(x.shape, device=x.device, generator=generator)
-        S, s = self.fields.outputs(x + bcast(sigma, x) * noise, sigma, label if self.conditional else None)
-        error = (bcast(sigma, x) * S + noise).square().flatten(1).mean(1)
-        return Losses(gradient=error, scalar=torch.zeros_like(error), sigma=sigma, relative_s=s.detach())
+    scale: float = 0.5
+
+    def __call__(self, n, device="cpu", generator=None, pairs=0):
+        """n of them, shape (n,)."""
+        alphas = alphas_cumprod(device=device)
+        alpha = alphas[torch.randint(0, len(alphas), (n,), device=device, generator=generator)]
+        return self.scale * ((1 - alpha) / alpha).sqrt()
+
+
+@dataclass(frozen=True)
+class NoiseError(FieldObjective):
+    """DDPM's loss as an objective of the suite, for `train.py` to train, average, sample and judge as the others.
+
+    For fields of the parametrisation "noise" with the constant kernel: the scalar field then stays one, and samplers
+    follow the score. The network is told the noise level as it is in this suite.
+    """
+
+    def check(self, fields, noise):
+        """Refuse other fields."""
+        if fields.parametrisation is not PARAMETRISATIONS["noise"] or noise is None:
+            raise ValueError("objective=NoiseError needs parametrisation=noise, and noise levels")
+
+    def __call__(self, fields, queries, pool, generator=None):
+        """The squared error of the noise, per sample."""
+        point, noise, level = queries.perturbed(generator)
+        S, s = fields.outputs(point, level, queries.label)
+        error = (bcast(level, S) * S + noise).square().flatten(1).mean(1)
+        return Losses(gradient=error, scalar=torch.zeros_like(error), sigma=level, relative_s=s.detach())
+
+    def minimiser(self, fields, density):
+        """The score."""
+        return AnalyticFields(density, fields.kernel, fields.sigma_data)
 
 
 def _heun(owner: FlowMatching, rows: range, label: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""benchmarks/gpu.py: rows that are kept, what is refused, its tables, and DDPM as a module of the suite."""
+"""benchmarks/gpu.py: rows that are kept, what is refused, its tables, and DDPM as an objective of the suite."""
 
 import math
 import sys
@@ -10,6 +10,7 @@ import torch
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import ProbabilityFlow
 from bd_lightning.kernels import Constant
+from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP
 from benchmarks import gpu, peers
 from benchmarks.common import Rows
@@ -101,10 +102,10 @@ class Fixed(MLP):
         return torch.full_like(x, 0.5), torch.zeros(len(x))
 
 
-def test_ddpm_as_a_module_of_the_suite():
-    module = peers.NoisePrediction(
-        network=Fixed((2,), width=4, depth=1), kernel=Constant(), shape=(2,), num_classes=0, sigma_data=2.0,
-        samplers={"ode": ProbabilityFlow(steps=3)}, parametrisation="noise",
+def test_ddpm_as_an_objective_of_the_suite():
+    module = BellmanDiffusion(
+        Fixed((2,), width=4, depth=1), Constant(), (2,), 0, 2.0, {"ode": ProbabilityFlow(steps=3)},
+        objective=peers.NoiseError(), noise=peers.LinearBetas(scale=2.0), parametrisation="noise",
     )  # fmt: skip
     x = torch.randn(64, 2)
     losses = module.losses(x, None, torch.Generator().manual_seed(0))
@@ -118,10 +119,12 @@ def test_ddpm_as_a_module_of_the_suite():
     with torch.no_grad():
         torch.testing.assert_close(module.fields.score(x, sigma), torch.full_like(x, -0.5 / 3.0))
         assert module.sample(range(4)).isfinite().all()
+    with pytest.raises(ValueError, match="needs parametrisation=noise"):
+        BellmanDiffusion(MLP((2,)), Constant(), (2,), 0, 2.0, module.samplers, objective=peers.NoiseError())
 
 
 def test_ddpm_is_built_from_words():
     config = gpu.common.compose("experiment=cifar10_h200", *gpu.REHEARSAL, *gpu.MODELS["DDPM"])
     model = gpu.common.make_model(config, {"shape": (3, 8, 8), "num_classes": 10, "sigma_data": 0.5})
-    assert isinstance(model, peers.NoisePrediction)
-    assert math.isfinite(float(model.losses(torch.randn(4, 3, 8, 8)).total))
+    assert isinstance(model.objective, peers.NoiseError) and isinstance(model.noise, peers.LinearBetas)
+    assert math.isfinite(float(model.losses(torch.randn(4, 3, 8, 8)).total.detach()))
