@@ -11,14 +11,19 @@ References:
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bd_lightning.cli import build
+from bd_lightning.divergences import bcast
 from bd_lightning.dynamics import SampleNoise
+from bd_lightning.fields import AnalyticFields
+from bd_lightning.fields.preconditioning import PARAMETRISATIONS, Factored
 from bd_lightning.networks.base import Network
+from bd_lightning.objectives import FieldObjective, Losses, NoiseLevels
 from benchmarks.common import optional
 
 CALLS = 35
@@ -27,9 +32,11 @@ CALLS = 35
 Draw = Callable[[Any, range, Tensor | None], Tensor]
 
 
-def alphas_cumprod(steps: int = 1000, first: float = 1e-4, last: float = 0.02) -> Tensor:
+def alphas_cumprod(
+    steps: int = 1000, first: float = 1e-4, last: float = 0.02, device: torch.device | str = "cpu"
+) -> Tensor:
     """ᾱ_t of DDPM's linear betas, shape (steps,)."""
-    return (1 - torch.linspace(first, last, steps)).cumprod(0)
+    return (1 - torch.linspace(first, last, steps, device=device)).cumprod(0)
 
 
 def noised(x: Tensor, noise: Tensor, alpha: Tensor) -> Tensor:
@@ -139,6 +146,59 @@ class FlowMatching(Peer):
         noise, t = torch.randn_like(x), torch.rand(len(x), device=x.device)
         point, target = straight_path(noise, x / self.scale, t)
         return nn.functional.mse_loss(self.velocity(point, t, self.told(label)), target)
+
+
+class Noise(Factored):
+    """h = S of a network F that predicts the noise: S = −F/σ."""
+
+    def output(self, out, x, sigma, sigma_data, kernel, m_ref):
+        """S (B, *)."""
+        return -out / bcast(sigma, x)
+
+
+PARAMETRISATIONS["noise"] = Noise()
+
+
+@dataclass(frozen=True)
+class LinearBetas(NoiseLevels):
+    """The noise levels σ_d √((1 − ᾱ)/ᾱ) of DDPM's steps, all as likely; mean and std are not used.
+
+    Args:
+        scale: standard deviation σ_d of the data.
+    """
+
+    scale: float = 0.5
+
+    def __call__(self, n, device="cpu", generator=None, pairs=0):
+        """n of them, shape (n,)."""
+        alphas = alphas_cumprod(device=device)
+        alpha = alphas[torch.randint(0, len(alphas), (n,), device=device, generator=generator)]
+        return self.scale * ((1 - alpha) / alpha).sqrt()
+
+
+@dataclass(frozen=True)
+class NoiseError(FieldObjective):
+    """DDPM's loss as an objective of the suite, for `train.py` to train, average, sample and judge as the others.
+
+    For fields of the parametrisation "noise" with the constant kernel: the scalar field then stays one, and samplers
+    follow the score. The network is told the noise level as it is in this suite.
+    """
+
+    def check(self, fields, noise):
+        """Refuse other fields."""
+        if fields.parametrisation is not PARAMETRISATIONS["noise"] or noise is None:
+            raise ValueError("objective=NoiseError needs parametrisation=noise, and noise levels")
+
+    def __call__(self, fields, queries, pool, generator=None):
+        """The squared error of the noise, per sample."""
+        point, noise, level = queries.perturbed(generator)
+        S, s = fields.outputs(point, level, queries.label)
+        error = (bcast(level, S) * S + noise).square().flatten(1).mean(1)
+        return Losses(gradient=error, scalar=torch.zeros_like(error), sigma=level, relative_s=s.detach())
+
+    def minimiser(self, fields, density):
+        """The score."""
+        return AnalyticFields(density, fields.kernel, fields.sigma_data)
 
 
 def _heun(owner: FlowMatching, rows: range, label: Tensor | None) -> Tensor:

@@ -1,14 +1,16 @@
 """What the fields do during training, and a stop when the loss is no longer a number."""
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
-from bd_lightning.checks import UserError, one_of
+from bd_lightning.checks import UserError, at_hand, one_of
+from bd_lightning.modules.base import Module
 from callbacks.records import run_folder
 
 
@@ -16,12 +18,18 @@ class NonFiniteLoss(UserError):
     """Training met a loss that is not a number."""
 
 
+def shapes(found: Any) -> list[Any]:
+    """Shapes of all tensors of a nest of them, in order."""
+    return [one.shape for one in tree_leaves(found) if isinstance(one, Tensor)]
+
+
 class TrainingDiagnostics(L.Callback):
     """Logs, every `trainer.log_every_n_steps` steps: the norm of the gradient before clipping, and samples per second
     over all devices (validation not counted).
 
     A loss or gradient that is not finite changes no weights: on all ranks alike the run stops, or leaves the step out.
-    The batch at fault is kept in the run folder.
+    The batch at fault is kept in the run folder. On a GPU the optimiser is told so on the device, and the host looks at
+    logging steps, before validations and before checkpoints; a run that stops changes no weights until then.
 
     Args:
         nonfinite: "stop", or "skip" the step, which is counted and logged as train/skipped_steps.
@@ -30,16 +38,20 @@ class TrainingDiagnostics(L.Callback):
     def __init__(self, nonfinite: str = "stop") -> None:
         one_of(("stop", "skip"), nonfinite=nonfinite)
         self.nonfinite, self.skipped = nonfinite, 0
-        self.logged_step = 0
+        self.logged_step = self.logged_skips = 0
+        self.faults: Tensor | None = None  # steps at fault since the host last looked, on the device
+        self.fault: dict[str, Any] = {}  # the last of them
         self._clear()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run goes on with."""
-        return {"skipped": self.skipped, "logged_step": self.logged_step}
+        new = 0 if self.faults is None else int(self.faults)
+        return {"skipped": self.skipped + new, "logged_step": self.logged_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it over from a checkpoint."""
         self.__dict__.update(state_dict)
+        self.logged_skips = self.skipped
 
     def _clear(self) -> None:
         self.samples, self.seconds, self.last = 0, 0.0, time.perf_counter()
@@ -47,6 +59,19 @@ class TrainingDiagnostics(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock."""
         self.last = time.perf_counter()
+        self.faults = torch.zeros((), dtype=torch.long, device=pl_module.device)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look whether there were steps at fault."""
+        self._look(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Look whether there were steps at fault."""
+        self._look(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Look whether there were steps at fault, so that none of a run that has to stop gets into a checkpoint."""
+        self._look(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Leave validation out of the rate."""
@@ -64,26 +89,59 @@ class TrainingDiagnostics(L.Callback):
         """Log the norm of the gradient; stop at one that is not finite, or leave the step out."""
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients)
-        if (trainer.global_step + 1) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        due = (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due:
             pl_module.log("train/gradient_norm", norm)
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # float16 looks after itself
-        if scaled or torch.isfinite(norm + self.loss):
+        if scaled or self.faults is None:
             return
+        bad = ~torch.isfinite(norm + self.loss)
+        step = torch.full((), trainer.global_step, device=bad.device)
+        self._note(trainer, bad, {"batch": self.batch, "step": step, "loss": self.loss, "norm": norm})
+        self.faults = self.faults + bad
+        cast(Module, pl_module).optimizer.unless(optimizer, bad if self.nonfinite == "skip" else self.faults > 0)
+        if due or at_hand(bad):
+            self._look(trainer)
+        if self.skipped > self.logged_skips:
+            self.logged_skips = self.skipped
+            pl_module.log("train/skipped_steps", float(self.skipped), on_step=True)
+
+    def _note(self, trainer: L.Trainer, bad: Tensor, found: dict[str, Any]) -> None:
+        """Keep what was found at a step if it is the last at fault, or the first where the run stops there."""
+        if shapes(self.fault) != shapes(found):
+            self._look(trainer)
+        elif at_hand(bad):
+            found = found if bad else self.fault
+        else:
+            take = bad if self.nonfinite == "skip" else bad & (self.faults == 0)
+            found = tree_map(
+                lambda new, old: torch.where(take, new, old) if isinstance(new, Tensor) else new, found, self.fault
+            )
+        self.fault = found
+
+    def _look(self, trainer: L.Trainer) -> None:
+        """Stop if there was a step at fault since the last look, or count those that were left out.
+
+        Raises:
+            NonFiniteLoss: if the run is to stop.
+        """
+        new = 0 if self.faults is None else int(self.faults)
+        if self.faults is None or not new:
+            return
+        self.faults = torch.zeros_like(self.faults)
+        step, loss, norm = int(self.fault["step"]), self.fault["loss"], self.fault["norm"]
         path = run_folder(trainer) / f"nonfinite-batch-rank{trainer.global_rank}.pt"
-        torch.save({"batch": self.batch, "step": trainer.global_step, "loss": self.loss}, path)
-        what, value = ("the gradient's norm", norm) if self.loss.isfinite() else ("the loss", self.loss)
-        what = f"{what} is {value.item():g} at step {trainer.global_step}"
+        torch.save({"batch": self.fault["batch"], "step": step, "loss": loss}, path)
+        what, value = ("the gradient's norm", norm) if loss.isfinite() else ("the loss", loss)
+        what = f"{what} is {value.item():g} at step {step}"
         if self.nonfinite == "stop":
             raise NonFiniteLoss(
                 f"{what}; the batch is kept in {path}. Look for broken data, or lower model.lr or set "
                 "trainer.gradient_clip_val; callbacks.diagnostics.nonfinite=skip leaves such steps out"
             )
-        self.skipped += 1
-        if self.skipped == 1:
+        if not self.skipped:
             rank_zero_info(f"{what}: the step is left out, and so are others like it; the batch is kept in {path}")
-        pl_module.log("train/skipped_steps", float(self.skipped), on_step=True)
-        for p in pl_module.parameters():
-            p.grad = None  # the optimiser passes over parameters without a gradient
+        self.skipped += new
 
     def values(self) -> dict[str, float]:
         """What is logged at a logging step."""
@@ -136,6 +194,7 @@ class FieldDiagnostics(TrainingDiagnostics):
         """Start the clock; sums from a checkpoint go to the module's device."""
         super().on_train_start(trainer, pl_module)
         self.sums = {name: total.to(pl_module.device) for name, total in self.sums.items()}
+        self.borders = torch.tensor(self.edges, device=pl_module.device)
 
     def _clear(self) -> None:
         super()._clear()
@@ -156,7 +215,7 @@ class FieldDiagnostics(TrainingDiagnostics):
     ) -> None:
         """Add the batch to the bins and, at a logging step, log."""
         sigma = outputs["sigma"]
-        place = torch.bucketize(sigma, torch.tensor(self.edges, device=sigma.device))
+        place = torch.bucketize(sigma, self.borders)
         vectors = {
             "count": torch.ones_like(sigma),
             "gradient": outputs["gradient"],

@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from tqdm.auto import tqdm
 
-from bd_lightning.checks import positive
+from bd_lightning.checks import at_hand, positive
 from callbacks.evaluation import shown
 
 
@@ -15,7 +15,7 @@ class StepProgress(ProgressBar):
     of small data sets are too short to watch.
 
     Args:
-        refresh_rate: steps between updates.
+        refresh_rate: steps between updates; the loss of a GPU is read at logging steps alone.
     """
 
     def __init__(self, refresh_rate: int = 10) -> None:
@@ -54,9 +54,11 @@ class StepProgress(ProgressBar):
         """Move the bar."""
         step = trainer.global_step
         if self.bar is not None and (step % self.refresh_rate == 0 or step == self.bar.total) and step > self.bar.n:
-            loss = float(outputs["loss"])
-            self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
-            self.bar.set_postfix({"loss": f"{self.loss:.3f}", **shown(trainer)}, refresh=False)
+            if at_hand(outputs["loss"]) or step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+                loss = float(outputs["loss"])
+                self.loss = loss if self.loss is None else 0.9 * self.loss + 0.1 * loss
+            words = {} if self.loss is None else {"loss": f"{self.loss:.3f}"}
+            self.bar.set_postfix(words | shown(trainer), refresh=False)
             self.bar.update(step - self.bar.n)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

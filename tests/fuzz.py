@@ -93,6 +93,8 @@ def needed(config: str, place: Path) -> list[str]:
         words += ["callbacks=points"] if group == "data" else ["data=wine"]
     if group == "model" and name == "consistency":
         words += ["callbacks.trajectory=null"]
+    if name == "cifar10_h200":
+        words.append("model.network.channels=[8, 8, 8, 8]")
     if group == "model" and name in ("points", "regression"):
         words += ["data=gaussians_2d", "callbacks=points"]
     if name.startswith(("returns", "c51", "rl_", "frozen_lake", "cart_pole")):

@@ -11,7 +11,7 @@ from bd_lightning.checks import UserError
 from bd_lightning.modules.base import learning_rate
 from benchmarks import common, peers
 
-NAMES = ("few_steps", "fields", "images", "kernels", "linearity", "mode_weights", "scaling", "soak", "trace")
+NAMES = ("few_steps", "fields", "gpu", "images", "kernels", "linearity", "mode_weights", "scaling", "soak", "trace")
 OPTIONAL = ("azula", "diffusers", "torchcfm")
 
 

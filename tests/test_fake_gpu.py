@@ -4,7 +4,6 @@ Fake tensors have shapes and devices and no numbers, so that reading a number of
 host wait for it, fails too.
 """
 
-import dataclasses
 from types import SimpleNamespace
 from unittest import mock
 
@@ -16,21 +15,11 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd import forward_ad
 
 from bd_lightning import dynamics
-from bd_lightning.cli import build
-from bd_lightning.cli import config as configs
-from bd_lightning.dynamics import SampleNoise
-from bd_lightning.facts import SampleFacts
 from bd_lightning.kernels import ClosedFormSlices, leave_one_out
 from bd_lightning.networks import dual
 from datamodules import Digits, base
 from datamodules.images import ByteImages
-
-SMALL = "model.network.blocks=1"
-GPU = ["cifar10", "cifar10_cond", "mnist"]
-OTHERS = [
-    "model=mlp", "model=mlp model=paper", "model=mlp model.objective.trace=hutchinson",
-    "model=mlp model.kernel={_target_: bd_lightning.kernels.Sliced}",
-]  # fmt: skip
+from gpu_steps import CASES, built, step_and_sample
 
 
 def on_a_fake_gpu(module: nn.Module) -> nn.Module:
@@ -50,45 +39,16 @@ def real(function, *args):
         return function(*args)
 
 
-def short(sampler):
-    """A sampler of three steps."""
-    few = {"levels", "steps", "steps_per_level"} & {field.name for field in dataclasses.fields(sampler)}
-    return dataclasses.replace(sampler, **dict.fromkeys(few, 3))
-
-
-def built(words):
-    config = configs.compose(configs.parse(words))
-    shape = (1, 28, 28) if "experiment=mnist" in words else (1, 8, 8) if "experiment" not in words[0] else (3, 32, 32)
-    facts = SampleFacts("images", shape, 0.5, tuple("0123456789"))
-    return build.instantiate(config["model"], "model", facts.arguments), shape, config
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        *(f"experiment={name} model.network.channels=[16,16,16] {SMALL}".split(" ") for name in GPU),
-        *(words.replace(": ", ":~").split(" ") for words in OTHERS),
-    ],
-    ids=lambda words: " ".join(words[:2]),
-)
+@pytest.mark.parametrize("words", CASES, ids=lambda words: " ".join(words.split(" ")[:2]))
 def test_a_step_and_the_samplers_stay_on_the_device(words, monkeypatch):
     for name in ("descent.geometric_ladder", "langevin.geometric_ladder", "descent.edm_grid"):
         module, function = name.split(".")
         whole = getattr(getattr(dynamics, module), function)
         monkeypatch.setattr(f"bd_lightning.dynamics.{name}", lambda *args, whole=whole: real(whole, *args))
-    module, shape, config = built([word.replace("~", " ") for word in words])
+    module, shape, config = built([word.replace("~", " ") for word in words.split(" ")])
     with FakeTensorMode():
         on_a_fake_gpu(module)
-        x, label = torch.empty(8, *shape, device="cuda"), torch.zeros(8, dtype=torch.long, device="cuda")
-        half = config["trainer"].get("precision") == "bf16-mixed"
-        with torch.autocast("cuda", torch.bfloat16, enabled=half):
-            values, vectors = module.train().compute((x, label), None)
-        assert {v.device.type for v in (*values.values(), *vectors.values())} == {"cuda"}
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=half):
-            fields = module.eval().fields.conditioned(label if module.conditional else None)
-            for sampler in map(short, module.samplers.values()):
-                for state in sampler.path(fields, SampleNoise(range(8), shape, device="cuda")):
-                    assert state.device.type == "cuda" and state.shape == x.shape
+        step_and_sample(module, shape, config, "cuda")
 
 
 def test_a_step_of_relative_densities_reads_nothing_back():

@@ -118,6 +118,7 @@ class Generator(Module):
         if not self.multi_scale:
             raise UserError("likelihood needs fields of every noise level, and this model was trained with noise=null")
 
+    @torch.inference_mode(False)  # as losses are evaluated, so that a compiled network is compiled once for both
     @torch.no_grad()
     def sample(
         self,

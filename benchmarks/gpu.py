@@ -1,0 +1,350 @@
+"""Everything that is to be seen on one GPU, in one command that can be stopped and given again.
+
+    python3 benchmarks/gpu.py --minutes M [--device cpu|cuda] [--data FOLDER] [--weights FILE] [--call SECONDS]
+        [--eager] [--out FOLDER] [KEY=VALUE ...]
+
+From a checkout, with torch, torchvision, lightning, torchmetrics, scikit-learn, matplotlib, pandas and tqdm, and the
+wheels of omegaconf, torch-fidelity and safetensors on PYTHONPATH; no network, no W&B. In this order:
+
+1. Losses and samplers of every GPU config on the real device, and, on CUDA, a training step that may not wait for it.
+2. Time of a training step of `experiment=cifar10_h200`: float32 and bf16, each also compiled; of the share of the
+   card's peak that is; a profile of a bf16 step in OUT/profile.txt.
+3. Bellman Diffusion is trained for M minutes (as many steps as the faster of bf16 and bf16 compiled makes in them) by
+   train.py, then 50,000 samples are compared with the training set, and the weights written to OUT/weights in bf16.
+4. DDPM and score matching likewise, for the same minutes each.
+
+A finished row is kept in OUT/rows.jsonl and not done again; a training that was stopped goes on where it was. After
+every row OUT/report.md has the tables, OUT/NAME.png the samples. --call stops by itself after so many seconds, for
+machines that are lent for a while. FOLDER is one of images with train and test inside, or one with cifar-10-batches-py.
+FID is in features of a classifier of the training images, or, with --weights, in Inception's. On a CPU all sizes are
+cut: a rehearsal, whose numbers mean nothing. KEY=VALUE are settings of train.py, the same at every call.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from bd_lightning.checks import UserError
+from benchmarks import common
+from benchmarks.common import Recipe, Rows, Training, now
+from benchmarks.gpu_report import report
+from tests.gpu_steps import CASES, built, step_and_sample
+
+PEAKS = {
+    "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
+    "L40": 181, "L4": 121, "A40": 150, "A30": 165, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+"""TFLOP/s of dense bf16 products summed in float32, by what the name of a card holds; from the makers' data sheets."""
+CONSTANT = "model.kernel._target_=bd_lightning.kernels.Constant"
+MODELS = {
+    "Bellman Diffusion": [],
+    "DDPM": [
+        CONSTANT, "model.parametrisation=noise", "model.objective={_target_: benchmarks.peers.NoiseError}",
+        "model.noise={_target_: benchmarks.peers.LinearBetas, scale: 0.5}",
+    ],
+    "score matching": [CONSTANT],
+}  # fmt: skip
+MODES = {f"{p}{', compiled' * c}": (p == "bf16", c) for p in ("float32", "bf16") for c in (False, True)}
+REHEARSAL = [
+    "trainer=cpu", "model.network.channels=[16,16,32,32]", "model.network.blocks=1", "data.batch_size=16",
+    "data.num_workers=0", "data.pin_memory=false", "model.samplers.sde.levels=10", "model.samplers.ode.steps=5",
+    "callbacks.metrics.n=32", "callbacks.metrics.n_test=64", "callbacks.metrics.batch_size=32", "callbacks.grid.n=16",
+    "callbacks.metrics.kid_subset=16", "callbacks.memorisation=null", "model.warmup_steps=5",
+]  # fmt: skip
+TIMED = 4.0
+"""Seconds that each kind of step is timed for."""
+
+
+class Bench:
+    """What is measured, on what, and where it is kept."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.out, self.device = options, options.out.resolve(), torch.device(options.device)
+        self.out.mkdir(parents=True, exist_ok=True)
+        torch.backends.cudnn.benchmark = True  # as trainer=gpu does
+        self.rows = Rows(self.out / "rows.jsonl")
+        cut = REHEARSAL if self.device.type == "cpu" else ["trainer=gpu", "trainer.devices=1"]
+        self.words = ["experiment=cifar10_h200", *data_words(options.data, self.out), *cut, *inception(options.weights)]
+        self.words += options.words
+        self.config = common.compose(*self.words)
+        self.batch = self.config["data"]["batch_size"]
+        self.modes = [mode for mode, (_, compiled) in MODES.items() if not (compiled and options.eager)]
+        self.peak = next((peak for name, peak in PEAKS.items() if name in self.card), None)
+
+    @property
+    def card(self) -> str:
+        """The name of the device."""
+        return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or "CPU"
+
+    def once(self, kind: str, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """A row, made unless it is there."""
+        found = self.rows.where(kind=kind, name=name)
+        if not found:
+            found = [self.rows.add(kind=kind, name=name, **make())]
+            (self.out / "report.md").write_text(report(self.rows, self.peak, self.device.type))
+            print(json.dumps(found[-1]), flush=True)
+        return found[-1]
+
+    def training(self, name: str, bf16: bool, compiled: bool) -> tuple[Training, Callable[[], Tensor]]:
+        """A model in training as train.py trains it, and its loss of a batch of noise."""
+        words = [*self.words, *MODELS[name], *["model.compile=true"] * compiled]
+        facts = {"shape": (3, 32, 32), "num_classes": 10, "sigma_data": 0.5}
+        model = common.make_model(common.compose(*words), facts).to(self.device)
+        training = Training(model, replace(Recipe.of(model, self.config, 100_000), bf16=bf16))
+        x = torch.randn(self.batch, 3, 32, 32, device=self.device)
+        return training, lambda: model.losses(x).total
+
+
+def data_words(folder: Path | None, out: Path) -> list[str]:
+    """The words that name the data; what is derived from them is cached in `out`.
+
+    Raises:
+        UserError: if nothing is found there.
+    """
+    if folder is None:
+        return ["data.val_size=0"]
+    if (folder / "cifar-10-batches-py").is_dir():
+        return [f"data.root={folder}", "data.val_size=0", "data.download=false"]
+    if (folder / "train").is_dir():
+        return ["data=folder", f"data.folder={folder}", f"data.root={out / 'data'}", "data.val_fraction=0.001"]
+    raise UserError(f"--data: {folder} has neither cifar-10-batches-py nor train and test with images in it")
+
+
+def inception(weights: Path | None) -> list[str]:
+    """The words that have FID in Inception's features.
+
+    Raises:
+        UserError: if the weights are not there.
+    """
+    if weights is not None and not weights.is_file():
+        raise UserError(f"--weights: file not found: {weights}")
+    features = "callbacks.metrics.features"
+    target = f"{features}._target_=callbacks.InceptionFeatures"
+    return [] if weights is None else [target, f"{features}.weights={weights}"]
+
+
+# ---- 1 and 2: the device, and a step
+
+
+def devices(bench: Bench) -> dict[str, Any]:
+    """A step and the samplers of the GPU configs, and a step that may not wait: what went wrong, in words."""
+    wrong = []
+    for words in CASES:
+        try:
+            module, shape, config = built([word.replace("~", " ") for word in words.split(" ")])
+            loss = step_and_sample(module.to(bench.device), shape, config, bench.device.type)
+            if not loss.isfinite():
+                wrong.append(f"{words}: the loss is {float(loss):g}")
+        except (RuntimeError, AssertionError) as error:
+            wrong.append(f"{words}: {' '.join(str(error).split())[:300]}")
+    found = {"card": bench.card, "torch": torch.__version__, "configs": len(CASES), "wrong": wrong}
+    if bench.device.type != "cuda":
+        return found
+    training, loss_of = bench.training("Bellman Diffusion", True, False)
+    training.update(loss_of)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        training.update(loss_of)
+        waits = ""
+    except RuntimeError as error:
+        waits = " ".join(str(error).split())[:300]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return found | {"waits": waits, "memory": torch.cuda.get_device_properties(bench.device).total_memory}
+
+
+def flops(bench: Bench) -> dict[str, Any]:
+    """FLOP of a training step, counted."""
+    training, loss_of = bench.training("Bellman Diffusion", False, False)
+    with FlopCounterMode(display=False) as counter:
+        training.update(loss_of)
+    parameters = sum(p.numel() for p in training.model.parameters())
+    return {"batch": bench.batch, "flop": counter.get_total_flops(), "parameters": parameters}
+
+
+def speed(bench: Bench, name: str, mode: str) -> dict[str, Any]:
+    """Seconds of a training step: the first, with compilation, and the median of those after; or why there are none."""
+    try:
+        training, loss_of = bench.training(name, *MODES[mode])
+        if bench.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(bench.device)
+        begun = now(bench.device)
+        training.update(loss_of)
+        first, seconds = now(bench.device) - begun, []
+        while len(seconds) < 6 or sum(seconds[1:]) < TIMED:
+            begun = now(bench.device)
+            for _ in range(5):
+                training.update(loss_of)
+            seconds.append((now(bench.device) - begun) / 5)
+        memory = torch.cuda.max_memory_allocated(bench.device) if bench.device.type == "cuda" else None
+        return {"seconds": median(seconds[1:]), "first": first, "batch": bench.batch, "memory": memory}
+    except RuntimeError as error:  # no compiler, or too little memory
+        return {"failed": " ".join(str(error).split())[:300]}
+    finally:
+        torch.compiler.reset()
+
+
+def profile(bench: Bench) -> dict[str, Any]:
+    """Where the time of a bf16 step goes, in a file."""
+    training, loss_of = bench.training("Bellman Diffusion", True, False)
+    for _ in range(3):
+        training.update(loss_of)
+    with torch.profiler.profile() as found:
+        for _ in range(3):
+            training.update(loss_of)
+        now(bench.device)
+    where = "self_device_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
+    text = found.key_averages().table(sort_by=where, row_limit=25, max_name_column_width=60)
+    (bench.out / "profile.txt").write_text(text)
+    return {"file": "profile.txt"}
+
+
+# ---- 3 and 4: training, FID, weights
+
+
+def plan(bench: Bench, name: str) -> dict[str, Any]:
+    """The mode that a model is trained in, which is one for all, and the steps that it makes in the minutes given.
+
+    Raises:
+        UserError: if no step can be taken.
+    """
+    modes = [row["mode"] for row in bench.rows.where(kind="plan")][:1] or bench.modes[-2:]
+    rows = {mode: bench.once("speed", f"{name}: {mode}", lambda mode=mode: speed(bench, name, mode)) for mode in modes}
+    taken = {mode: row["seconds"] for mode, row in rows.items() if "seconds" in row}
+    if not taken:
+        raise UserError(f"no step of {name} can be taken: {next(iter(rows.values()))['failed']}")
+    mode = min(taken, key=taken.__getitem__)
+    steps = 4 * max(1, round(60 * bench.options.minutes / taken[mode] / 4))
+    return {"mode": mode, "steps": steps, "minutes": bench.options.minutes}
+
+
+def run_words(bench: Bench, name: str, planned: dict[str, Any]) -> list[str]:
+    """The words of a model's run."""
+    words = [*bench.words, *MODELS[name], f"steps={planned['steps']}", f"eval_every={planned['steps'] // 4}"]
+    bf16, compiled = MODES[planned["mode"]]
+    words += [f"trainer.precision={'bf16-mixed' if bf16 else '32-true'}", f"model.compile={str(compiled).lower()}"]
+    words += [f"root={bench.out / 'runs'}", "trust=true"]
+    words += [
+        "logger=none",
+        "callbacks.progress=null",
+        "trainer.enable_progress_bar=false",
+        "callbacks.trajectory=null",
+    ]
+    return [*words, f"run_id={slug(name)}"]
+
+
+def slug(name: str) -> str:
+    """A name for files."""
+    return name.lower().replace(" ", "-")
+
+
+def run_dir(bench: Bench, name: str) -> Path:
+    """The run folder of a model."""
+    return next((bench.out / "runs").glob(f"*/{slug(name)}"))
+
+
+def command(*words: str) -> None:
+    """`train.py words`, here.
+
+    Raises:
+        UserError: if it fails; its own sentence stands above.
+    """
+    if train.main(list(words)):
+        raise UserError("train.py failed: see above")
+
+
+def trained(bench: Bench, name: str, planned: dict[str, Any]) -> dict[str, Any]:
+    """Train, or go on with it; the samples of its last step go to OUT."""
+    command(*run_words(bench, name, planned), "ckpt_path=last")
+    folder = run_dir(bench, name)
+    grid = sorted((folder / "samples").glob(f"{bench.config['model']['sampler']}-*.png"))[-1]
+    shutil.copy(grid, bench.out / f"{slug(name)}.png")
+    curve = [[row["step"], row.get("val/fid")] for row in json.loads((folder / "fid.json").read_text())]
+    return {**planned, "images": planned["steps"] * bench.batch, "curve": curve}
+
+
+def judged(bench: Bench, name: str, planned: dict[str, Any]) -> dict[str, Any]:
+    """FID and its like of the last weights, by `train.py test`."""
+    folder = run_dir(bench, name)
+    command("test", f"ckpt_path={folder}/checkpoints/last.ckpt", *run_words(bench, name, planned)[1:-1])
+    found = max(folder.glob("test-*/fid.json"), key=lambda path: path.stat().st_mtime)
+    return dict(json.loads(found.read_text())[-1])
+
+
+def weights(bench: Bench, name: str) -> dict[str, Any]:
+    """The averaged weights in bf16, as `train.py export` writes them."""
+    target = bench.out / "weights"
+    shutil.rmtree(target, ignore_errors=True)
+    last = run_dir(bench, name) / "checkpoints" / "last.ckpt"
+    command("export", f"ckpt_path={last}", f"to={target}", "precision=bf16")
+    return {"bytes": sum(path.stat().st_size for path in target.iterdir()), "folder": target.name}
+
+
+# ---- the command
+
+
+def everything(bench: Bench) -> None:
+    """All rows in order."""
+    bench.once("devices", "all", lambda: devices(bench))
+    bench.once("flops", "Bellman Diffusion", lambda: flops(bench))
+    for mode in bench.modes:
+        name = f"Bellman Diffusion: {mode}"
+        bench.once("speed", name, lambda mode=mode: speed(bench, "Bellman Diffusion", mode))
+    bench.once("profile", "Bellman Diffusion", lambda: profile(bench))
+    for name in MODELS:
+        planned = bench.once("plan", name, lambda name=name: plan(bench, name))
+        planned = {key: planned[key] for key in ("mode", "steps", "minutes")}
+        bench.once("trained", name, lambda name=name, planned=planned: trained(bench, name, planned))
+        bench.once("judged", name, lambda name=name, planned=planned: judged(bench, name, planned))
+        if name == "Bellman Diffusion":
+            bench.once("weights", name, lambda name=name: weights(bench, name))
+
+
+def main() -> None:
+    """Do what is left to do."""
+    parser = common.parser(__doc__)
+    parser.add_argument("--minutes", type=float, required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--call", type=float, help="stop after so many seconds; the same command goes on")
+    parser.add_argument("--eager", action="store_true", help="leave compilation out")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("words", nargs="*", help="settings of the config, as in train.py")
+    options = parser.parse_args()
+    if not options.minutes > 0 or (options.call is not None and not options.call > 0):
+        parser.error("--minutes and --call must be positive")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, and PyTorch finds no GPU here: give --device cpu for a rehearsal")
+    bench = Bench(options)
+    if options.call is not None:
+        timer = threading.Timer(options.call, lambda: os.kill(os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        timer.start()
+    try:
+        everything(bench)
+    except (KeyboardInterrupt, SystemExit):
+        print("stopped; the same command goes on", flush=True)
+        sys.exit(130)
+    print((bench.out / "report.md").read_text())
+
+
+if __name__ == "__main__":
+    common.run(main)

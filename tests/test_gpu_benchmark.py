@@ -1,0 +1,130 @@
+"""benchmarks/gpu.py: rows that are kept, what is refused, its tables, and DDPM as an objective of the suite."""
+
+import math
+import sys
+from argparse import Namespace
+
+import pytest
+import torch
+
+from bd_lightning.checks import UserError
+from bd_lightning.dynamics import ProbabilityFlow
+from bd_lightning.kernels import Constant
+from bd_lightning.modules import BellmanDiffusion
+from bd_lightning.networks import MLP
+from benchmarks import gpu, peers
+from benchmarks.common import Rows
+from benchmarks.gpu_report import report
+
+
+def bench(folder, **options):
+    given = {"device": "cpu", "minutes": 0.5, "data": None, "weights": None, "eager": True, "out": folder / "out"}
+    return gpu.Bench(Namespace(**given | {"words": []} | options))
+
+
+def test_a_finished_row_is_not_done_again(tmp_path):
+    made = []
+    for _ in range(2):
+        one = bench(tmp_path)
+        assert one.once("plan", "a", lambda: made.append(1) or {"steps": 8})["steps"] == 8
+    assert made == [1] and (tmp_path / "out" / "report.md").is_file()
+
+
+def test_steps_fill_the_minutes_in_the_mode_of_the_first(tmp_path, monkeypatch):
+    one, asked = bench(tmp_path, eager=False), []
+    seconds = {"bf16": 0.3, "bf16, compiled": 0.1}
+    monkeypatch.setattr(gpu, "speed", lambda bench, name, mode: asked.append(mode) or {"seconds": seconds[mode]})
+    monkeypatch.setattr(gpu, "report", lambda *args: "")
+    first = one.once("plan", "Bellman Diffusion", lambda: gpu.plan(one, "Bellman Diffusion"))
+    assert (first["mode"], first["steps"]) == ("bf16, compiled", 300)
+    assert gpu.plan(one, "DDPM")["mode"] == "bf16, compiled" and asked == ["bf16", "bf16, compiled", "bf16, compiled"]
+    monkeypatch.setattr(gpu, "speed", lambda *args: {"failed": "no compiler here"})
+    with pytest.raises(UserError, match="no step of score matching can be taken: no compiler here"):
+        gpu.plan(one, "score matching")
+    words = gpu.run_words(one, "DDPM", first)
+    assert "steps=300" in words and "eval_every=75" in words and "model.compile=true" in words
+
+
+def test_data_is_found_or_refused(tmp_path):
+    with pytest.raises(UserError, match="neither cifar-10-batches-py nor train and test"):
+        gpu.data_words(tmp_path, tmp_path)
+    (tmp_path / "train").mkdir()
+    assert gpu.data_words(tmp_path, tmp_path)[0] == "data=folder"
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    assert f"data.root={tmp_path}" in gpu.data_words(tmp_path, tmp_path)
+    with pytest.raises(UserError, match="--weights: file not found"):
+        gpu.inception(tmp_path / "none.pth")
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--minutes", "0"], "--minutes and --call must be positive"),
+    (["--minutes", "1", "--call", "-3"], "--minutes and --call must be positive"),
+    (["--minutes", "nan"], "--minutes and --call must be positive"),
+    (["--minutes", "1", "--device", "cuda"], "PyTorch finds no GPU here"),
+])  # fmt: skip
+def test_what_cannot_be_done_is_one_sentence(words, said, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--out", str(tmp_path / "out"), *words])
+    with pytest.raises(SystemExit) as stop:
+        gpu.common.run(gpu.main)
+    assert stop.value.code == 2 and said in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_the_report_has_what_there_is(tmp_path):
+    rows = Rows(tmp_path / "rows.jsonl")
+    assert report(rows, 989, "cuda") == "\n"
+    rows.add(kind="devices", name="all", card="NVIDIA H200", torch="2.11", configs=8, wrong=["a: b"], waits="")
+    rows.add(kind="flops", name="Bellman Diffusion", batch=512, flop=19.0e12, parameters=36_600_000)
+    rows.add(kind="speed", name="a: bf16", seconds=0.05, first=1.0, batch=512, memory=2**31)
+    rows.add(kind="speed", name="a: bf16, compiled", failed="no compiler")
+    rows.add(kind="trained", name="a", mode="bf16", minutes=3, steps=8, images=4096, curve=[[4, None], [8, 12.5]])
+    text = report(rows, 989, "cuda")
+    assert "7 of 8 configs step" in text and "a: b" in text and "waits for nothing" in text
+    assert "| a: bf16 | 50.0 | 10240 | 38.4% | 2.0 | 1.0 |" in text and "failed: no compiler" in text
+    assert "| a | bf16 | 3 | 8 | 0.00 | –, 12.50 | – | – | – | – |" in text
+    rows.add(kind="judged", name="a", protocol="50000 samples", **{"test/fid": 3.214, "test/kid": None})
+    assert "| 3.21 | – | – | – |" in report(rows, None, "cuda") and "a: 50000 samples" in report(rows, None, "cuda")
+    assert "REHEARSAL" in report(rows, None, "cpu")
+
+
+def test_cards_are_told_apart():
+    found = {card: next((peak for name, peak in gpu.PEAKS.items() if name in card), None) for card in (
+        "NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA L4",
+        "NVIDIA A10", "Quadro",
+    )}  # fmt: skip
+    assert list(found.values()) == [989, 756, 989, 312, 362, 121, 125, None]
+
+
+class Fixed(MLP):
+    """Predicts a constant of the noise."""
+
+    def forward(self, x, c_noise, label=None):
+        return torch.full_like(x, 0.5), torch.zeros(len(x))
+
+
+def test_ddpm_as_an_objective_of_the_suite():
+    module = BellmanDiffusion(
+        Fixed((2,), width=4, depth=1), Constant(), (2,), 0, 2.0, {"ode": ProbabilityFlow(steps=3)},
+        objective=peers.NoiseError(), noise=peers.LinearBetas(scale=2.0), parametrisation="noise",
+    )  # fmt: skip
+    x = torch.randn(64, 2)
+    losses = module.losses(x, None, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    alpha = peers.alphas_cumprod()[torch.randint(0, 1000, (64,), generator=generator)]
+    noise = torch.randn(64, 2, generator=generator)
+    torch.testing.assert_close(losses.gradient, (noise - 0.5).square().mean(1))
+    torch.testing.assert_close(losses.sigma, 2 * ((1 - alpha) / alpha).sqrt())
+    assert float(losses.total.detach()) == pytest.approx(float((noise - 0.5).square().mean()), rel=1e-5)
+    sigma = torch.full((64,), 3.0)
+    with torch.no_grad():
+        torch.testing.assert_close(module.fields.score(x, sigma), torch.full_like(x, -0.5 / 3.0))
+        assert module.sample(range(4)).isfinite().all()
+    with pytest.raises(ValueError, match="needs parametrisation=noise"):
+        BellmanDiffusion(MLP((2,)), Constant(), (2,), 0, 2.0, module.samplers, objective=peers.NoiseError())
+
+
+def test_ddpm_is_built_from_words():
+    config = gpu.common.compose("experiment=cifar10_h200", *gpu.REHEARSAL, *gpu.MODELS["DDPM"])
+    model = gpu.common.make_model(config, {"shape": (3, 8, 8), "num_classes": 10, "sigma_data": 0.5})
+    assert isinstance(model.objective, peers.NoiseError) and isinstance(model.noise, peers.LinearBetas)
+    assert math.isfinite(float(model.losses(torch.randn(4, 3, 8, 8)).total.detach()))
