@@ -26,7 +26,7 @@ from datamodules import Digits, base
 from datamodules.images import ByteImages
 
 SMALL = "model.network.blocks=1"
-GPU = ["cifar10", "cifar10_cond", "mnist"]
+GPU = ["cifar10", "cifar10_cond", "mnist", "ffhq64", "imagenet64"]
 OTHERS = [
     "model=mlp", "model=mlp model=paper", "model=mlp model.objective.trace=hutchinson",
     "model=mlp model.kernel={_target_: bd_lightning.kernels.Sliced}",
