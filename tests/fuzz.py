@@ -63,7 +63,7 @@ def prepare(place: Path) -> None:
     (place / "table.csv").write_text("a,b\n" + "\n".join(f"{i % 7},{i % 11}" for i in range(300)))
     write_autoencoder(place / "digits.ckpt", (1, 8, 8), "Digits")
     write_autoencoder(place / "mnist.ckpt", (1, 28, 28), "MNIST")
-    write_autoencoder(place / "cifar10.ckpt", (3, 32, 32), "CIFAR10")
+    write_autoencoder(place / "cifar10.ckpt", (3, 32, 32), "CIFAR10", (8, 8, 8), (8, 8))
 
 
 def needed(config: str, place: Path) -> list[str]:
@@ -82,12 +82,10 @@ def needed(config: str, place: Path) -> list[str]:
         words += ["data.batch_size=20", "data.num_workers=0"]
     three = name in ("unet_patch", "unet_large", "mnist", "mnist_small", "cifar10", "cifar10_cond", "cifar10_small")
     four = name.endswith("64") or name == "unet_64"
-    if (three or four or name in ("unet", "score_matching")) and group in ("model", "experiment"):
+    if (three or four or name in ("unet", "score_matching", "cifar10_latent")) and group in ("model", "experiment"):
         words.append(f"model.network.channels={[8] * (4 if four else 3 if three else 2)}")
     if name == "cifar10_autoencoder":
         words += ["callbacks.metrics.n=50"]
-    if name == "cifar10_latent" and group == "experiment":  # the codes of the tiny autoencoder are vectors
-        words += [*SMALL, "model.optimizer._target_=bd_lightning.optimizers.AdamW"]
     if name == "relative" or name == "autoencoder" and group in ("model", "callbacks"):
         words += ["callbacks.metrics.n=50"]
     if group == "callbacks" and name == "autoencoder":

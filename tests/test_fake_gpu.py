@@ -26,7 +26,8 @@ from datamodules import Digits, base
 from datamodules.images import ByteImages
 
 SMALL = "model.network.blocks=1"
-GPU = ["cifar10", "cifar10_cond", "mnist", "ffhq64", "imagenet64"]
+GPU = ["cifar10", "cifar10_cond", "mnist"]
+GPU_64 = ["ffhq64", "imagenet64"]
 OTHERS = [
     "model=mlp", "model=mlp model=paper", "model=mlp model.objective.trace=hutchinson",
     "model=mlp model.kernel={_target_: bd_lightning.kernels.Sliced}",
@@ -67,6 +68,7 @@ def built(words):
     "words",
     [
         *(f"experiment={name} model.network.channels=[16,16,16] {SMALL}".split(" ") for name in GPU),
+        *(f"experiment={name} model.network.channels=[16,16,16,16] {SMALL}".split(" ") for name in GPU_64),
         *(words.replace(": ", ":~").split(" ") for words in OTHERS),
     ],
     ids=lambda words: " ".join(words[:2]),
