@@ -30,9 +30,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def carry_out(resolved: plan.Plan) -> None:
     """Do what was planned; torch is imported by now."""
-    from bd_lightning.cli import fit, predict
+    from bd_lightning.cli import average, export, fit, predict
 
-    {"predict": predict.run}.get(resolved.command, fit.run)(resolved)
+    {"predict": predict.run, "export": export.run, "average": average.run}.get(resolved.command, fit.run)(resolved)
 
 
 if __name__ == "__main__":

@@ -2,4 +2,19 @@
 
 Read in this order: `kernels` (what the networks estimate), `divergences` (the losses as mathematics), `fields` (pairs
 of fields), `objectives` (how they are trained), `dynamics` (how they are sampled), `modules` (the wiring).
+`bd_lightning.load(place)` gives the fields and samplers of a trained model (see `pretrained`).
 """
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from bd_lightning.pretrained import Pretrained
+
+
+def load(place: "str | Path") -> "Pretrained":
+    """Load a trained model (see `pretrained.load`)."""
+    from bd_lightning import pretrained  # here, so that the package is imported without torch
+
+    return pretrained.load(place)

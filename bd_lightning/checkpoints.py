@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from bd_lightning import facts
+from bd_lightning import addresses, exported, facts
 from bd_lightning.checks import UserError, reason_of, regular_file
 from bd_lightning.cli import build
 from bd_lightning.modules.base import Module
@@ -53,7 +53,10 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """Load a checkpoint of this project.
+    """Load a checkpoint of this project, or an exported model.
+
+    Args:
+        path: a file, the folder of an export, or an address of one (see `addresses`).
 
     Returns:
         The checkpoint; `hyper_parameters` holds the run's config and the facts of its data, in today's format.
@@ -61,9 +64,12 @@ def read(path: str | Path) -> dict[str, Any]:
     Raises:
         UserError: if it is missing, broken, not one of ours, or written by a later version.
     """
-    regular_file(path, "checkpoint")
+    path = addresses.local(path)
+    folder = Path(path).is_dir()
+    if not folder:
+        regular_file(path, "checkpoint")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = exported.read(path) if folder else _file(path)
         stored = upgrade(checkpoint["hyper_parameters"], str(path))
         if not {"data", "model", "facts"} <= stored.keys() or not isinstance(checkpoint["state_dict"], dict):
             raise KeyError("facts")
@@ -77,6 +83,10 @@ def read(path: str | Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({reason})") from error
     return {"global_step": 0, **checkpoint, "hyper_parameters": stored}
+
+
+def _file(path: str | Path) -> dict[str, Any]:
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 
 def refuse_stateless(checkpoint: Mapping[str, Any], path: str | Path) -> None:

@@ -8,6 +8,8 @@ import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
+
 
 class UserError(Exception):
     """A mistake that its message explains in one sentence; `train.py` prints it without a traceback."""
@@ -116,3 +118,8 @@ def one_of(choices: tuple[str, ...], **values: str) -> None:
     for name, value in values.items():
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
+
+
+def at_hand(x: torch.Tensor) -> bool:
+    """Whether a number of x can be read without waiting until a device has done all that it was asked for."""
+    return x.device.type == "cpu"

@@ -6,12 +6,11 @@ autoencoder's weights.
 
 import hashlib
 from abc import ABC, abstractmethod
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from bd_lightning import checkpoints
+from bd_lightning import addresses, checkpoints
 from bd_lightning.checks import UserError, positive
 from bd_lightning.modules import Autoencoder
 
@@ -42,7 +41,7 @@ class TrainedLatents(LatentSpace):
     """The codes of an `Autoencoder` run.
 
     Args:
-        ckpt_path: its checkpoint.
+        ckpt_path: its checkpoint, or an exported one (see `checkpoints.read`).
 
     Raises:
         ValueError: if the file is missing, damaged, or a checkpoint of something else.
@@ -55,7 +54,7 @@ class TrainedLatents(LatentSpace):
             raise ValueError(f"{error}; train an autoencoder first, with experiment=autoencoder") from error
         self.image_shape = tuple(stored["facts"]["shape"])
         self.data_name = stored["facts"].get("name")
-        self.key = ["trained", hashlib.sha256(Path(ckpt_path).read_bytes()).hexdigest()]
+        self.key = ["trained", hashlib.sha256(addresses.weights_of(ckpt_path).read_bytes()).hexdigest()]
 
     @torch.no_grad()
     def encode(self, x):

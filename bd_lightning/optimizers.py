@@ -12,6 +12,7 @@ References:
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 
 from bd_lightning.checks import in_range, positive
 from bd_lightning.networks.base import Network
+
+FUSED = ("cuda",)
+"""Kinds of devices on which AdamW is one kernel."""
 
 
 def _rates(**values: float) -> None:
@@ -48,6 +52,14 @@ class Optimizer(ABC):
         _rates(**{f"betas[{i}]": beta for i, beta in enumerate(self.betas)})
         in_range(0, float("inf"), weight_decay=self.weight_decay)
 
+    def unless(self, optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
+        """Have the optimiser leave its next step out, weights and moments alike, if `bad`, a truth value, is true.
+
+        Without a way to say so on the device, as here, this waits for it.
+        """
+        if bad:
+            optimizer.zero_grad()  # it passes over parameters without a gradient
+
     @abstractmethod
     def __call__(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         """The optimiser of a module's parameters at a rate.
@@ -63,10 +75,28 @@ class Optimizer(ABC):
 
 @dataclass(frozen=True)
 class AdamW(Optimizer):
-    """Adam with decoupled weight decay, torch's; not the fused one, which Lightning cannot clip under autocast."""
+    """Adam with decoupled weight decay, torch's; in one kernel on CUDA."""
 
     def __call__(self, module, lr):
-        return torch.optim.AdamW(module.parameters(), lr=lr, betas=tuple(self.betas), weight_decay=self.weight_decay)
+        fused = any(p.device.type in FUSED for p in module.parameters()) or None
+        optimizer = torch.optim.AdamW(
+            module.parameters(), lr=lr, betas=tuple(self.betas), weight_decay=self.weight_decay, fused=fused
+        )
+        optimizer.register_load_state_dict_pre_hook(partial(_keep_fused, fused=fused))
+        if fused:  # it offers to unscale float16's gradients by itself, and Lightning would refuse to clip them before
+            optimizer._step_supports_amp_scaling = False
+        return optimizer
+
+    def unless(self, optimizer, bad):
+        if optimizer.param_groups[0]["fused"]:
+            optimizer.found_inf = bad.float()  # read by the kernel itself
+        else:
+            super().unless(optimizer, bad)
+
+
+def _keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any], fused: bool | None) -> dict[str, Any]:
+    """A state from another kind of device; torch would take the choice of the kernel over with it."""
+    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
 
 
 @dataclass(frozen=True)

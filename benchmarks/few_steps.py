@@ -2,6 +2,7 @@
 
     uv run benchmarks/few_steps.py CKPT [CKPT …] [--n 10000] [--calls 5 8 10 15 20 35] [--seeds 1]
         [--sigma-min S] [--asked '{3: 0.7, 8: 0.3}'] [--time] [--out runs/few_steps] [--rules NAME …] [--figure FILE]
+        [--ddpm FILE …]
 
 Each checkpoint is one of `train.py`, of images or of codes of images: a `BellmanDiffusion`, of which every rule below
 is asked at every number of calls, or a `ConsistencyModel`, whose own samplers are taken. Samples are drawn with the
@@ -12,6 +13,9 @@ KID. Rules, all over the noise levels of the checkpoint's `ode`, whose last one 
 - Heun: `ProbabilityFlow`, the nearest odd number of calls from below;
 - order 1, 2, 3, +: `MultistepDynamics` with relaxation 0 at equal ratios, `+` with the corrector;
 - … ρ7: on EDM's grid; … λ.5: with relaxation 0.5.
+
+--ddpm takes DDPMs that `benchmarks/images.py` trained (OUT/DDPM-0.pt) with the data and the network of the first
+checkpoint, and asks diffusers' own DPM-Solver++ of second and third order and UniPC of third.
 
 With --asked a last column has Σ |share counted − share asked|, the shares counted by the features' classifier. --time
 takes training steps of all checkpoints in turns and prints their times relative to the first one's.
@@ -24,6 +28,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -31,12 +36,14 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from bd_lightning import checkpoints
+from bd_lightning.checks import UserError
 from bd_lightning.cli import build
 from bd_lightning.distances import wasserstein2
 from bd_lightning.dynamics import MultistepDynamics, ProbabilityFlow, Sampler
 from bd_lightning.modules import Generator
 from benchmarks import common
 from benchmarks.common import Recipe, Rows, Training, Turns, mean_sd, table
+from benchmarks.peers import DDPM, diffusers_solver
 from callbacks.metrics import frechet_distance, kernel_distance, precision_recall
 from callbacks.points import mode_shares
 from datamodules import to_uint8
@@ -62,6 +69,50 @@ def sampler_of(rule: str, calls: int, like: Any, last: float | None) -> Sampler:
     if rule == "Heun":
         return ProbabilityFlow(steps=(calls + 1) // 2, **levels)
     return MultistepDynamics(levels=calls, **({"relaxation": 0.0} | RULES[rule] | levels))
+
+
+DIFFUSERS: dict[str, tuple[str, int]] = {
+    "DPM-Solver++(2M), diffusers": ("DPMSolverMultistepScheduler", 2),
+    "DPM-Solver++(3M), diffusers": ("DPMSolverMultistepScheduler", 3),
+    "UniPC, diffusers": ("UniPCMultistepScheduler", 3),
+}
+
+
+class Peer:
+    """A trained DDPM with the surface of a `Generator`.
+
+    Args:
+        path: its weights, as `benchmarks/images.py` keeps them.
+        stored: the config that it was trained with.
+        calls: how many network calls to ask each solver for.
+    """
+
+    def __init__(self, path: str, stored: dict[str, Any], calls: Sequence[int]) -> None:
+        data = build.instantiate(stored["data"], "data")
+        data.prepare_data()
+        data.setup("fit")
+        self.num_classes = data.facts.num_classes
+        self.ddpm = DDPM(stored, data.facts.arguments)
+        try:
+            self.ddpm.load_state_dict(torch.load(path, weights_only=True))
+        except (OSError, RuntimeError) as error:
+            raise UserError(
+                f"--ddpm {path}: not the weights of a DDPM with the network of the first checkpoint; train one with "
+                "benchmarks/images.py --only DDPM and that experiment"
+            ) from error
+        self.ddpm.eval()
+        self.conditional, self.samplers = self.ddpm.conditional, {}
+        for rule, (kind, order) in DIFFUSERS.items():
+            for count in calls:
+                self.samplers[f"{rule}@{count}"] = SimpleNamespace(
+                    calls=count, draw=diffusers_solver(kind, count, solver_order=order)
+                )
+
+    @torch.no_grad()
+    def sample(self, indices: range, sampler: str, seed: int, label: Tensor | None = None) -> Tensor:
+        """Samples (B, *) with the noise of a seed."""
+        self.ddpm.seed = seed
+        return self.samplers[sampler].draw(self.ddpm, indices, label)
 
 
 class Points:
@@ -137,22 +188,32 @@ def main() -> None:
     parser.add_argument("--asked", type=OmegaConf.create)
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--ddpm", nargs="+", default=[], metavar="FILE")
     options = parser.parse_args()
     rows = Rows(options.out / "rows.jsonl")
     judge: Any = None
     for path in options.checkpoints:
         model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
         judge = judge or judge_of(stored, options)
-        for name in prepared(model, options):
-            for seed in range(1, options.seeds + 1):
-                key = {"path": path, "rule": name.partition("@")[0], "calls": model.samplers[name].calls, "seed": seed}
-                key["sigma_min"] = options.sigma_min
-                if not rows.where(**key, n=options.n):
-                    row = rows.add(**key, n=options.n, **judge(model, name, options.n, seed))
-                    print(row, file=sys.stderr, flush=True)
+        compare(path, model, prepared(model, options), judge, rows, options)
+    for path in options.ddpm:
+        _, stored = checkpoints.load(options.checkpoints[0], Generator)  # type: ignore[type-abstract]
+        peer = Peer(path, stored, options.calls)
+        compare(path, peer, list(peer.samplers), judge, rows, options)
     report(rows, options)
     if options.time:
         print(table(["checkpoint", "time of a step"], times(options.checkpoints)))
+
+
+def compare(path: str, model: Any, names: Sequence[str], judge: Any, rows: Rows, options: argparse.Namespace) -> None:
+    """Judge what is missing of some samplers of a model."""
+    for name in names:
+        for seed in range(1, options.seeds + 1):
+            key = {"path": path, "rule": name.partition("@")[0], "calls": model.samplers[name].calls, "seed": seed}
+            key["sigma_min"] = options.sigma_min
+            if not rows.where(**key, n=options.n):
+                row = rows.add(**key, n=options.n, **judge(model, name, options.n, seed))
+                print(row, file=sys.stderr, flush=True)
 
 
 def judge_of(stored: dict[str, Any], options: argparse.Namespace) -> Any:
@@ -198,7 +259,7 @@ def prepared(model: Any, options: argparse.Namespace) -> Sequence[str]:
 
 def report(rows: Rows, options: argparse.Namespace) -> None:
     """Print the table and draw the figure."""
-    for path in options.checkpoints:
+    for path in (*options.checkpoints, *options.ddpm):
         found = rows.where(path=path, n=options.n, sigma_min=options.sigma_min)
         calls = sorted({row["calls"] for row in found})
         names = list(dict.fromkeys(row["rule"] for row in found))
@@ -222,7 +283,7 @@ def figure(rows: Rows, options: argparse.Namespace) -> None:
 
     picture = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = picture.subplots()
-    for path in options.checkpoints:
+    for path in (*options.checkpoints, *options.ddpm):
         found = [row for row in rows.where(path=path, n=options.n, seed=1, sigma_min=options.sigma_min)]
         for rule in dict.fromkeys(row["rule"] for row in found):
             mine = sorted((row["calls"], row["fid"]) for row in found if row["rule"] == rule)

@@ -2,7 +2,8 @@
 
 Each peer is an `nn.Module` with `loss(x, label)`, a mean over a batch (B, *), with `samplers`, functions of
 (the peer, rows, label) that return samples (B, *), with `main`, the name of the one to look at first, and with
-`trained_as`, the model of this suite whose optimiser it is trained by; None for the experiment's.
+`trained_as`, the model of this suite whose optimiser it is trained by; None for the experiment's. Samples start from
+the noise of `seed`.
 
 References:
     | Ho et al., Denoising Diffusion Probabilistic Models, arXiv 2006.11239
@@ -57,6 +58,7 @@ class Peer(nn.Module):
     samplers: dict[str, Draw]
     main: str
     trained_as: Any = None
+    seed: int = 1
 
     def __init__(self, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
         super().__init__()
@@ -66,7 +68,7 @@ class Peer(nn.Module):
 
     def start(self, rows: range) -> Tensor:
         """The noise that samples start from, (B, *), the same as that of Bellman Diffusion."""
-        return SampleNoise(rows, self.shape, seed=1, device=next(self.parameters()).device)()
+        return SampleNoise(rows, self.shape, seed=self.seed, device=next(self.parameters()).device)()
 
     def told(self, label: Tensor) -> Tensor | None:
         """The classes that the network is told."""
@@ -82,8 +84,8 @@ class DDPM(Peer):
         super().__init__(config, facts)
         self.register_buffer("alphas", alphas_cumprod(), persistent=False)
         self.samplers = {
-            "DPM-Solver++": _diffusers(lambda package: package.DPMSolverMultistepScheduler),
-            "DDIM": _diffusers(lambda package: package.DDIMScheduler),
+            "DPM-Solver++": diffusers_solver("DPMSolverMultistepScheduler"),
+            "DDIM": diffusers_solver("DDIMScheduler"),
         }
         self.main = "DPM-Solver++"
 
@@ -99,12 +101,20 @@ class DDPM(Peer):
         return nn.functional.mse_loss(self.predict(noisy, t, self.told(label)), noise)
 
 
-def _diffusers(kind: Callable[[Any], Any]) -> Draw:
+def diffusers_solver(kind: str, calls: int = CALLS, **options: Any) -> Draw:
+    """A scheduler of diffusers as a sampler of `DDPM`.
+
+    Args:
+        kind: the scheduler's class.
+        calls: network calls, for schedulers that make one a step.
+        options: what it is set to beside the training's schedule.
+    """
+
     def draw(owner: DDPM, rows: range, label: Tensor | None) -> Tensor:
         diffusers = optional("diffusers")
         trained = diffusers.DDPMScheduler(num_train_timesteps=len(owner.alphas), clip_sample=False)
-        scheduler, x = kind(diffusers).from_config(trained.config), owner.start(rows)
-        scheduler.set_timesteps(CALLS, device=x.device)
+        scheduler, x = getattr(diffusers, kind).from_config(trained.config, **options), owner.start(rows)
+        scheduler.set_timesteps(calls, device=x.device)
         x = x * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             x = scheduler.step(owner.predict(x, t.expand(len(x)), label), t, x).prev_sample

@@ -2,12 +2,14 @@
 part of the checkpointed module. Those that evaluate run between the two swaps of `AveragedWeights` at validation, so
  they see averaged weights; `train.py` puts the averaging callback behind them to make it so."""
 
+from callbacks.averages import PowerAverages
 from callbacks.checkpoints import AveragedWeights, LastCheckpoint
 from callbacks.curve import CallsCurve
 from callbacks.diagnostics import FieldDiagnostics, NonFiniteLoss, TrainingDiagnostics
 from callbacks.evaluation import Evaluation, Findings, Metric
 from callbacks.features import ClassifierFeatures, DINOv2Features, InceptionFeatures
 from callbacks.figures import FieldFigures, PointTrajectory
+from callbacks.likelihood import FieldLikelihood, FlowLikelihood
 from callbacks.memorisation import Memorisation
 from callbacks.metrics import ImageMetrics
 from callbacks.points import PointMetrics
@@ -26,7 +28,9 @@ __all__ = [
     "Evaluation",
     "FieldDiagnostics",
     "FieldFigures",
+    "FieldLikelihood",
     "Findings",
+    "FlowLikelihood",
     "ImageMetrics",
     "ImageWriter",
     "InceptionFeatures",
@@ -36,6 +40,7 @@ __all__ = [
     "NonFiniteLoss",
     "PointMetrics",
     "PointTrajectory",
+    "PowerAverages",
     "Report",
     "ReturnFigures",
     "SampleGrid",

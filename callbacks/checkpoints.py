@@ -81,7 +81,7 @@ class AveragedWeights(EMAWeightAveraging):
         if average is None or step <= self._latest_update_step or not self.should_update(step_idx=step - 1):
             return
         ours, theirs = ([*module.parameters(), *module.buffers()] for module in (average.module, pl_module))
-        decay = self.decay if average.n_averaged > 0 else 0.0
+        decay = self.past(int(average.n_averaged) + 1)
         floating = [i for i, one in enumerate(ours) if one.is_floating_point()]
         ends = [theirs[i].to(ours[i].dtype) for i in floating]  # themselves, unless the model trains in half precision
         torch._foreach_lerp_([ours[i] for i in floating], ends, 1 - decay)
@@ -93,6 +93,10 @@ class AveragedWeights(EMAWeightAveraging):
                 mean.copy_(own[p])
         average.n_averaged += 1
         self._latest_update_step = step
+
+    def past(self, update: int) -> float:
+        """The weight of the past at an update, counted from 1."""
+        return self.decay if update > 1 else 0.0
 
     def on_validation_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Swap averaged weights in."""

@@ -162,6 +162,8 @@ class DataModule(Data):
         reference_split: split that samples are compared with: "stage" is the held-out split of the running stage.
         unseen: the split to judge by what is not trained on.
         density: the density that the samples are from, where it is known in closed form.
+        cell: width of the cells that values were rounded to, in the model's units; None for real numbers.
+        log_volume: log of the volume of a sample's units, as they are shown, over that of the model's.
 
     Args:
         root: folder of data sets; also holds what is derived from them.
@@ -180,6 +182,8 @@ class DataModule(Data):
     reference_split: str = "stage"
     unseen: str = "val"
     density: Density | None = None
+    cell: float | None = None
+    log_volume: float = 0.0
 
     def __init__(
         self,
@@ -218,6 +222,10 @@ class DataModule(Data):
 
     def decode(self, x: Tensor) -> Tensor:
         """Samples of the model, (B, *shape), as they are shown and judged: images in [−1, 1], or vectors unchanged."""
+        return x
+
+    def encode(self, x: Tensor) -> Tensor:
+        """What a model learns, (B, *shape), of what is shown and judged: the inverse of `decode`."""
         return x
 
     @property

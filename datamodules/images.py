@@ -60,6 +60,7 @@ class ImageDataModule(DataModule):
     """
 
     shape: tuple[int, int, int]
+    cell = 1 / 127.5
     all_by: str = ""
 
     def __init__(

@@ -76,6 +76,9 @@ class Latents(DataModule):
         images = self.autoencoder.decode(x)
         return images.mean(1, keepdim=True) if self.images.shape[0] == 1 else images
 
+    def encode(self, x):
+        return self.autoencoder.encode(x)
+
     def load_split(self, split):
         mirrored = split == "train" and self.images.flip
         path = cache_path(self, f"codes-{split}", mirrored)

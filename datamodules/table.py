@@ -73,6 +73,7 @@ class Table(DataModule):
         self.center = self.rows["train"].mean(0)
         self.scale = self.rows["train"].std(0, correction=0)
         self._check_scale()
+        self.log_volume = float(self.scale.log().sum())
 
     @property
     def facts(self) -> TableFacts:

@@ -186,6 +186,28 @@ def test_the_betas_are_those_of_diffusers():
             assert sampler(peer, range(3), None).isfinite().all()
 
 
+def test_solvers_of_diffusers_make_the_calls_that_they_are_asked_for(tmp_path):
+    pytest.importorskip("diffusers")
+    from benchmarks import few_steps
+
+    config = common.compose("experiment=score_matching", "data=digits", "model.network.channels=[8]")
+    data = common.make_data(config)
+    data.prepare_data()
+    data.setup("fit")
+    torch.save(peers.DDPM(config, data.facts.arguments).state_dict(), tmp_path / "ddpm.pt")
+    peer = few_steps.Peer(str(tmp_path / "ddpm.pt"), config, [5, 8])
+    calls = []
+    peer.ddpm.network.register_forward_hook(lambda *_: calls.append(1))
+    for name, sampler in peer.samplers.items():
+        calls.clear()
+        x = peer.sample(range(3), name, seed=2)
+        assert x.isfinite().all() and len(calls) == sampler.calls == int(name.partition("@")[2])
+    assert not torch.equal(x, peer.sample(range(3), name, seed=3))
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="not the weights of a DDPM"):
+        few_steps.Peer(str(tmp_path / "other.pt"), config, [5])
+
+
 def test_heun_follows_the_velocity():
     """A constant velocity of ½ takes every start ½ further, in units of the data."""
     peer = peers.FlowMatching(CONFIG, FACTS)
@@ -210,6 +232,28 @@ def test_variances_of_traces(monkeypatch, tmp_path, capsys):
     low, high = rows["constant", 0.1], rows["constant", 3.0]
     assert low["Hutchinson"] < 0.5 < 2 < high["Hutchinson"] and low["combined"] < 0.5 and low["antithetic"] < 0.7
     assert low["a"] < 0.4 and high["a"] > 0.8  # the best weight of Stein's identity
+
+
+def test_what_ways_of_taking_the_trace_learn(monkeypatch, tmp_path, capsys):
+    from benchmarks import trace
+
+    monkeypatch.setattr(trace, "WAYS", {name: trace.WAYS[name] for name in ("Stein", "combined, antithetic")})
+    words = ["--learn", "40", "--seeds", "1", "--problems", "mixture_2d", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", ["trace.py", *words])
+    trace.main()
+    said = capsys.readouterr().out
+    rows = trace.Rows(tmp_path / "rows.jsonl")
+    assert len(rows) == 2 * 2 * 4 and "errors at σ/σ_data" in said
+    assert all(len(row["errors"]["g"]) == len(trace.JUDGED) and row["minutes"] > 0 for row in rows)
+    constant = rows.where(kernel="constant", way="Stein")
+    assert max(constant[-1]["errors"]["s"]) < 1e-5  # its mobility is one
+    assert constant[-1]["errors"]["g"][2] < constant[0]["errors"]["g"][2]
+    trace.main()
+    assert len(trace.Rows(tmp_path / "rows.jsonl")) == len(rows)  # nothing is computed again
+    for wrong in ("6", "-4"):
+        monkeypatch.setattr("sys.argv", ["trace.py", "--learn", wrong])
+        with pytest.raises(SystemExit):
+            trace.main()
 
 
 def test_the_best_weight_is_the_minimum_of_the_parabola():

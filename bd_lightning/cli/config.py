@@ -19,7 +19,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,7 +28,7 @@ from bd_lightning.checks import UserError, regular_file, suggest
 from bd_lightning.upgrade import is_record, upgrade
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
-COMMANDS = ("fit", "validate", "test", "predict")
+COMMANDS = ("fit", "validate", "test", "predict", "export", "average")
 GROUPS = ("data", "model", "trainer", "logger", "callbacks")
 TOP_LEVEL: dict[str, Any] = {
     "seed": int,
@@ -40,11 +40,16 @@ TOP_LEVEL: dict[str, Any] = {
     "n": int,
     "labels": list[int | str] | None,
     "calls": list[int] | None,
+    "likelihood": str | None,
     "mix": dict[int | str, float] | None,
     "remove": list[int | str] | None,
     "merge": dict[str, float] | None,
     "calibrate": int,
     "export": str | None,
+    "to": str | None,
+    "precision": str | None,
+    "length": list[float] | None,
+    "score": Literal["validate", "test"] | None,
     "trust": bool,
 }
 NOT_KEPT = ("format", "facts", "trust")
@@ -239,12 +244,23 @@ def _normalised(config: dict[str, Any]) -> dict[str, Any]:
         value = config.get(key)
         if kind is int and isinstance(value, float) and value.is_integer():
             config[key] = int(value)
+        if key == "length":
+            config[key] = _numbers(value)
         if key in ("labels", "remove", "calls") and isinstance(value, (int, str)) and not isinstance(value, bool):
             config[key] = [value]
     config["logger"] = config["logger"] or None  # so that a config repeated from its record stays without one
     if isinstance(config["steps"], int) and isinstance(config["eval_every"], int):
         config["eval_every"] = min(config["steps"], config["eval_every"])
     return config
+
+
+def _numbers(value: Any) -> Any:
+    """A list of numbers that was written as one, or as 0.05,0.1; what is neither is left to be refused."""
+    words = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    try:
+        return None if value is None else [float(word) for word in words]
+    except (TypeError, ValueError):
+        return value
 
 
 def _interpolates(node: Any) -> bool:

@@ -23,7 +23,7 @@ from bd_lightning.cli.folders import claimed, evaluating, first_process, folder_
 from bd_lightning.cli.plan import Plan, settings_of
 from bd_lightning.facts import Facts
 from bd_lightning.loggers import MetricsCSV, WandB
-from callbacks import CallsCurve, Report
+from callbacks import CallsCurve, Evaluation, FieldLikelihood, FlowLikelihood, Report
 from callbacks.records import read_record
 
 
@@ -42,7 +42,7 @@ def run(plan: Plan) -> None:
         with claimed(plan.run_dir, plan.new):
             _run(plan, plan.run_dir)
         return
-    settings = settings_of(plan, "callbacks", "trainer", "calls", "export")
+    settings = settings_of(plan, "callbacks", "trainer", "calls", "likelihood", "export")
     folder = folder_for(settings, plan.run_dir, f"{plan.command}-{Path(plan.config['ckpt_path']).stem}-{plan.step:07d}")
     with evaluating(folder, settings):
         _run(replace(plan, run_dir=folder), plan.run_dir)
@@ -76,6 +76,8 @@ def _run(plan: Plan, run_dir: Path) -> None:
     callbacks = [begin, *objects.callbacks(plan)]
     if plan.config["calls"]:
         callbacks.append(calls_curve(plan, callbacks, model))
+    if plan.config["likelihood"]:
+        callbacks.append(likelihood(plan, model))
     loggers = build_loggers(plan, callbacks, run_dir)
     trainer = build_trainer(plan, loggers, callbacks)
     data.share(trainer.world_size * trainer.accumulate_grad_batches)
@@ -158,6 +160,18 @@ def calls_curve(plan: Plan, callbacks: list[Any], model: Any) -> CallsCurve:
     if not judges:
         raise UserError("calls needs callbacks.metrics, which judges samples")
     return CallsCurve(plan.config["calls"], judges[0])
+
+
+def likelihood(plan: Plan, model: Any) -> Evaluation:
+    """Says how likely the test split is, by the probability flow or in one call.
+
+    Raises:
+        UserError: for a model without a density, and for another command than test.
+    """
+    if plan.command != "test":
+        raise UserError("likelihood is for test: train.py test ckpt_path=… likelihood=ode")
+    model.check_likelihood()
+    return FlowLikelihood() if plan.config["likelihood"] == "ode" else FieldLikelihood()
 
 
 def refuse_other_optimizer(plan: Plan, model: Any) -> None:
@@ -273,7 +287,7 @@ def finish(plan: Plan, callbacks: list[Any], model: Any, diverged: str) -> None:
             print(rows[-1]["summary"])
     names = [plan.run_dir / "checkpoints" / f"{name}.ckpt" for name in ("best", "last")]
     given = [Path(plan.config["ckpt_path"])] if plan.command != "fit" else []
-    found = next((path for path in (*given, *names) if path.is_file()), None)
+    found = next((path for path in (*given, *names) if path.exists()), None)
     page = " (open report.html)" if (plan.run_dir / "report.html").is_file() else ""
     then = diverged or (model.next_step(quote(short(found))) if found else "no checkpoint was kept")
     print(f"everything is in {short(plan.run_dir)}{page}; {then}")

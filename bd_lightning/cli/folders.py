@@ -59,7 +59,7 @@ def run_folder(config: Mapping[str, Any], training: bool) -> Path:
 
     Training that goes on from a checkpoint under another run id leaves the checkpoint's run as it is.
     """
-    if config["ckpt_path"]:
+    if config["ckpt_path"] and not Path(config["ckpt_path"]).is_dir():
         folder = folder_of(config["ckpt_path"])
         branches = training and config["run_id"] not in (None, folder.name)
         if (folder / "config.yaml").is_file() and not branches:
@@ -92,8 +92,21 @@ def _refuse_name(name: Any, key: str) -> None:
 
 
 def folder_of(checkpoint: str | Path) -> Path:
-    """The run folder that a checkpoint lies in."""
-    return Path(checkpoint).resolve().parent.parent
+    """The run folder that a checkpoint lies in; an exported model is a folder of its own."""
+    path = Path(checkpoint).resolve()
+    return path if path.is_dir() else path.parent.parent
+
+
+def newest(run: str | Path) -> str:
+    """The last checkpoint of a run folder; a checkpoint is given back as it is.
+
+    Raises:
+        UserError: if the folder has none.
+    """
+    path = Path(run) / "checkpoints" / "last.ckpt" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise UserError(f"{run} is no run folder with checkpoints/last.ckpt, and no checkpoint of one")
+    return str(path)
 
 
 def short(path: Path) -> str:

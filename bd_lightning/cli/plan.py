@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bd_lightning import facts
+from bd_lightning import addresses, facts
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build, folders, links
 from bd_lightning.cli import config as configs
 from bd_lightning.facts import Facts
 from bd_lightning.upgrade import FORMAT
+
+ONCE = {"to": "export", "precision": "export", "length": "average", "score": "average"}
+"""Keys that say what one command does, and no run keeps."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,7 @@ class Plan:
     """What a command line comes to.
 
     Args:
-        command: "fit", "validate", "test" or "predict".
+        command: "fit", "validate", "test", "predict", "export" or "average".
         config: the config, resolved and checked.
         run_dir: the run folder.
         new: whether the run begins in a folder of its own, which must not be there yet.
@@ -53,7 +56,7 @@ class Plan:
     @property
     def record(self) -> dict[str, Any]:
         """The config as it is kept: what repeats the run."""
-        own = {"ckpt_path": None, "run_id": None, "export": None, "trust": False}
+        own = {**dict.fromkeys((*ONCE, "ckpt_path", "run_id", "export")), "trust": False}
         return {"format": FORMAT, **self.config, **own}
 
 
@@ -64,18 +67,23 @@ def resolve(argv: Sequence[str]) -> Plan:
         UserError: for anything that is the user's to put right.
     """
     request = configs.parse(argv)
-    if request.command == "predict" and "data" in request.choices:
-        raise UserError("predict draws what the checkpoint has learned: leave data= out")
+    if request.command in ("predict", "export") and "data" in request.choices:
+        does = {"predict": "draws", "export": "writes"}[request.command]
+        raise UserError(f"{request.command} {does} what the checkpoint has learned: leave data= out")
     asked = config = configs.compose(request)
     build.check_keys(config)
     if config["export"] and request.command != "test":
         raise UserError("export keeps the samples of a test: train.py test ckpt_path=… export=FILE.npz")
+    for key, command in ONCE.items():
+        if config[key] is not None and command != request.command:
+            raise UserError(f"'{key}' is for train.py {command}{', what a run computes in is trainer.precision' * (key == 'precision')}")
     build.trusted.set(None if config["trust"] else frozenset(build.targets(config)))
     path = _existing(config) if config["ckpt_path"] == "last" else config["ckpt_path"]
     checkpoint = None
     if path:
         from bd_lightning import checkpoints
 
+        path = folders.newest(path) if request.command == "average" else addresses.local(path)
         links.refuse_linked(path)
         checkpoint = checkpoints.read(path)
         config = configs.compose(request, checkpoint["hyper_parameters"])
@@ -88,6 +96,8 @@ def resolve(argv: Sequence[str]) -> Plan:
     if path and folders.folder_of(path) != folders.run_folder(config, request.command == "fit"):
         config["root"] = asked["root"]  # a stored config does not say where a new folder goes
     build.check(config)
+    if config["merge"]:
+        config["merge"] = {addresses.local(one): weight for one, weight in config["merge"].items()}
     refuse_numbers(config["trainer"])
     if request.command == "fit" and config["steps"] % config["eval_every"]:
         raise UserError(
@@ -128,7 +138,7 @@ def settings_of(plan: Plan, *keys: str) -> dict[str, Any]:
 
 
 def _digest(file: str | Path) -> str:
-    with Path(file).open("rb") as opened:
+    with addresses.weights_of(file).open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 

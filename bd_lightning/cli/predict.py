@@ -64,6 +64,8 @@ def run(plan: Plan) -> None:
     model.check_predict()
     if config["calls"]:
         raise UserError("calls is for test: a sampler's own are set by model.samplers.NAME.levels or .steps")
+    if config["likelihood"]:
+        raise UserError("likelihood is for test: train.py test ckpt_path=… likelihood=ode")
     labels = choose_labels(config["labels"] or [], facts, model)
     mixed = any(config[key] for key in ("mix", "remove", "merge"))
     if config["calibrate"] and not mixed:

@@ -51,5 +51,5 @@ class ConsistencySteps(Sampler):
         for i, level in enumerate((self.sigma_max, *self.between)):
             sigma = x.new_full((len(x),), level)
             x = x + level * noise() if i else x
-            x = x + bcast(sigma.square(), x) * fields.score(x, sigma)
+            x = x + bcast(sigma.square(), x) * fields.at(level).score(x, sigma)
             yield x

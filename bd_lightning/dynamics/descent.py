@@ -52,7 +52,8 @@ def step_target(past: Sequence[tuple[float, Tensor]], start: float, h: float, ka
         A, shape (B, *). By Gauss's rule of 16 points, which is exact to rounding while κh < 20.
     """
     places, values = [start - level for level, _ in past], [value for _, value in past]
-    points, weights = (torch.from_numpy(one).to(kappa) for one in np.polynomial.legendre.leggauss(16))
+    rule = np.polynomial.legendre.leggauss(16)
+    points, weights = (torch.from_numpy(one).to(kappa, non_blocking=True) for one in rule)
     u = h * (1 + points) / 2
     decay = weights * (-kappa.flatten()[:, None] * (h - u)).exp()
     decay = decay / decay.sum(1, keepdim=True)
@@ -123,7 +124,7 @@ class MultistepDynamics(MultiScaleSampler):
         h, kappa, aim = 0.0, x, x  # of the last step; kappa and aim have no meaning before the first
         for here, there in zip(ladder, ladder[1:]):
             sigma = x.new_full((len(x),), here)
-            s, S, slope = fields.log_gradients(x, sigma, self.exact_score)
+            s, S, slope = fields.at(here).log_gradients(x, sigma, self.exact_score)
             rate = bcast(self.relaxation * s / fields.reference(sigma), x)
             target = x + here**2 * (S - slope / (1 + rate))
             score = S - slope
@@ -175,7 +176,7 @@ class ProbabilityFlow(MultiScaleSampler):
 
     def path(self, fields, noise):
         def slope(x: Tensor, level: float) -> Tensor:
-            return -level * fields.score(x, x.new_full((len(x),), level), self.exact_score)
+            return -level * fields.at(level).score(x, x.new_full((len(x),), level), self.exact_score)
 
         x = self.first(noise)
         yield x

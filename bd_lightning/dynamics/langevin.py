@@ -73,6 +73,7 @@ class BellmanDynamics(Sampler):
         x = self.first(noise)
         sigma = x.new_zeros(len(x))
         step = self.step_size * self.scale**2 / fields.reference(sigma)
+        fields = fields.at(0.0)
         yield x
         for _ in range(self.steps):
             s, g = fields(x, sigma)
@@ -113,9 +114,9 @@ class AnnealedDynamics(MultiScaleSampler):
         yield x
         for level in geometric_ladder(self.sigma_max, self.sigma_min, self.levels).tolist():
             sigma = x.new_full((len(x),), level)
-            step = self.step_size * level**2 / fields.reference(sigma)
+            step, here = self.step_size * level**2 / fields.reference(sigma), fields.at(level)
             for _ in range(self.steps_per_level):
-                s, g = fields(x, sigma)
+                s, g = here(x, sigma)
                 x = bellman_step(x, s, g, step, noise())
                 yield x
-        yield x + bcast(sigma.square(), x) * fields.score(x, sigma, self.exact_score)
+        yield x + bcast(sigma.square(), x) * here.score(x, sigma, self.exact_score)

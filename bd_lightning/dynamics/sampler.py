@@ -9,9 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import UserError, in_range, one_of, positive
+from bd_lightning.checks import UserError, at_hand, in_range, one_of, positive
 from bd_lightning.dynamics.noise import SampleNoise
 from bd_lightning.fields import FieldPair
+
+LOOK = 50
+"""Steps between two looks for lost chains, where a look waits for the device."""
 
 
 class SamplingDiverged(UserError):
@@ -104,20 +107,55 @@ class Sampler(ABC):
             SamplingDiverged: when a chain becomes non-finite or leaves the region of the data; with `finite_part`
                 when none is left.
         """
-        limit = self.bound * (self.start_scale + 1)
-        x, lost, first = torch.empty(0), torch.zeros(len(noise), dtype=torch.bool, device=noise.device), 0
+        guard, step, x = _Guard(self.bound * (self.start_scale + 1), finite_part), 0, torch.empty(0)
         for step, x in enumerate(self.path(fields, noise)):
-            bad = ~(x.abs().flatten(1).amax(1) <= limit)  # true for NaN as well
-            if bad.any():
-                first = first if lost.any() else step
-                lost = lost | bad
-                if not finite_part or lost.all():
-                    raise SamplingDiverged(step, x, lost)
+            guard.look(step, x)
+            if at_hand(x) or step % LOOK == LOOK - 1:
+                guard.stop()
             if watch is not None:
                 watch(step, x)
-        if lost.any():
-            warnings.warn(f"{SamplingDiverged(first, x, lost)}; the finite part is returned", stacklevel=2)
-        return x[~lost]
+        guard.stop()
+        return guard.left(x)
+
+
+class _Guard:
+    """Notes on the device which chains are lost, and how things stood when sampling had to stop; reads it when asked.
+
+    Args:
+        limit: a chain is lost when a coordinate exceeds it.
+        finite_part: stop when all chains are lost, not at the first.
+    """
+
+    def __init__(self, limit: float, finite_part: bool) -> None:
+        self.limit, self.finite_part = limit, finite_part
+        self.lost: Tensor | None = None
+
+    def look(self, step: int, x: Tensor) -> None:
+        """Look at the state x (B, *) after a step; once it has to stop, what was seen there is kept."""
+        now = torch.full((), step, device=x.device)
+        bad = ~(x.abs().flatten(1).amax(1) <= self.limit)  # true for NaN as well
+        if self.lost is None:
+            self.lost = torch.zeros_like(bad)
+            self.first = self.step = now
+            self.over, self.x = torch.zeros_like(bad[0]), x
+        lost = self.lost | bad
+        self.first = torch.where(self.lost.any(), self.first, now)
+        self.step, self.x = torch.where(self.over, self.step, now), torch.where(self.over, self.x, x)
+        self.lost = torch.where(self.over, self.lost, lost)
+        self.over = self.over | (lost.all() if self.finite_part else lost.any())
+
+    def stop(self) -> None:
+        """Raise if sampling had to stop."""
+        if self.lost is not None and self.over:
+            raise SamplingDiverged(int(self.step), self.x, self.lost)
+
+    def left(self, x: Tensor) -> Tensor:
+        """The chains of x that are not lost, with a warning if some are."""
+        if self.lost is None or not self.finite_part or not self.lost.any():
+            return x
+        what = SamplingDiverged(int(self.first), x, self.lost)
+        warnings.warn(f"{what}; the finite part is returned", stacklevel=3)
+        return x[~self.lost]
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,10 @@ class FieldPair(ABC):
             raise ValueError("classes were asked for, and these fields know none")
         return self
 
+    def at(self, level: float) -> "FieldPair":
+        """The same fields for points that are all at one noise level, in data units, which need not be looked at."""
+        return self
+
     def log_gradients(self, x: Tensor, sigma: Tensor, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """The scalar field, S = 2g/s and ∇log s, from one call of the fields.
 

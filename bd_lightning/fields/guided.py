@@ -37,12 +37,34 @@ class GuidedFields(FieldPair):
         """Typical mobility of the fields of the class; shape of sigma."""
         return self.fields.reference(sigma)
 
+    def _inside(self, sigma: Tensor) -> Tensor:
+        return (sigma >= self.interval[0]) & (sigma <= self.interval[1])
+
+    def at(self, level: float) -> FieldPair:
+        """Guided fields inside the interval, those of the class outside."""
+        fields = self.fields.at(level)
+        inside = bool(self._inside(torch.tensor(level)))  # in single precision, as levels of points are
+        return _GuidedEverywhere(fields, self.base.at(level), self.scale) if inside else fields
+
     def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """s (B,) and g (B, *) at x (B, *) and noise levels sigma (B,)."""
-        s, g = self.fields(x, sigma)
-        inside = (sigma >= self.interval[0]) & (sigma <= self.interval[1])
+        inside = self._inside(sigma)
         if not inside.any():
-            return s, g
+            return self.fields(x, sigma)
+        s, g = self.fields(x, sigma)
+        return s, torch.where(bcast(inside, x), self._guided(x, sigma, s, g), g)
+
+    def _guided(self, x: Tensor, sigma: Tensor, s: Tensor, g: Tensor) -> Tensor:
         base = log_gradient(*self.base(x, sigma))
-        guided = base + self.scale * (log_gradient(s, g) - base)
-        return s, torch.where(bcast(inside, x), 0.5 * bcast(s, x) * guided, g)
+        return 0.5 * bcast(s, x) * (base + self.scale * (log_gradient(s, g) - base))
+
+
+class _GuidedEverywhere(GuidedFields):
+    """Guidance at whatever noise level there is."""
+
+    def at(self, level: float) -> FieldPair:
+        return self
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        s, g = self.fields(x, sigma)
+        return s, self._guided(x, sigma, s, g)

@@ -97,6 +97,17 @@ class Module(L.LightningModule):
             UserError: saying what it is for.
         """
 
+    def check_likelihood(self) -> None:
+        """Refuse to say how likely data is, where the model has no density of it.
+
+        Raises:
+            UserError: naming models that have one.
+        """
+        raise UserError(
+            f"likelihood is that of a model of a density, and {type(self).__name__} is none: take a checkpoint of "
+            "model=mlp, unet, points or relative"
+        )
+
     def next_step(self, checkpoint: str) -> str:
         """What one does with a trained model, for the last line of a run: words and a command line."""
         return f"to sample: train.py predict ckpt_path={checkpoint} n=64"

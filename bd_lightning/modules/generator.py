@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import in_range, interval, one_of, plain_name
+from bd_lightning.checks import UserError, in_range, interval, one_of, plain_name
 from bd_lightning.dynamics import SampleNoise, Sampler
 from bd_lightning.fields import FieldPair, GuidedFields
 from bd_lightning.modules.base import Module
@@ -107,6 +107,16 @@ class Generator(Module):
         if label is None or self.guidance == 1:
             return fields
         return GuidedFields(fields, self.fields.conditioned(None), self.guidance, self.guidance_interval)
+
+    def check_likelihood(self) -> None:
+        """Refuse fields that are no score, or that know a single noise level."""
+        if not self.has_score:
+            raise UserError(
+                f"likelihood needs a score, and {type(self).__name__} has none: take the checkpoint that it was tuned "
+                "from, or its teacher"
+            )
+        if not self.multi_scale:
+            raise UserError("likelihood needs fields of every noise level, and this model was trained with noise=null")
 
     @torch.no_grad()
     def sample(

@@ -10,7 +10,18 @@ way, so that one call gives those of every mixture of classes.
 """
 
 from bd_lightning.networks.base import Network
+from bd_lightning.networks.denoisers import AzulaDenoiser, DiffusersDenoiser, PretrainedDenoiser
+from bd_lightning.networks.foreign import Adapted, DiffusersModel
 from bd_lightning.networks.mlp import MLP
 from bd_lightning.networks.unet import UNet
 
-__all__ = ["MLP", "Network", "UNet"]
+__all__ = [
+    "MLP",
+    "Adapted",
+    "AzulaDenoiser",
+    "DiffusersDenoiser",
+    "DiffusersModel",
+    "Network",
+    "PretrainedDenoiser",
+    "UNet",
+]

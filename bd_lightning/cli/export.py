@@ -1,0 +1,224 @@
+"""export: a trained model as a folder that others can use (see `exported`), with a model card."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from bd_lightning import checkpoints, exported, report
+from bd_lightning.checks import UserError, one_of
+from bd_lightning.cli import objects, predict
+from bd_lightning.cli.folders import made, short, writing
+from bd_lightning.cli.plan import Plan
+from bd_lightning.combinations import choose_labels
+from bd_lightning.facts import Facts
+from bd_lightning.facts import read as read_facts
+from bd_lightning.latents import TrainedLatents
+from bd_lightning.modules import Autoencoder
+from datamodules import SampleRequests
+
+SHOWN = 64
+"""Samples that are drawn for the card, of seed 0."""
+
+
+def run(plan: Plan) -> None:
+    """Write the folder `to`, whole or not at all.
+
+    Raises:
+        UserError: for anything that is the user's to put right.
+    """
+    config, facts = plan.config, plan.facts
+    assert facts is not None  # a plan to export has a checkpoint
+    target = free_place(config["to"])
+    precision = config["precision"] or "float32"
+    try:
+        one_of(tuple(exported.PRECISIONS), precision=precision)
+        objects.prepare(config)
+        with placed(target) as folder:
+            stored = {**plan.record, "facts": facts.plain()}
+            stored = exported.portable(with_autoencoder(stored, folder, precision))
+            exported.write(folder, objects.model(plan, facts), stored, plan.step, precision)
+            product = draw(plan, folder)
+            write_card(plan, folder, target.name, precision, product)
+    except ValueError as error:
+        raise UserError(f"export: {error}") from error
+    size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+    print(f"{short(target)}: {size / 1e6:.2f} MB; to sample: train.py predict ckpt_path={short(target)} n=64")
+
+
+def free_place(to: str | None) -> Path:
+    """The folder to write, which is not there yet.
+
+    Raises:
+        UserError: if none was named, or something lies there.
+    """
+    if not to:
+        raise UserError("export needs to=FOLDER, the folder to write")
+    if "://" in to:
+        raise UserError(f"export writes a folder of this machine, not {to}: upload it with that hub's own client")
+    target = Path(os.path.abspath(to))
+    if os.path.lexists(target) and not (target.is_dir() and not target.is_symlink() and not any(target.iterdir())):
+        raise UserError(f"{short(target)} is there already: delete it, or give to= another name")
+    return target
+
+
+@contextmanager
+def placed(target: Path) -> Iterator[Path]:
+    """A folder beside its place, moved there when all in it is written, and removed if it is not."""
+    part = target.with_name(f".{target.name}.part")
+    with writing(target), made(target.parent, target.exists):
+        shutil.rmtree(part, ignore_errors=True)  # what a killed process left
+        try:
+            part.mkdir()
+            yield part
+            part.replace(target)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def with_autoencoder(config: Mapping[str, Any], folder: Path, precision: str) -> dict[str, Any]:
+    """A config whose autoencoder, if it has one, lies in the folder, and facts that know it by that.
+
+    Raises:
+        UserError: for an autoencoder that cannot be put into a folder.
+    """
+    node = config["data"].get("autoencoder")
+    if not node:
+        return dict(config)
+    if "source" in node and not Path(node["source"]).exists():
+        return dict(config)  # of a hub, where everybody finds it
+    if "ckpt_path" not in node:
+        raise UserError("export takes an autoencoder of this suite along, or one of a hub by its name; this is neither")
+    module, stored = checkpoints.load(node["ckpt_path"], Autoencoder)
+    inner = folder / exported.AUTOENCODER
+    inner.mkdir()
+    exported.write(inner, module, exported.portable(stored), module.loaded_step, precision)
+    space = str(TrainedLatents(str(inner)).key)
+    data = {**config["data"], "autoencoder": {**node, "ckpt_path": exported.AUTOENCODER}}
+    return {**config, "data": data, "facts": {**config["facts"], "space": space}}
+
+
+def draw(plan: Plan, folder: Path) -> str | None:
+    """Draw samples by the model as the folder has it, into samples.png or samples.csv.
+
+    Returns:
+        The name of that file; None for a model that draws none.
+    """
+    model, stored = checkpoints.load(folder)
+    try:
+        model.check_predict()
+    except UserError:
+        return None
+    facts = read_facts(stored["facts"])
+    alone = {key: value for key, value in plan.config["trainer"].items() if key not in exported.MACHINE}
+    alone |= {"devices": 1, "enable_progress_bar": False}
+    one = replace(plan, config={**plan.config, "data": stored["data"], "trainer": alone})
+    place = folder / "drawn"
+    writer = predict.build_writer(one, facts, place)
+    requests = SampleRequests(SHOWN, 0, choose_labels([], facts, model))
+    trainer = objects.trainer(one, logger=False, callbacks=[writer])
+    trainer.predict(model, DataLoader(requests, batch_size=SHOWN), return_predictions=False)
+    (drawn,) = [path for path in place.iterdir() if path.name in ("grid.png", "samples.csv")]
+    result = drawn.replace(folder / f"samples{drawn.suffix}")
+    shutil.rmtree(place)
+    return result.name
+
+
+# ---- the model card
+
+
+def write_card(plan: Plan, folder: Path, name: str, precision: str, product: str | None) -> None:
+    """Write README.md, and fid.json with the rows that it quotes."""
+    rows = measured(plan)
+    if rows:
+        (folder / "fid.json").write_text(json.dumps(rows, indent=1))
+    facts: Any = plan.facts
+    card = CARD.format(
+        name=name,
+        what=what(plan, facts),
+        weights=f"averaged weights of step {plan.step}, in {precision}",
+        shown=shown(product),
+        numbers=numbers(rows, precision),
+    )
+    (folder / "README.md").write_text(card)
+
+
+CARD = """---
+library_name: bellman-diffusion
+tags: [bellman-diffusion, generative-model]
+---
+
+# {name}
+
+{what}; {weights}. Made by Bellman Diffusion (arXiv 2410.01796): pairs of fields (s, g) of a density.
+
+{shown}## Use
+
+In a checkout of the suite, with this folder, or an address of it (`hf://owner/name`, `wandb://entity/project/artifact:alias`),
+as `ckpt_path`:
+
+```bash
+uv run train.py predict ckpt_path=FOLDER n=64
+```
+
+In Python, with `bd_lightning` and `safetensors` installed:
+
+```python
+import bd_lightning
+
+model = bd_lightning.load("FOLDER")
+samples = model.sample(16)  # model.fields and model.samplers are what it draws by
+```
+
+Weights and config are numbers and words: loading them runs nothing that they bring along.
+
+## Numbers
+
+{numbers}
+"""
+
+
+def what(plan: Plan, facts: Facts) -> str:
+    """The model and its data in a line."""
+    kind = plan.config["model"]["_target_"].rpartition(".")[2]
+    network = plan.config["model"].get("network")
+    trunk = f", {network['_target_'].rpartition('.')[2]}" if network else ""
+    classes = f", {facts.num_classes} classes" if facts.num_classes else ""
+    return f"`{kind}`{trunk}, of {facts.name} (samples of shape {list(facts.shape)}{classes})"
+
+
+def shown(product: str | None) -> str:
+    """The part of the card that shows samples."""
+    if product is None:
+        return ""
+    text = f"![samples]({product})\n\n" if product.endswith(".png") else ""
+    return f"{text}*`{product}`: the first {SHOWN} samples of seed 0 by the default sampler.*\n\n"
+
+
+def measured(plan: Plan) -> list[dict[str, Any]]:
+    """Rows of fid.json, of the run and of evaluations of it, that were measured at the step of the checkpoint."""
+    if not (plan.run_dir / "config.yaml").is_file():
+        return []
+    run = report.read(plan.run_dir)
+    records = {**run.records, **{name: rows for name, rows in run.evaluations.items()}}
+    found = [row for name, rows in records.items() if Path(name).name == "fid.json" for row in rows]
+    unique = {json.dumps(row, sort_keys=True): row for row in found if row["step"] == plan.step}
+    return list(unique.values())
+
+
+def numbers(rows: list[dict[str, Any]], precision: str) -> str:
+    """The rows as a table, or that there are none."""
+    if not rows:
+        return "None were measured where this was exported from."
+    lines = ["| number | value | how |", "|---|---|---|"]
+    for row in rows:
+        values = {key: value for key, value in row.items() if "/" in key and isinstance(value, (int, float))}
+        lines += [f"| {key} | {value:.4g} | {row.get('protocol', '')} |" for key, value in values.items()]
+    rounded = "" if precision == "float32" else f"\n\nMeasured in float32, before the weights were rounded to {precision}."
+    return "\n".join(lines) + rounded

@@ -1,0 +1,182 @@
+"""Weights out and in: an exported folder draws what its checkpoint draws, and is refused in a sentence where it is not whole."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import bd_lightning
+import train
+from bd_lightning import checkpoints
+from bd_lightning.checks import UserError
+from small_run import contents
+from tiny_data import write_autoencoder
+
+QUIET = ["callbacks.progress=null"]
+
+
+def pictures(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+@pytest.fixture
+def exported(run, tmp_path) -> Path:
+    target = tmp_path / "exported"
+    assert train.main(["export", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"to={target}", *QUIET]) == 0
+    return target
+
+
+def test_an_exported_folder_draws_what_its_checkpoint_draws(run, exported, tmp_path):
+    assert sorted(path.name for path in exported.iterdir()) == [
+        "README.md", "config.yaml", "model.safetensors", "samples.png",
+    ]  # fmt: skip
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    words = ["n=6", "seed=3", f"root={tmp_path / 'out'}", "run_id=drawn", *QUIET]
+    assert train.main(["predict", f"ckpt_path={checkpoint}", *words]) == 0
+    assert train.main(["predict", f"ckpt_path={exported}", *words]) == 0
+    ours, theirs = run / "predict-ode-seed3", tmp_path / "out" / "bellman-diffusion" / "drawn" / "predict-ode-seed3"
+    assert len(pictures(ours)) == 7 and pictures(ours) == pictures(theirs)
+    first, second = bd_lightning.load(checkpoint), bd_lightning.load(exported)
+    assert torch.equal(first.sample(5, seed=1), second.sample(5, seed=1))
+    assert list(second.samplers) == ["ode"] and second.model.loaded_step == 4
+    x, sigma = torch.randn(3, 1, 8, 8), torch.ones(3)
+    assert all(torch.equal(a, b) for a, b in zip(first.fields(x, sigma), second.fields(x, sigma)))
+
+
+def test_a_config_that_leaves_the_machine_names_none_of_its_folders(run, exported, tmp_path):
+    text = (exported / "config.yaml").read_text() + (exported / "README.md").read_text()
+    assert str(tmp_path) not in text and str(run.parent) not in text and "accelerator" not in text
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_weights_are_stored_in_the_precision_that_is_asked_for(run, tmp_path, precision, bits):
+    checkpoint, target = run / "checkpoints" / "last.ckpt", tmp_path / precision
+    assert train.main(["export", f"ckpt_path={checkpoint}", f"to={target}", f"precision={precision}", *QUIET]) == 0
+    stored, whole = load_file(target / "model.safetensors"), checkpoints.read(checkpoint)["state_dict"]
+    assert {one.dtype for one in stored.values()} == {bits} and stored.keys() == whole.keys()
+    assert all(torch.equal(stored[name], whole[name].to(bits)) for name in whole)
+    assert next(bd_lightning.load(target).model.parameters()).dtype == torch.float32
+
+
+def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path):
+    rows = [{"step": step, "val/fid": 10.0 * step, "protocol": f"at {step}"} for step in (2, 4)]
+    (run / "fid.json").write_text(json.dumps(rows))
+    target = tmp_path / "card"
+    assert train.main(["export", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"to={target}", *QUIET]) == 0
+    card = (target / "README.md").read_text()
+    assert "| val/fid | 40 | at 4 |" in card and "at 2" not in card and "![samples](samples.png)" in card
+    assert json.loads((target / "fid.json").read_text()) == rows[1:]
+    assert train.main(["compare", str(run), str(target), f"out={tmp_path / 'page.html'}"]) == 0
+
+
+def test_a_latent_model_takes_its_autoencoder_along(tmp_path):
+    root = tmp_path / "here"
+    autoencoder = write_autoencoder(root / "ae.ckpt", (1, 8, 8), "Digits")
+    words = ["data=digits_latent", f"data.autoencoder.ckpt_path={autoencoder}", "model=relative", "run_id=fields"]
+    words += ["model.network.width=16", "model.network.depth=1", "model.samplers.sde.levels=4", "steps=2", "eval_every=2"]
+    words += [f"callbacks.{name}=null" for name in ("metrics", "best", "grid", "trajectory", "memorisation")]
+    assert train.main([*words, f"root={root}", f"data.root={root}", "trainer=cpu", "logger=none", *QUIET]) == 0
+    checkpoint, target = root / "bellman-diffusion" / "fields" / "checkpoints" / "last.ckpt", tmp_path / "exported"
+    before = bd_lightning.load(checkpoint).sample(4, labels=["3", 8])
+    assert before.shape == (4, 1, 8, 8)
+    assert train.main(["export", f"ckpt_path={checkpoint}", f"to={target}", *QUIET]) == 0
+    root.rename(tmp_path / "gone")  # neither data nor autoencoder are where they were
+    assert torch.equal(bd_lightning.load(target).sample(4, labels=["3", 8]), before)
+    moved = target.rename(tmp_path / "elsewhere")
+    drawn = ["predict", f"ckpt_path={moved}", "n=2", f"root={tmp_path / 'out'}", "run_id=drawn", *QUIET]
+    assert train.main(drawn) == 0
+    words = ["test", f"ckpt_path={moved}", f"root={tmp_path / 'out'}", "run_id=judged", *QUIET]
+    assert train.main([*words, f"data.root={tmp_path}", f"data.images.root={tmp_path}"]) == 0  # the codes are its own
+
+
+def test_load_needs_no_more_than_the_wheel_does(exported):
+    code = (
+        "import sys, bd_lightning\n"
+        "banned = ('torchvision', 'torchmetrics', 'wandb', 'sklearn', 'pandas', 'PIL', 'matplotlib', 'datamodules')\n"
+        "before = {name for name in banned if name in sys.modules}\n"
+        f"model = bd_lightning.load({str(exported)!r})\n"
+        "assert model.sample(2).shape == (2, 1, 8, 8)\n"
+        "print([name for name in ('datamodules', 'callbacks') if name in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---- refusals
+
+
+def refused(capsys, *words: str) -> str:
+    capsys.readouterr()
+    assert train.main([*words, *QUIET]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_mistakes_in_an_export(run, exported, tmp_path, capsys):
+    checkpoint = f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}"
+    before = contents(tmp_path)
+    assert "export needs to=FOLDER" in refused(capsys, "export", checkpoint)
+    assert "is there already" in refused(capsys, "export", checkpoint, f"to={exported}")
+    assert "is there already" in refused(capsys, "export", checkpoint, f"to={exported / 'README.md'}")
+    assert "upload it with" in refused(capsys, "export", checkpoint, "to=hf://me/model")
+    message = refused(capsys, "export", checkpoint, f"to={tmp_path / 'new'}", "precision=int8")
+    assert "precision must be one of float32, bf16, fp16" in message
+    assert "to and precision are for export" in refused(capsys, "predict", checkpoint, "precision=bf16")
+    assert "export needs ckpt_path" in refused(capsys, "export", f"to={tmp_path / 'new'}")
+    assert "leave data= out" in refused(capsys, "export", checkpoint, "data=mnist")
+    assert contents(tmp_path) == before
+
+
+def test_a_weight_that_half_precision_cannot_hold(run, tmp_path, capsys):
+    path = run / "checkpoints" / "last.ckpt"
+    stored = torch.load(path, weights_only=True)
+    name = next(iter(stored["state_dict"]))
+    stored["state_dict"][name].view(-1)[0] = 1e6
+    torch.save(stored, path)
+    message = refused(capsys, "export", f"ckpt_path={path}", f"to={tmp_path / 'half'}", "precision=fp16")
+    assert f"{name} cannot be stored in fp16: its largest entry is 1e+06" in message
+    assert not list(tmp_path.glob("*half*"))
+
+
+def test_a_folder_that_is_not_whole(exported, capsys):
+    def tried(sentence: str) -> None:
+        assert sentence in refused(capsys, "predict", f"ckpt_path={exported}", "n=1")
+
+    weights, config = exported / "model.safetensors", exported / "config.yaml"
+    whole, words = weights.read_bytes(), config.read_text()
+    weights.write_bytes(whole[: len(whole) // 2])
+    tried("is damaged, or was cut off")
+    weights.unlink()
+    tried("it has no model.safetensors")
+    weights.write_bytes(whole)
+    config.write_text(words.replace("format: 3", "format: 99"))
+    tried("was written by a later version")
+    config.write_text("- one\n- two\n")
+    tried("config.yaml is damaged")
+    config.write_text(words)
+    tensors = load_file(weights)
+    tensors.pop(next(iter(tensors)))
+    save_file(tensors, weights)
+    tried("do not fit the model")
+
+
+def test_nothing_that_an_exported_config_names_is_called(exported, capsys):
+    config = exported / "config.yaml"
+    words = config.read_text()
+    config.write_text(words.replace("bd_lightning.networks.MLP", "subprocess.Popen"))
+    assert "names 'subprocess.Popen', which is no class of this suite" in refused(
+        capsys, "predict", f"ckpt_path={exported}"
+    )
+    with pytest.raises(UserError, match=r"subprocess\.Popen"):
+        bd_lightning.load(exported)
+    config.write_text(words.replace("seed: 0", "seed: ${oc.env:HOME}"))
+    assert "refers to something outside it" in refused(capsys, "predict", f"ckpt_path={exported}")
+
+
+def test_an_exported_model_cannot_be_trained_on(exported, capsys, tmp_path):
+    words = [f"ckpt_path={exported}", "steps=8", f"root={tmp_path / 'out'}", "run_id=further"]
+    assert "only weights to evaluate and sample from" in refused(capsys, *words)

@@ -1,0 +1,154 @@
+"""train.py test … likelihood=ode|fields."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import train
+from bd_lightning.modules import ConsistencyModel
+from callbacks import FieldLikelihood, FlowLikelihood
+from datamodules import Digits
+from small_run import launch
+from tiny_data import write_autoencoder
+
+QUICK = ["callbacks.diagnostics=null", "callbacks.report=null"]
+SINGLE = ["model.noise=null", "model.parametrisation=direct", "model.objective.trace=hutchinson", "model.sampler=one"]
+SINGLE += ["model.samplers={'ode': null, 'one': {_target_: bd_lightning.dynamics.BellmanDynamics}}"]
+FLOW = ["callbacks.likelihood._target_=callbacks.FlowLikelihood", "callbacks.likelihood.steps=4"]
+
+
+def command(name, run, *words):
+    return train.main([name, f"ckpt_path={run}/checkpoints/last.ckpt", *words])
+
+
+def record(run, name):
+    (path,) = run.glob(f"test-*/{name}.json")
+    return json.loads(path.read_text())[-1]
+
+
+def test_bits_per_dimension_of_images(run, capsys):
+    assert command("test", run, "callbacks.likelihood.n=20", *FLOW) == 0
+    row = record(run, "likelihood")
+    d = 64
+    assert row["test/bits_per_dim"] == pytest.approx(
+        (row["test/nats"] / d - math.log(1 / 127.5)) / math.log(2), abs=1e-4
+    )
+    assert 2 < row["test/bits_per_dim"] < 12 and 0 < row["test/bits_per_dim_se"] < 1
+    said = capsys.readouterr().out
+    assert row["summary"] in said and "bits per dimension: 20 samples of the test split" in said
+    for word in ("dequantised", "Hutchinson's trace of 1 probes", "4 steps (16 network calls)", "seed 1"):
+        assert word in row["protocol"]
+    (logged,) = run.glob("test-*/metrics.csv")
+    assert "test/bits_per_dim_se" in logged.read_text()
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """A short run on four Gaussians, with their classes as one."""
+    root = tmp_path_factory.mktemp("mixture")
+    words = [
+        "data=gaussians_2d",
+        "data.size=2000",
+        "data.held_out=200",
+        "model=relative",
+        "callbacks=points",
+        "model.sampler=ode",
+    ]
+    words += ["model.network.per_class=false", "callbacks.figures=null", "run_id=one", *QUICK]
+    assert launch(root, *words) == 0
+    return root / "bellman-diffusion" / "one"
+
+
+@pytest.mark.parametrize("key", ["ode", "fields"])
+def test_both_are_asked_for_by_one_word(mixture, key, monkeypatch):
+    monkeypatch.setattr("bd_lightning.cli.fit.FlowLikelihood", lambda: FlowLikelihood(20, 4))
+    monkeypatch.setattr("bd_lightning.cli.fit.FieldLikelihood", lambda: FieldLikelihood(40, compared=20, steps=4))
+    assert command("test", mixture, f"likelihood={key}") == 0
+    if key == "ode":
+        row = record(mixture, "likelihood")
+        assert set(row) == {"step", "test/nats", "test/nats_se", "protocol", "summary"}
+        assert "exact trace" in row["protocol"]
+    else:
+        row = record(mixture, "densities")
+        assert row["test/speed_ratio"] > 1 and -1 <= row["test/spearman"] <= 1
+        assert "test/class_accuracy" not in row and not any("auroc" in name for name in row)
+        assert row["test/nats_flow"] == pytest.approx(row["test/nats_compared"], abs=1.5)
+
+
+def test_classes_and_strangers_are_told_by_one_call(tmp_path, capsys):
+    """In codes: the posterior of the classes, inverted images and other data."""
+    ae = write_autoencoder(tmp_path / "ae.ckpt", (1, 8, 8), Digits(root=str(tmp_path / "data")).name)
+    data = [
+        "data=digits_latent",
+        f"data.autoencoder.ckpt_path={ae}",
+        "model=relative",
+        "model.sampler=ode",
+        "run_id=one",
+        *QUICK,
+    ]
+    assert launch(tmp_path / "root", *data) == 0
+    run = tmp_path / "root" / "bellman-diffusion" / "one"
+    words = ["callbacks.likelihood._target_=callbacks.FieldLikelihood"]
+    words += ["callbacks.likelihood.n=60", "callbacks.likelihood.compared=10", "callbacks.likelihood.steps=2"]
+    words += ["callbacks.likelihood.others.again={_target_: datamodules.Digits}"]
+    assert command("test", run, *words) == 0
+    row = record(run, "densities")
+    assert row["test/auroc_again"] == 0.5 and 0 <= row["test/auroc_inverted_flow"] <= 1
+    assert 0 <= row["test/class_accuracy"] <= 1
+    assert "60 of inverted, 60 of again" in row["protocol"]
+    other = "callbacks.likelihood.others.again={_target_: datamodules.Synthetic, density: {_target_: "
+    other += "bd_lightning.targets.GaussianMixture, means: [[0.0]]}}"
+    assert command("test", run, *words[:-1], other) == 2
+    assert "others.again has samples of shape (1,), " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["likelihood=both"], "'likelihood' is ode, by the probability flow, or fields, in one call; got 'both'"),
+        (["likelihood=fields"], "likelihood=fields reads densities off fields relative to a base Gaussian"),
+        (["likelihood=ode", *SINGLE], "this model was trained with noise=null"),
+    ],
+)
+def test_what_has_no_density_is_refused(run, capsys, words, sentence):
+    assert command("test", run, *words) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_other_commands_and_models_are_refused(run, tmp_path, capsys):
+    for name in ("predict", "validate"):
+        assert command(name, run, "likelihood=ode") == 2
+        assert "likelihood is for test" in capsys.readouterr().err
+    ae = write_autoencoder(tmp_path / "ae.ckpt", (1, 8, 8), "digits")
+    from bd_lightning.checkpoints import load
+    from bd_lightning.modules import Autoencoder
+
+    with pytest.raises(Exception, match="Autoencoder is none"):
+        load(str(ae), Autoencoder)[0].check_likelihood()
+    assert not ConsistencyModel.has_score
+    with pytest.raises(Exception, match="ConsistencyModel has none"):
+        ConsistencyModel.check_likelihood(ConsistencyModel.__new__(ConsistencyModel))
+
+
+def test_numbers_do_not_depend_on_the_batch():
+    from bd_lightning.kernels import Constant
+
+    class Still(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def __init__(self):
+            super().__init__()
+            from bd_lightning.fields import LearnedFields
+            from bd_lightning.networks import MLP
+
+            network = MLP((1, 5, 5), width=8, depth=1)
+            torch.nn.init.normal_(network.gradient_head.weight)
+            self.fields = LearnedFields(network, Constant(), 1.0, 25)
+
+    module, x, index = Still(), torch.randn(6, 1, 5, 5), torch.arange(6)
+    flow = FlowLikelihood(steps=2)
+    whole = flow.densities(module, x, index, 0.1)
+    parts = [flow.densities(module, x[rows], index[rows], 0.1) for rows in index.split(4)]
+    torch.testing.assert_close(torch.cat(parts), whole)
