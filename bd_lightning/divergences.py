@@ -50,10 +50,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.overrides import TorchFunctionMode
 
 from bd_lightning.checks import UserError, one_of
 
 PROBES = ("hutchinson", "gaussian", "sliced", "exact")
+NOT_TWICE = ("layer_norm", "batch_norm", "instance_norm", "softmax", "log_softmax", "logsumexp")
+"""Functions that PyTorch (2.15) differentiates in forward mode, and whose gradients are then wrong or fail."""
 NO_FORWARD_MODE = (
     "this network cannot be differentiated in forward mode, which a trace by a probe needs: take objective.trace=stein"
 )
@@ -157,6 +160,21 @@ def probes(x: Tensor, method: str, generator: torch.Generator | None = None) -> 
     return (v if method == "gaussian" else torch.where(v < 0, -1.0, 1.0).to(x.dtype))[None]
 
 
+class _Twice(TorchFunctionMode):
+    """Refuses functions of a dual tensor that gradients could not be taken through, if they are to be taken."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in NOT_TWICE and torch.is_grad_enabled() and args and isinstance(args[0], Tensor):
+            if forward_ad.unpack_dual(args[0]).tangent is not None:
+                raise UserError(
+                    f"a trace by forward mode cannot train through torch's {name}: its second derivatives are wrong, "
+                    "or missing. Take LayerNorm, GroupNorm or softmax of bd_lightning.networks.dual, or "
+                    "objective.trace=stein"
+                )
+        return func(*args, **(kwargs or {}))
+
+
 def probe_jacobian(
     function: Callable[[Tensor], tuple[Tensor, Any]], x: Tensor, v: Tensor
 ) -> tuple[Tensor, Any, Tensor]:
@@ -173,13 +191,14 @@ def probe_jacobian(
         shape (B,): the trace, exactly or in expectation.
 
     Raises:
-        UserError: for a field that forward mode cannot differentiate.
+        UserError: for a field that forward mode cannot differentiate, or, where gradients are taken, not twice.
     """
     total = x.new_zeros(len(x))
     for direction in v:
         with forward_ad.dual_level():
             try:
-                value, aux = function(forward_ad.make_dual(x, direction))
+                with _Twice():
+                    value, aux = function(forward_ad.make_dual(x, direction))
             except NotImplementedError as error:
                 raise UserError(f"{NO_FORWARD_MODE} ({str(error).partition(' because')[0]})") from error
             value, tangent = forward_ad.unpack_dual(value)

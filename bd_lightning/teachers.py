@@ -71,11 +71,11 @@ def begin_from(student: Any, path: str) -> None:
     """
     model, _ = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
     check_fit(student, model, path)
-    try:
-        student.fields.network.load_state_dict(model.fields.network.state_dict())
-    except (RuntimeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"the network in {path} is another one: set model.network as it is there ({reason})") from error
+    weights = model.fields.network.state_dict()
+    reason = checkpoints.misfit(weights, student.fields.network.state_dict())
+    if reason:
+        raise UserError(f"the network in {path} is another one: set model.network as it is there ({reason})")
+    student.fields.network.load_state_dict(weights)
 
 
 def load(

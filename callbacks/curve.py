@@ -20,7 +20,8 @@ class CallsCurve(L.Callback):
     """Judges every sampler of a model at several numbers of network calls, at a test.
 
     Written to <run folder>/calls.json, a row for each, to calls.md, a table, and to figures/calls-<step>.png; logged as
-    lines calls/<metric>. A sampler that cannot take a number of calls takes the nearest below.
+    lines calls/<metric>. A sampler that cannot take a number of calls takes the nearest below; the least that it can,
+    and one line says so, where there is none below.
 
     Args:
         calls: numbers of network calls.
@@ -37,6 +38,9 @@ class CallsCurve(L.Callback):
         samplers: dict[str, Any] = module.samplers  # type: ignore[assignment]
         rows = []
         for name, sampler in list(samplers.items()):
+            asked = [(calls, sampler.with_calls(calls).calls) for calls in self.calls]
+            if others := [f"{taken} for {calls}" for calls, taken in asked if taken > calls]:
+                rank_zero_info(f"{name} needs more network calls than were asked for: it takes {', '.join(others)}")
             for one in {found.calls: found for found in map(sampler.with_calls, self.calls)}.values():
                 key = f"{name}@{one.calls}"
                 samplers[key] = one

@@ -246,12 +246,26 @@ class DataModule(Data):
         if split not in self.splits:
             self.splits[split] = self.load_split(split)
             size = len(self.splits[split])
-            if split == "train" and size < self.batch_size:
-                raise DataError(
-                    f"{self.name}: the training split has {size} samples, fewer than one batch; "
-                    f"set data.batch_size to {size} or less"
-                )
+            if split == "train":
+                self._refuse_few(size, 1)
         return self.splits[split]
+
+    def _refuse_few(self, size: int, world: int) -> None:
+        """Refuse a training split that does not fill one batch on each of so many devices.
+
+        Raises:
+            DataError: with the batch size that it would fill, if there is one.
+        """
+        most = size // world
+        if most >= self.batch_size:
+            return
+        each = f" on each of {world} devices" if world > 1 else ""
+        few = f"{self.name}: the training split has {size} samples, fewer than one batch{each}"
+        if most < 2:
+            raise DataError(f"{few} of two samples, the least there is: hold out fewer, or take more data")
+        if self.total_batch_size is not None:
+            raise DataError(f"{few}; set data.total_batch_size to {most * (self.total_batch_size // self.batch_size)}")
+        raise DataError(f"{few}; set data.batch_size to {most} or less")
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits of a stage."""
@@ -283,11 +297,7 @@ class DataModule(Data):
         """
         split, trainer = self.split("train"), self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        if len(split) // world < self.batch_size:
-            raise DataError(
-                f"{self.name}: the training split has {len(split)} samples, fewer than one batch on each of {world} "
-                f"devices; set data.batch_size to {len(split) // world} or less"
-            )
+        self._refuse_few(len(split), world)
 
         def seen() -> int:
             return trainer.fit_loop.epoch_loop.batch_progress.current.ready * self.batch_size if trainer else 0

@@ -5,8 +5,9 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -23,24 +24,40 @@ def cache_path(data: DataModule, what: str, *keys: Any) -> Path:
     return Path(data.root) / ".cache" / f"{data.name}-{what}-{digest}.pt"
 
 
-def save_cached(value: Any, path: Path) -> None:
-    """Write a cache file, whole or not at all; where that is not possible, warn once and go on without."""
+def keep(path: Path, write: Callable[[BinaryIO], Any]) -> bool:
+    """Have a file written beside its place and moved there, so that it is whole or not there.
+
+    Args:
+        path: the file.
+        write: writes to an opened file.
+
+    Returns:
+        Whether it is there now. Where that is not possible there is a warning, once for a folder.
+    """
     part = path.with_suffix(f".{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
-            torch.save(value, file)
+            write(file)
         part.replace(path)
+        return True
     except (OSError, RuntimeError) as error:  # torch turns some failures to write into a RuntimeError
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
         if str(path.parent) not in warned:
             warned.add(str(path.parent))
             warnings.warn(
                 f"nothing can be kept in {path.parent} ({reason_of(error)}): what is derived from the data is made "
                 "anew by every run; set data.root to a place that can be written",
-                stacklevel=2,
+                stacklevel=3,
             )
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def save_cached(value: Any, path: Path) -> None:
+    """Write a cache file, whole or not at all; where that is not possible, warn once and go on without."""
+    keep(path, lambda file: torch.save(value, file))
 
 
 def load_cached(path: Path, *keys: str) -> dict[str, Any] | None:

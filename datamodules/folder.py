@@ -13,8 +13,9 @@ from torchvision.transforms import v2
 from bd_lightning.checks import in_range, positive
 from datamodules.base import DataError
 from datamodules.cache import load_cached, save_cached
+from datamodules.decoded import read_decoded, write_decoded
 from datamodules.image_files import EXTENSIONS, find, problems, read
-from datamodules.images import ImageDataModule, to_unit
+from datamodules.images import SEEN, ByteImages, ImageDataModule, to_unit
 from datamodules.subsets import random_subset
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}
@@ -45,11 +46,20 @@ class FolderImages(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        pixels, label = self.decode(index)
+        return to_unit(pixels), label
+
+    def decode(self, index: int) -> tuple[torch.Tensor, int]:
+        """Image `index` as bytes (channels, size, size), and its label.
+
+        Raises:
+            DataError: if too many files are damaged.
+        """
         path, _ = self.files[index]
         try:
             if path not in self.damaged:
                 pixels = v2.functional.pil_to_tensor(read(path, self.channels))
-                return to_unit(self.resize(pixels)), int(self.labels[index])
+                return self.resize(pixels), int(self.labels[index])
         except DataError as error:
             self.damaged[path] = str(error)
             if len(self.damaged) > self.most * len(self.files):
@@ -57,7 +67,7 @@ class FolderImages(Dataset):
                 more = f" ({len(self.damaged)} such files in all)" if len(self.damaged) > 1 else ""
                 raise DataError(f"{error}{more}, or raise data.max_broken to {share:g} or above") from error
             rank_zero_info(f"{error}; the next one takes its place")
-        return self[(index + 1) % len(self)]
+        return self.decode((index + 1) % len(self))
 
 
 class ImageFolder(ImageDataModule):
@@ -68,15 +78,20 @@ class ImageFolder(ImageDataModule):
     and test alike. Splits depend on file names only. Hidden files are passed over; links are followed, every
     folder once.
 
+    The images of a split are decoded and resized once, to a file under <data.root>/.cache that is named by the files,
+    their sizes and times, and the size of the images; every process maps it into its memory.
+
     Args:
         folder: the folder.
         size: height and width of the images, in pixels.
         channels: 1 for grey, 3 for colour.
-        val_fraction: share held out where the folder has no split for it.
+        val_fraction: share held out where the folder has no split for it. 0 trains on all: losses are then validated on
+            5,000 training images, and samples compared with the whole training set, at tests too.
         max_broken: share of the files that may be unreadable (empty, cut off, dead links, no images); they are named
             and left out. With more of them the folder is refused. What is found out only in decoding counts again, for
             each split and each worker.
         sigma_data: standard deviation of the images in [−1, 1]; None measures it on 500 training images at random.
+        cache: keep decoded images; if false every image is decoded whenever it is asked for.
         options: arguments of `ImageDataModule`.
 
     Raises:
@@ -91,11 +106,13 @@ class ImageFolder(ImageDataModule):
         val_fraction: float = 0.1,
         max_broken: float = 0.01,
         sigma_data: float | None = None,
+        cache: bool = True,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.cache = cache
         positive(size=size)
-        in_range(0.001, 0.9, val_fraction=val_fraction)
+        in_range(0, 0.9, val_fraction=val_fraction)
         in_range(0, 1, max_broken=max_broken)
         if channels not in (1, 3):
             raise ValueError(f"channels must be 1 (grey) or 3 (colour), got {channels}")
@@ -116,7 +133,10 @@ class ImageFolder(ImageDataModule):
         self.max_broken = max_broken
         self.files = self._readable(scanned, max_broken)
         files = self.files["train"]
-        if "val" not in held_out:
+        if "val" not in held_out and not val_fraction:
+            self.files["val"] = [files[i] for i in random_subset(len(files), SEEN)]
+            self.train_on_all("data.val_fraction=0", "test" if "test" in held_out else "val")
+        elif "val" not in held_out:
             order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
             if len(files) == 1:
                 raise DataError(f"one image is not enough: {folder} has no others to hold out for validation")
@@ -172,8 +192,35 @@ class ImageFolder(ImageDataModule):
         some = FolderImages(chosen, self.shape[0], self.shape[1], self.max_broken)
         return round(float(torch.stack([some[i][0] for i in range(len(some))]).std()), 4)
 
+    def prepare_data(self) -> None:
+        """Decode what is not in the cache; Lightning calls this once per node."""
+        for split in self.files if self.cache else ():
+            if self._decoded(split) is None:
+                self._decode(split)
+
     def read_split(self, split: str) -> Any:
+        if not self.cache:
+            return self._images(split)
+        found = self._decoded(split)
+        if found is None and self._decode(split):
+            found = self._decoded(split)
+        return self._images(split) if found is None else found
+
+    def _images(self, split: str) -> FolderImages:
         return FolderImages(self.files[split], self.shape[0], self.shape[1], self.max_broken)
+
+    def _place(self, split: str) -> Path:
+        state = [(str(path), label, *_size_and_time(path)) for path, label in self.files[split]]
+        digest = hashlib.sha256(repr([state, self.max_broken]).encode()).hexdigest()[:12]
+        return Path(self.root) / ".cache" / f"{self.name}-decoded-{digest}.bytes"
+
+    def _decoded(self, split: str) -> ByteImages | None:
+        return read_decoded(self._place(split), len(self.files[split]), self.shape)
+
+    def _decode(self, split: str) -> bool:
+        """Write the cache file of a split."""
+        what = f"decoding the {split} split of {self.name}"
+        return write_decoded(self._place(split), self._images(split).decode, len(self.files[split]), what)
 
 
 def _size_and_time(path: Path) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bd_lightning.checks import in_range
@@ -16,6 +17,8 @@ from datamodules.base import DataModule, Rows
 from datamodules.subsets import random_subset
 
 FLIPS = 1_000_003  # keeps mirroring apart from the noise of the fields
+SEEN = 5000
+"""Training images that losses are validated on if no image is held out."""
 
 
 def to_uint8(x: Tensor) -> Tensor:
@@ -51,10 +54,14 @@ class ImageDataModule(DataModule):
         keep: names of the only classes to keep; or the share, in [0, 1], of the training images of some classes that is
             kept (a random subset), where a share of zero takes the class out of every split.
         options: arguments of `DataModule`.
+
+    Attributes:
+        all_by: the setting by which no image is held out of training; empty if some are.
     """
 
     shape: tuple[int, int, int]
     cell = 1 / 127.5
+    all_by: str = ""
 
     def __init__(
         self, flip: bool = False, keep: list[str | int] | dict[str | int, float] | None = None, **options: Any
@@ -84,6 +91,24 @@ class ImageDataModule(DataModule):
     @property
     def fingerprint(self):
         return [*super().fingerprint, sorted(self.shares.items()), "random shares"]
+
+    def train_on_all(self, setting: str, unseen: str) -> None:
+        """Hold no image out: samples are compared with the training set.
+
+        Args:
+            setting: what says so, e.g. "data.val_size=0".
+            unseen: the split to judge by what is not trained on, or is the least.
+        """
+        self.all_by, self.reference_split, self.unseen = setting, "train", unseen
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits of a stage; say so if validation has seen its images."""
+        super().setup(stage)
+        if stage == "fit" and self.all_by:
+            rank_zero_info(
+                f"{self.all_by}: all {len(self.split('train'))} images are trained on; validation takes "
+                f"{len(self.split('val'))} of them, and FID compares with the training set"
+            )
 
     @abstractmethod
     def read_split(self, split: str) -> Any:

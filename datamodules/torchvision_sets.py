@@ -4,17 +4,13 @@ from abc import abstractmethod
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets import VisionDataset
 
 from bd_lightning.checks import in_range
 from datamodules.base import DataError
-from datamodules.images import ByteImages, ImageDataModule
-
-SEEN = 5000
-"""Training images that losses are validated on if no image is held out."""
+from datamodules.images import SEEN, ByteImages, ImageDataModule
 
 
 class _Torchvision(ImageDataModule):
@@ -35,20 +31,11 @@ class _Torchvision(ImageDataModule):
         in_range(0, float("inf"), val_size=val_size)
         self.val_size, self.download = val_size, download
         if not val_size:
-            self.reference_split, self.unseen = "train", "test"
+            self.train_on_all("data.val_size=0", "test")
 
     @property
     def fingerprint(self):
         return [*super().fingerprint, self.val_size]
-
-    def setup(self, stage: str | None = None) -> None:
-        """Load the splits of a stage; say so if validation has seen its images."""
-        super().setup(stage)
-        if stage == "fit" and not self.val_size:
-            rank_zero_info(
-                f"data.val_size=0: all {len(self.split('train'))} images are trained on; validation takes "
-                f"{len(self.split('val'))} of them, and FID compares with the training set"
-            )
 
     def _open(self, train: bool, download: bool = False) -> VisionDataset:
         try:

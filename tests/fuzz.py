@@ -63,6 +63,7 @@ def prepare(place: Path) -> None:
     (place / "table.csv").write_text("a,b\n" + "\n".join(f"{i % 7},{i % 11}" for i in range(300)))
     write_autoencoder(place / "digits.ckpt", (1, 8, 8), "Digits")
     write_autoencoder(place / "mnist.ckpt", (1, 28, 28), "MNIST")
+    write_autoencoder(place / "cifar10.ckpt", (3, 32, 32), "CIFAR10", (8, 8, 8), (8, 8))
 
 
 def needed(config: str, place: Path) -> list[str]:
@@ -74,13 +75,17 @@ def needed(config: str, place: Path) -> list[str]:
     if group != "logger":
         words.append("logger=none")
     if "latent" in name:
-        words.append(f"data.autoencoder.ckpt_path={place / ('mnist' if 'mnist' in name else 'digits')}.ckpt")
+        of = next(images for images in ("mnist", "cifar10", "digits") if images in name or images == "digits")
+        words.append(f"data.autoencoder.ckpt_path={place / of}.ckpt")
     if "mnist" in name or "cifar" in name or name == "autoencoder" and group == "experiment":
         words += ["data.val_size=50"] if "latent" not in name else ["data.images.val_size=50"]
         words += ["data.batch_size=20", "data.num_workers=0"]
-    three = name in ("unet_patch", "unet_large", "mnist", "mnist_small", "cifar10", "cifar10_cond")
-    if (three or name in ("unet", "score_matching")) and group in ("model", "experiment"):
-        words.append(f"model.network.channels={[8, 8, 8] if three else [8, 8]}")
+    three = name in ("unet_patch", "unet_large", "mnist", "mnist_small", "cifar10", "cifar10_cond", "cifar10_small")
+    four = name.endswith("64") or name == "unet_64"
+    if (three or four or name in ("unet", "score_matching", "cifar10_latent")) and group in ("model", "experiment"):
+        words.append(f"model.network.channels={[8] * (4 if four else 3 if three else 2)}")
+    if name == "cifar10_autoencoder":
+        words += ["callbacks.metrics.n=50"]
     if name == "relative" or name == "autoencoder" and group in ("model", "callbacks"):
         words += ["callbacks.metrics.n=50"]
     if group == "callbacks" and name == "autoencoder":
@@ -88,7 +93,7 @@ def needed(config: str, place: Path) -> list[str]:
     if group == "model" and name == "autoencoder":
         words += ["callbacks=autoencoder"]
     if group == "callbacks" and name == "points" or group == "data" and name not in (
-        "digits", "mnist", "cifar10", "folder", "digits_latent", "mnist_latent"
+        "digits", "mnist", "cifar10", "folder", "digits_latent", "mnist_latent", "cifar10_latent"
     ):  # fmt: skip
         words += ["callbacks=points"] if group == "data" else ["data=wine"]
     if group == "model" and name == "consistency":
@@ -105,6 +110,9 @@ def needed(config: str, place: Path) -> list[str]:
             words += [] if group == "callbacks" else ["callbacks=returns"]
     if name == "folder":
         words += [f"data.folder={place / 'pictures'}", "data.batch_size=20"]
+    if name.endswith("64") and group == "experiment":
+        words += [f"data.folder={place / 'pictures'}", "data.total_batch_size=20", "data.num_workers=0"]
+        words += ["callbacks=images", "data.size=16"]
     if name == "table":
         words += [f"data.file={place / 'table.csv'}"]
     return [config, *words]

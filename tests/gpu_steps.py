@@ -10,16 +10,13 @@ from bd_lightning.dynamics import SampleNoise
 from bd_lightning.facts import SampleFacts
 
 SMALL = "model.network.blocks=1"
-GPU = ["cifar10", "cifar10_cond", "cifar10_h200", "mnist"]
+LEVELS = {"cifar10": 3, "cifar10_cond": 3, "cifar10_h200": 4, "mnist": 3, "ffhq64": 4, "imagenet64": 4}
 OTHERS = [
     "model=mlp", "model=mlp model=paper", "model=mlp model.objective.trace=hutchinson",
     "model=mlp model.kernel={_target_:~bd_lightning.kernels.Sliced}",
 ]  # fmt: skip
 CASES = [
-    *(
-        f"experiment={name} model.network.channels=[{','.join(['16'] * (4 if 'h200' in name else 3))}] {SMALL}"
-        for name in GPU
-    ),
+    *(f"experiment={name} model.network.channels=[{','.join(['16'] * n)}] {SMALL}" for name, n in LEVELS.items()),
     *OTHERS,
 ]
 

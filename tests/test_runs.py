@@ -15,6 +15,7 @@ import train
 from bd_lightning import checkpoints
 from bd_lightning.cli import folders
 from bd_lightning.cli.plan import settings_of
+from bd_lightning.dynamics import noise
 from callbacks.records import append_record
 from conftest import ROOT
 from small_run import WORDS, contents, launch, refused
@@ -204,6 +205,7 @@ def test_samples_of_other_settings_go_elsewhere(run, capsys):
     assert predict() == "predict-ode-seed0"
     assert contents(run / "predict-ode-seed0") == first
     assert json.loads((run / "predict-ode-seed0-2" / "settings.json").read_text())["n"] == 2
+    assert json.loads((run / "predict-ode-seed0-2" / "settings.json").read_text())["noise"] == noise.STREAMS
     (run / "predict-ode-seed0-2" / "settings.json").unlink()  # of an earlier version: what it holds is not known
     assert predict("n=2") == "predict-ode-seed0-4"
     assert launch(run.parents[1], "run_id=one", "ckpt_path=last", "steps=6") == 0

@@ -47,10 +47,10 @@ def write_cifar(root: Path, n=8):
     return root
 
 
-def write_autoencoder(path: Path, shape, name) -> Path:
+def write_autoencoder(path: Path, shape, name, latent=(4,), channels=(8,)) -> Path:
     """The checkpoint of an untrained autoencoder of a data set."""
-    node = {"_target_": "bd_lightning.modules.Autoencoder", "latent": [4], "channels": [8]}
-    module = Autoencoder(shape, (4,), (8,))
+    node = {"_target_": "bd_lightning.modules.Autoencoder", "latent": [*latent], "channels": [*channels]}
+    module = Autoencoder(shape, latent, channels)
     facts = {"shape": list(shape), "num_classes": 10, "sigma_data": 1.0, "name": name}
     path.parent.mkdir(parents=True, exist_ok=True)
     hyper_parameters = {"data": {}, "model": node, "facts": facts}

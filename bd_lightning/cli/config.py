@@ -159,9 +159,10 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
         The config as plain dictionaries, lists and values.
 
     Raises:
-        ConfigError: for missing files and names, and for references to keys that do not exist.
+        ConfigError: for missing files and names, for references to keys that do not exist, and for two batch sizes.
         UserError: for the record of a later version.
     """
+    given: list[dict[str, Any]] = []
     base = load(CONFIG_DIR / "train.yaml")
     config = _choose({}, base, {key: value for key, value in base.items() if key not in GROUPS}, "train.yaml")
     if stored is not None and _interpolates(dict(stored)):
@@ -172,21 +173,26 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
         config = _repeat(config, stored)
     if "experiment" in request.choices:
         experiment = request.choices["experiment"]
-        config = _choose(config, base, _named("experiment", experiment), f"experiment '{experiment}'")
+        given.append(_named("experiment", experiment))
+        config = _choose(config, base, given[-1], f"experiment '{experiment}'")
     for path in request.files:
         layer = load(path)
         if is_record(layer):
             config = _repeat(config, upgrade(layer, path))
         else:
             upgrade(layer, path)  # refuses a later format; words of an earlier one are answered by `build.check`
+            given.append(layer)
             config = _choose(config, base, {key: value for key, value in layer.items() if key != "format"}, path)
     choices = {group: name for group, name in request.choices.items() if group != "experiment"}
     config = _choose(config, base, {"defaults": choices}, "the command line")
+    words: dict[str, Any] = {}
     for key, value in request.values:
         nested = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
+        words = merge(words, nested)
         config = _choose(config, base, nested, "the command line")
+    _refuse_two_sizes(config, [*given, words])
     return _at_home(_resolved(_normalised(config)))
 
 
@@ -202,6 +208,28 @@ def _choose(config: dict[str, Any], base: dict[str, Any], layer: dict[str, Any],
             raise ConfigError(f"{where} chooses from an unknown group '{group}'.{suggest(str(group), GROUPS)}")
         chosen[group] = merge(base.get(group) or {}, _named(group, str(name)))
     return merge({**config, **chosen}, layer)
+
+
+def _refuse_two_sizes(config: Mapping[str, Any], given: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse a batch size that is given beside, or after, an effective one, which it would follow from.
+
+    Args:
+        config: the config.
+        given: what the user has set, layer by layer.
+
+    Raises:
+        ConfigError: saying what to do.
+    """
+    total = config["data"].get("total_batch_size") if isinstance(config.get("data"), dict) else None
+    for layer in reversed(given if total is not None else []):
+        data = layer.get("data")
+        if isinstance(data, dict) and data.get("batch_size") is not None:
+            raise ConfigError(
+                f"'data.batch_size' {data['batch_size']} is not used beside 'data.total_batch_size' {total}, which is "
+                "shared out over devices: leave one out (data.total_batch_size=null for the other)"
+            )
+        if isinstance(data, dict) and "total_batch_size" in data:
+            return
 
 
 def _repeat(config: dict[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:

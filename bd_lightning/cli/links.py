@@ -1,4 +1,9 @@
-"""Links in run folders: none leads out, so that nothing outside is written over, or shown in a report."""
+"""Links in run folders: none leads out, so that nothing outside is written over, or shown in a report.
+
+Symbolic links, that is. A hard link is a file like any other, and nothing says where its other name is; that it has one
+(`st_nlink`) is as true of every file of a backup made by hard links, so that it is no ground to refuse it. Files that
+are replaced as a whole, checkpoints and config.yaml among them, leave the other name what it was.
+"""
 
 import os
 from pathlib import Path

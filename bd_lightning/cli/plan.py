@@ -125,12 +125,15 @@ def settings_of(plan: Plan, *keys: str) -> dict[str, Any]:
         plan: the plan.
         keys: keys of the config beside the seed, the model, the data and the precision.
     """
+    from bd_lightning.dynamics.noise import STREAMS
+
     config = plan.config
     files = [config["ckpt_path"], *(config["merge"] or {}), (config["data"].get("autoencoder") or {}).get("ckpt_path")]
     return {
         "checkpoints": [_digest(file) for file in files if file],  # in order: names may be the same
         **{key: config[key] for key in ("seed", *keys, "model", "data")},
         "precision": config["trainer"].get("precision"),
+        "noise": STREAMS,
     }
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+STREAMS = "philox-1"
+"""Which numbers a seed stands for. It changes with them, so that samples of before are not taken for those of now."""
 WORD = 0xFFFFFFFF
 CACHED = 1 << 15
 """Counters worked on at a time on a CPU, whose caches they fit; a GPU takes all at once."""

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bd_lightning import divergences
+from bd_lightning.checks import UserError
 from bd_lightning.divergences import bcast
 from bd_lightning.kernels import Kernel
 
@@ -40,12 +41,15 @@ def call(
         label: class indices, shape (B,), for class-conditional networks.
 
     Raises:
-        ValueError: if the network's outputs have other shapes.
+        UserError: if the network gives something else than two tensors, or of other shapes.
     """
     total = sigma.square() + sigma_data**2
-    out, a = network(x * bcast(total.rsqrt(), x), sigma.clamp_min(1e-4).log() / 4, label)
-    if out.shape != (*a.shape, *x.shape[1:]) or len(a) != len(x):
-        raise ValueError(
+    given = network(x * bcast(total.rsqrt(), x), sigma.clamp_min(1e-4).log() / 4, label)
+    if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(one, Tensor) for one in given)):
+        raise UserError(f"the network gives a {type(given).__name__}; it must give two tensors, F and a")
+    out, a = given
+    if out.shape != (*a.shape, *x.shape[1:]) or a.ndim < 1 or len(a) != len(x):
+        raise UserError(
             f"the network gives F of shape {tuple(out.shape)} and a of shape {tuple(a.shape)} for x of shape "
             f"{tuple(x.shape)}; they must be (B, *shape) and (B,), or with classes (B, C, *shape) and (B, C)"
         )

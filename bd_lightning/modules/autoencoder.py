@@ -73,13 +73,14 @@ class Autoencoder(Module):
     def check_predict(self) -> None:
         """An autoencoder has no samples of its own."""
         raise UserError(
-            "an autoencoder draws no samples: learn in its codes, with experiment=mnist_latent (or data=digits_latent) "
-            "data.autoencoder.ckpt_path=<this checkpoint>, and predict from that run"
+            "an autoencoder draws no samples: learn in its codes, with experiment=mnist_latent (cifar10_latent, or "
+            "data=digits_latent) data.autoencoder.ckpt_path=<this checkpoint>, and predict from that run"
         )
 
     def next_step(self, checkpoint: str) -> str:
         """Its codes are data for another run."""
-        return f"to learn in its codes: train.py experiment=mnist_latent data.autoencoder.ckpt_path={checkpoint}"
+        name = "cifar10_latent" if self.shape == (3, 32, 32) else "mnist_latent"
+        return f"to learn in its codes: train.py experiment={name} data.autoencoder.ckpt_path={checkpoint}"
 
     @torch.no_grad()
     def sample(

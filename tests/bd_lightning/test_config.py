@@ -14,7 +14,7 @@ from bd_lightning.cli import config as configs
 from bd_lightning.cli.build import check, instantiate
 from bd_lightning.cli.config import ConfigError, compose, parse
 from bd_lightning.upgrade import FORMAT
-from tiny_data import write_autoencoder
+from tiny_data import write_autoencoder, write_folder
 
 
 def composed(*argv: str, stored=None) -> dict:
@@ -45,6 +45,25 @@ def test_layers_apply_in_order(tmp_path):
     assert config["data"]["_target_"] == "datamodules.MNIST"  # experiment
     assert config["data"]["batch_size"] == 32  # file over experiment
     assert config["model"]["lr"] == 0.25  # command line over file
+
+
+def test_a_batch_size_that_would_not_be_used_is_refused(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: {total_batch_size: 256}")
+    assert composed("--config", str(file), "data.num_workers=1")["data"]["total_batch_size"] == 256
+    last = composed("data.batch_size=64", "--config", str(file), "data.total_batch_size=null")["data"]
+    assert (last["batch_size"], last["total_batch_size"]) == (64, None)
+    for words in (
+        ["data.batch_size=64", "data.total_batch_size=256"],
+        ["data.total_batch_size=256", "data.batch_size=64"],
+        ["--config", str(file), "data.batch_size=64"],
+    ):
+        with pytest.raises(ConfigError, match="'data.batch_size' 64 is not used beside 'data.total_batch_size' 256"):
+            composed(*words)
+    file.write_text("data: {total_batch_size: 256, batch_size: 8}")
+    with pytest.raises(ConfigError, match="leave one out"):
+        composed("--config", str(file))
+    assert composed("experiment=ffhq64", "data=digits")["data"].get("total_batch_size") is None
 
 
 def test_group_files_set_values_over_the_base():
@@ -93,6 +112,7 @@ def test_interpolations_are_resolved():
 
 
 LATENT = {"digits_latent": ((1, 8, 8), "Digits"), "mnist_latent": ((1, 28, 28), "MNIST")}
+LATENT["cifar10_latent"] = ((3, 32, 32), "CIFAR10", (8, 8, 8), (8, 8))
 LATENT |= dict.fromkeys(("paper_mnist_latent", "mnist_latent_cond", "mnist_latent_few"), LATENT["mnist_latent"])
 
 
@@ -100,6 +120,9 @@ def needed(name: str, folder) -> list[str]:
     """What a config leaves to the command line."""
     if name in LATENT:
         return [f"data.autoencoder.ckpt_path={write_autoencoder(folder / 'ae.ckpt', *LATENT[name])}"]
+    if name.endswith("64") and name != "unet_64":
+        small = ["model.network.channels=[8,8,8,8]", "model.network.blocks=1"]
+        return [f"data.folder={write_folder(folder / 'pictures', n=20)}", f"data.root={folder}", *small]
     return ["data.folder=somewhere"] if name == "folder" else []
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bd_lightning import kernels
+from bd_lightning.checks import UserError
 from bd_lightning.distances import relative_error
 from bd_lightning.dynamics import BellmanDynamics, MultistepDynamics, ProbabilityFlow
 from bd_lightning.fields import log_gradient
@@ -317,5 +318,44 @@ def test_outputs_of_a_network_have_the_shapes_of_fields():
             return out, a[:, None]
 
     module = build(network=Column((2,), width=8, depth=1))
-    with pytest.raises(ValueError, match=r"a of shape \(16, 1\) for x of shape \(16, 2\); they must be"):
+    with pytest.raises(UserError, match=r"a of shape \(16, 1\) for x of shape \(16, 2\); they must be"):
         module.losses(square().sample(16).float())
+
+
+@pytest.mark.parametrize(("give", "what"), [(lambda out, a: out, "Tensor"), (lambda out, a: (out, 0.0), "tuple")])
+def test_a_network_gives_two_tensors(give, what):
+    class Other(MLP):
+        def forward(self, x, c_noise, label=None):
+            return give(*super().forward(x, c_noise, label))
+
+    with pytest.raises(UserError, match=f"the network gives a {what}; it must give two tensors"):
+        build(network=Other((2,), width=8, depth=1)).losses(square().sample(2).float())
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: torch.nn.functional.layer_norm(h, h.shape[1:]), lambda h: h.softmax(1), torch.nn.LogSoftmax(1),
+        lambda h: h - h.logsumexp(1, keepdim=True), lambda h: torch.nn.functional.instance_norm(h[:, None])[:, 0],
+    ],
+)  # fmt: skip
+def test_functions_without_second_derivatives_are_refused_in_forward_mode(function):
+    class Functional(MLP):
+        def forward(self, x, c_noise, label=None):
+            return super().forward(function(x), c_noise, label)
+
+    x = square().sample(16).float()
+    network = Functional((2,), width=8, depth=1)
+    module = build(network=network, objective=FieldDivergence(trace="hutchinson"))
+    with pytest.raises(UserError, match="a trace by forward mode cannot train through .* Take LayerNorm, GroupNorm or"):
+        module.losses(x)
+    build(network=network).losses(x).total.backward()
+
+
+def test_functions_with_second_derivatives_are_trained_in_forward_mode():
+    class Grouped(MLP):
+        def forward(self, x, c_noise, label=None):
+            return super().forward(torch.nn.functional.group_norm(x, 1) + x, c_noise, label)
+
+    module = build(network=Grouped((2,), width=8, depth=1), objective=FieldDivergence(trace="hutchinson"))
+    module.losses(square().sample(16).float()).total.backward()

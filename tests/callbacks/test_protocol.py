@@ -11,12 +11,14 @@ from PIL import Image
 
 import train
 from bd_lightning.checks import UserError
-from callbacks import ImageMetrics, ImageWriter
+from bd_lightning.dynamics import AnnealedDynamics, ProbabilityFlow
+from callbacks import CallsCurve, ImageMetrics, ImageWriter
+from callbacks.evaluation import Metric
 from callbacks.export import Export
 from callbacks.moments import Gaussian, Moments, load_statistics, moments_of, save_statistics
 from datamodules import MNIST, to_uint8
 from datamodules.images import to_unit
-from fake_images import Halves, Shades, evaluated
+from fake_images import Halves, Shades, evaluated, fake_trainer
 from tiny_data import write_mnist
 
 
@@ -207,3 +209,12 @@ def test_statistics_survive_their_file(tmp_path):
     save_statistics(tmp_path / "x.npz", found, "three")
     again = load_statistics(tmp_path / "x.npz", 3, "three")
     assert isinstance(again, Gaussian) and torch.equal(again.covariance, found.covariance)
+
+
+def test_more_calls_than_were_asked_for_are_said(tmp_path, caplog):
+    judge = SimpleNamespace(metrics=(Metric("fid"),), findings=lambda *args: None)
+    model = SimpleNamespace(samplers={"slow": AnnealedDynamics(levels=4), "ode": ProbabilityFlow()})
+    with caplog.at_level("INFO"):
+        CallsCurve([1, 5], judge).on_test_epoch_end(fake_trainer(None, model, tmp_path), model)
+    assert "slow needs more network calls than were asked for: it takes 2 for 1" in caplog.text
+    assert "ode needs" not in caplog.text

@@ -144,6 +144,12 @@ def test_bad_data_is_named(tmp_path, monkeypatch):
         Digits(batch_size=1)
     with pytest.raises(DataError, match="leaves none of the 40 images"):
         MNIST(root=str(write_mnist(tmp_path / "m")), val_size=40).load_split("train")
+    with pytest.raises(DataError, match="fewer than one batch of two samples, the least there is: hold out fewer"):
+        MNIST(root=str(tmp_path / "m"), val_size=39).split("train")
+    with pytest.raises(DataError, match="set data.total_batch_size to 32$"):
+        few = MNIST(root=str(tmp_path / "m"), val_size=24, total_batch_size=64)
+        few.share(2)
+        few.split("train")
     with pytest.raises(DataError, match="MNIST cannot be read from .*set data.root"):
         MNIST(root=str(tmp_path / "n"), download=False).prepare_data()
 
@@ -197,7 +203,7 @@ def test_random_subsets_are_spread_out_and_fixed():
 
 def test_keep_in_a_folder(tmp_path):
     write_folder(tmp_path, classes=("cat", "dog", "eel"), n=10)
-    data = ImageFolder(str(tmp_path), size=8, keep=["eel", "cat"])
+    data = ImageFolder(str(tmp_path), size=8, keep=["eel", "cat"], cache=False)
     rows = data.load_split("train")
     assert data.class_names == ("cat", "eel") and len(rows) + len(data.load_split("val")) == 20
     assert {(path.parent.name, rows[i][1]) for i, (path, _) in enumerate(rows.files)} == {("cat", 0), ("eel", 1)}

@@ -1,0 +1,149 @@
+"""Images of a folder that are decoded once, and training on all of them."""
+
+import os
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import train
+from datamodules import ImageFolder, decoded, folder
+from datamodules.base import DataError, moved
+from datamodules.images import ByteImages
+from small_run import WORDS
+from tiny_data import write_folder
+
+
+def whole(data, split):
+    rows = data.load_split(split)
+    found = [rows[i] for i in range(len(rows))]
+    return torch.stack([x for x, _ in found]), torch.tensor([int(label) for _, label in found])
+
+
+def files(root):
+    return sorted(path.name for path in (root / ".cache").glob("*decoded*"))
+
+
+def test_bytes_are_those_of_the_files_and_nothing_is_decoded_twice(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "f", splits=("train", "test"))
+    plain, kept = (ImageFolder(str(root), size=8, root=str(tmp_path), cache=cache) for cache in (False, True))
+    kept.prepare_data()
+    assert len(files(tmp_path)) == 3 and all(name.endswith(".bytes") for name in files(tmp_path))
+    monkeypatch.setattr(folder, "read", lambda *args: pytest.fail("decoded again"))
+    fresh = ImageFolder(str(root), size=8, root=str(tmp_path), sigma_data=0.5)
+    fresh.prepare_data()
+    found = {split: whole(fresh, split) for split in ("train", "val", "test")}
+    monkeypatch.undo()
+    for split, (x, labels) in found.items():
+        expected = whole(plain, split)
+        assert torch.equal(x, expected[0]) and torch.equal(labels, expected[1])
+    rows = fresh.load_split("train")
+    assert isinstance(rows, ByteImages) and not moved(rows, torch.device("cpu"))
+    if sys.platform != "linux":
+        return
+    with open("/proc/self/maps") as maps:
+        assert fresh._place("train").name in maps.read()
+
+
+@pytest.mark.parametrize("change", ["content", "name", "class", "size"])
+def test_another_folder_has_another_file(change, tmp_path):
+    root = write_folder(tmp_path / "f")
+    ImageFolder(str(root), size=8, root=str(tmp_path)).prepare_data()
+    before = files(tmp_path)
+    if change == "content":
+        Image.new("RGB", (20, 16), "red").save(root / "cat" / "0.png")
+    if change == "name":
+        (root / "cat" / "0.png").rename(root / "cat" / "00.png")
+    if change == "class":  # of no images: labels of the others move
+        (root / "ant").mkdir()
+    data = ImageFolder(str(root), size=4 if change == "size" else 8, root=str(tmp_path))
+    data.prepare_data()
+    assert len(files(tmp_path)) > len(before)
+    assert torch.equal(whole(data, "train")[1], torch.tensor([label for _, label in data.files["train"]]))
+
+
+def test_interruption_leaves_no_half_file(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "f")
+    data = ImageFolder(str(root), size=8, root=str(tmp_path), sigma_data=0.5)
+    monkeypatch.setattr(decoded, "CHUNK", 5)
+    plain, count = folder.FolderImages.decode, []
+
+    def interrupted(self, index):
+        count.append(index)
+        if len(count) == 12:
+            raise KeyboardInterrupt
+        return plain(self, index)
+
+    monkeypatch.setattr(folder.FolderImages, "decode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        data.prepare_data()
+    assert files(tmp_path) == []
+    monkeypatch.setattr(folder.FolderImages, "decode", plain)
+    killed = data._place("train").with_suffix(".123.part")
+    killed.write_bytes(b"half")
+    os.utime(killed, (0, time.time() - 2 * decoded.STALE))
+    data.prepare_data()
+    assert len(files(tmp_path)) == 2 and not killed.exists()  # val and test are one
+
+
+def test_a_file_of_another_length_is_made_again(tmp_path):
+    root = write_folder(tmp_path / "f")
+    data = ImageFolder(str(root), size=8, root=str(tmp_path))
+    data.prepare_data()
+    place = data._place("train")
+    right = place.read_bytes()
+    place.write_bytes(right[:-1])
+    data.prepare_data()
+    assert place.read_bytes() == right
+
+
+def test_where_nothing_can_be_kept_images_are_decoded_as_before(tmp_path):
+    (tmp_path / ".cache").write_text("a file")
+    with pytest.warns(UserWarning, match="nothing can be kept in"):
+        data = ImageFolder(str(write_folder(tmp_path / "f")), size=8, root=str(tmp_path), sigma_data=0.5)
+        data.prepare_data()
+    assert isinstance(data.load_split("train"), folder.FolderImages)
+
+
+@pytest.mark.parametrize("splits", [(), ("train",), ("train", "test")])
+def test_training_on_all_images_of_a_folder(splits, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(folder, "SEEN", 5)
+    root = write_folder(tmp_path / "f", splits=splits)
+    data = ImageFolder(str(root), size=8, root=str(tmp_path), val_fraction=0, batch_size=4)
+    with caplog.at_level("INFO"):
+        data.setup("fit")
+    assert len(data.files["train"]) == 24 and len(data.files["val"]) == 5
+    assert set(data.files["val"]) < set(data.files["train"])
+    assert "data.val_fraction=0: all 24 images are trained on; validation takes 5 of them" in caplog.text
+    assert (data.reference_split, data.unseen) == ("train", "test" if "test" in splits else "val")
+    assert (data.files["test"] == data.files["val"]) == ("test" not in splits)
+    some = ImageFolder(str(root), size=8, root=str(tmp_path), batch_size=4)
+    assert some.reference_split == "stage" and some.fingerprint != data.fingerprint
+
+
+def test_a_held_out_split_stays_held_out(tmp_path):
+    root = write_folder(tmp_path / "f", splits=("train", "val"))
+    data = ImageFolder(str(root), size=8, root=str(tmp_path), val_fraction=0)
+    assert data.reference_split == "stage" and not set(data.files["val"]) & set(data.files["train"])
+
+
+def test_a_run_on_all_images(tmp_path, caplog):
+    root = write_folder(tmp_path / "f", splits=("train", "test"), n=20)
+    words = [*WORDS, "data=folder", f"data.folder={root}", "data.size=8", "data.batch_size=16", "data.val_fraction=0"]
+    words += [f"root={tmp_path / 'runs'}", f"data.root={tmp_path}", "run_id=x"]
+    with caplog.at_level("INFO"):
+        assert train.main(words) == 0
+    assert "all 40 images are trained on" in caplog.text
+
+
+def test_too_much_damage_is_one_sentence(tmp_path):
+    root = write_folder(tmp_path / "f", size=(40, 40))
+    path = root / "cat" / "7.png"
+    data, half = path.read_bytes(), len(path.read_bytes()) // 2
+    path.write_bytes(data[:half] + bytes(40) + data[half + 40 :])
+    images = ImageFolder(str(root), size=8, root=str(tmp_path), max_broken=0, sigma_data=0.5)
+    with pytest.raises(DataError, match="raise data.max_broken to"):
+        images.prepare_data()
+    assert files(tmp_path) == [] or "train" not in str(files(tmp_path))
