@@ -7,7 +7,6 @@ cannot be reached. Torch is not imported.
 
 import contextlib
 import functools
-import os
 import re
 import shutil
 import tempfile
@@ -77,7 +76,9 @@ def _hugging_face(place: str, name: str, revision: str | None) -> str:
     except errors.LocalEntryNotFoundError as error:
         raise UserError(f"{place} is not in the local cache, and the hub cannot be reached: connect first") from error
     except Exception as error:  # whatever the network does; what has come is kept, and gone on from the next time
-        raise UserError(f"{place} could not be fetched whole ({_said(error)}): try again, it goes on from there") from error
+        raise UserError(
+            f"{place} could not be fetched whole ({_said(error)}): try again, it goes on from there"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -127,7 +128,7 @@ def _artifact(wandb: Any, place: str, name: str) -> Any:
     """The artifact of a name; without a key nobody is asked for one."""
     if not wandb.login(prompt=False, verify=False):
         raise PermissionError("no API key")
-    return wandb.Api(timeout=10).artifact(name)
+    return wandb.Api(timeout=20).artifact(name)
 
 
 def _download(artifact: Any, folder: Path) -> None:
@@ -137,7 +138,7 @@ def _download(artifact: Any, folder: Path) -> None:
     try:
         for name, entry in artifact.manifest.entries.items():
             if name in PARTS and entry.ref is None:  # a reference could be to any file, or any place
-                entry.download(root=str(part))
+                artifact.get_entry(name).download(root=str(part))
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

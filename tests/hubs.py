@@ -1,7 +1,10 @@
 """Stand-ins for hubs, on this machine: folders served the way their clients ask for them."""
 
+import base64
+import gzip
 import hashlib
 import json
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +41,9 @@ class Answers(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = urlsplit(self.path).path.strip("/")
         self.server.asked.append(f"{self.command} {path}")
-        files = {str(one.relative_to(self.server.folder)): one for one in self.server.folder.rglob("*") if one.is_file()}
+        files = {
+            str(one.relative_to(self.server.folder)): one for one in self.server.folder.rglob("*") if one.is_file()
+        }
         if path.startswith("api/models/me/digits/revision/"):
             if not path.endswith(("/main", "/v1", COMMIT)):
                 return self.say(404, {"error": "no such revision"}, {"X-Error-Code": "RevisionNotFound"})
@@ -68,7 +73,7 @@ class Answers(BaseHTTPRequestHandler):
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(content[: len(content) // 2] if cut else content)
         if cut:
             self.close_connection = True
@@ -80,9 +85,73 @@ def entry(name: str, path: Path) -> dict[str, object]:
     return {"type": "file", "path": name, "size": path.stat().st_size, "oid": oid}
 
 
+PROJECT = {"id": "UA==", "internalId": "UA==", "name": "project", "entity": {"name": "me"}}
+COLLECTION = {"__typename": "ArtifactSequence", "name": "digits", "project": PROJECT}
+ARTIFACT = {
+    "__typename": "Artifact", "id": "QQ==", "artifactSequence": COLLECTION, "versionIndex": 0, "description": None,
+    "artifactType": {"name": "model"}, "metadata": None, "ttlDurationSeconds": -2, "ttlIsInherited": False, "tags": [],
+    "historyStep": None, "state": "COMMITTED", "size": 10, "digest": "d", "commitHash": "c", "fileCount": 2,
+    "createdAt": "2026-01-01T00:00:00", "updatedAt": None, "aliases": [],
+}  # fmt: skip
+MEMBER = {
+    "__typename": "ArtifactCollectionMembership", "id": "TQ==", "versionIndex": 0, "createdAt": "2026-01-01T00:00:00",
+    "aliases": [{"__typename": "ArtifactAlias", "id": "TA==", "alias": "latest"}], "artifactCollection": COLLECTION,
+    "artifact": ARTIFACT,
+}  # fmt: skip
+VIEWER = {"id": "1", "entity": "me", "username": "me", "email": "", "flags": "{}", "teams": {"edges": []}}
+
+
+class WeightsHub(Hub):
+    """Serves one folder as the artifact me/project/digits:latest, version v0, the way W&B's client asks."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.RequestHandlerClass = WeightsAnswers
+
+    def manifest(self) -> dict[str, object]:
+        files = {str(one.relative_to(self.folder)): one.read_bytes() for one in self.folder.rglob("*") if one.is_file()}
+        contents: dict[str, object] = {
+            name: {"digest": base64.b64encode(hashlib.md5(content).digest()).decode(), "size": len(content)}
+            for name, content in files.items()
+        }
+        contents["fid.json"] = {"digest": "x", "size": 1, "ref": "file:///etc/passwd"}
+        policy = {"storagePolicy": "wandb-storage-policy-v1", "storagePolicyConfig": {"storageLayout": "V2"}}
+        return {"version": 1, **policy, "contents": contents}
+
+
+class WeightsAnswers(Answers):
+    server: WeightsHub
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
+        asked = re.search(rb"query (\w+)", body)
+        name = asked[1].decode() if asked else ""
+        self.server.asked.append(f"query {name}")
+        known = b'"digits:latest"' in body or b'"digits:v0"' in body
+        answers = {
+            "Viewer": {"viewer": VIEWER},
+            "GetDefaultEntity": {"viewer": VIEWER},
+            "ServerFeaturesQuery": {"serverInfo": {"features": []}},
+            "ArtifactMembershipByName": {"project": {"artifactCollectionMembership": MEMBER if known else None}},
+            "FetchArtifactManifest": {"artifact": {"currentManifest": {"file": {"directUrl": f"{self.server.url}/m"}}}},
+        }
+        self.say(200, {"data": answers.get(name, {})})
+
+    def do_GET(self) -> None:
+        path = urlsplit(self.path).path.strip("/")
+        self.server.asked.append(f"{self.command} {path}")
+        if path == "m":
+            return self.say(200, self.server.manifest())
+        for one in self.server.folder.rglob("*"):
+            if one.is_file() and path.startswith("artifactsV2/") and hashlib.md5(one.read_bytes()).hexdigest() in path:
+                return self.answer(200, one.read_bytes(), {}, one.name in self.server.cut)
+        self.say(404, {})
+
+
 @contextmanager
-def hub(folder: Path) -> Iterator[Hub]:
-    server = Hub(folder)
+def hub(folder: Path, kind: type[Hub] = Hub) -> Iterator[Hub]:
+    server = kind(folder)
     thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
     thread.start()
     try:

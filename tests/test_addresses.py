@@ -10,7 +10,7 @@ import bd_lightning
 import train
 from bd_lightning import addresses
 from bd_lightning.checks import UserError
-from hubs import COMMIT, as_cached, hub
+from hubs import COMMIT, WeightsHub, as_cached, hub
 from small_run import WORDS
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="no huggingface_hub (uv sync --group hub)")
@@ -121,3 +121,37 @@ def test_a_download_that_is_cut_off_is_gone_on_from_and_never_half_used(model, s
     assert "could not be fetched whole" in str(refusal.value) or "was not fetched whole" in str(refusal.value)
     server.cut = set()
     assert torch.equal(bd_lightning.load("hf://me/digits").sample(3), bd_lightning.load(model).sample(3))
+
+
+# ---- Weights & Biases
+
+
+@pytest.fixture
+def artifacts(model, cache, monkeypatch, tmp_path):
+    wandb = pytest.importorskip("wandb")
+    with hub(model, WeightsHub) as running:
+        monkeypatch.setenv("WANDB_BASE_URL", running.url)
+        monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+        monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "artifacts"))
+        monkeypatch.setenv("WANDB_SILENT", "true")
+        wandb.teardown()
+        yield running
+        wandb.teardown()
+
+
+def test_an_artifact_is_fetched_once_and_read_from_the_cache_afterwards(model, artifacts, tmp_path):
+    ours = bd_lightning.load(model).sample(3)
+    address = "wandb://me/project/digits:latest"
+    assert torch.equal(bd_lightning.load(address).sample(3), ours)
+    folder = Path(addresses.local(address))
+    assert folder.name == "v0" and folder.is_relative_to(tmp_path)
+    names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert names == {"README.md", "config.yaml", "model.safetensors"}
+    with pytest.raises(UserError, match="wandb://me/project/other:v0 does not exist, or is private"):
+        addresses.local("wandb://me/project/other:v0")
+    addresses._wandb.cache_clear()
+    artifacts.shutdown()
+    artifacts.server_close()
+    assert addresses.local(address) == str(folder) == addresses.local(address.replace("latest", "v0"))
+    with pytest.raises(UserError, match="wandb://me/project/digits:v1 is not in the local cache, and could not be"):
+        addresses.local("wandb://me/project/digits:v1")

@@ -1,4 +1,4 @@
-"""Weights out and in: an exported folder draws what its checkpoint draws, and is refused in a sentence where it is not whole."""
+"""Weights out and in: an exported folder draws what its checkpoint draws, and is refused where it is not whole."""
 
 import json
 import subprocess
@@ -77,7 +77,13 @@ def test_a_latent_model_takes_its_autoencoder_along(tmp_path):
     root = tmp_path / "here"
     autoencoder = write_autoencoder(root / "ae.ckpt", (1, 8, 8), "Digits")
     words = ["data=digits_latent", f"data.autoencoder.ckpt_path={autoencoder}", "model=relative", "run_id=fields"]
-    words += ["model.network.width=16", "model.network.depth=1", "model.samplers.sde.levels=4", "steps=2", "eval_every=2"]
+    words += [
+        "model.network.width=16",
+        "model.network.depth=1",
+        "model.samplers.sde.levels=4",
+        "steps=2",
+        "eval_every=2",
+    ]
     words += [f"callbacks.{name}=null" for name in ("metrics", "best", "grid", "trajectory", "memorisation")]
     assert train.main([*words, f"root={root}", f"data.root={root}", "trainer=cpu", "logger=none", *QUIET]) == 0
     checkpoint, target = root / "bellman-diffusion" / "fields" / "checkpoints" / "last.ckpt", tmp_path / "exported"

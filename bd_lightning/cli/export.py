@@ -220,5 +220,7 @@ def numbers(rows: list[dict[str, Any]], precision: str) -> str:
     for row in rows:
         values = {key: value for key, value in row.items() if "/" in key and isinstance(value, (int, float))}
         lines += [f"| {key} | {value:.4g} | {row.get('protocol', '')} |" for key, value in values.items()]
-    rounded = "" if precision == "float32" else f"\n\nMeasured in float32, before the weights were rounded to {precision}."
+    rounded = (
+        "" if precision == "float32" else f"\n\nMeasured in float32, before the weights were rounded to {precision}."
+    )
     return "\n".join(lines) + rounded
