@@ -21,6 +21,9 @@ WEIGHTS, CONFIG, AUTOENCODER = "model.safetensors", "config.yaml", "autoencoder"
 PARTS = (CONFIG, WEIGHTS, "README.md", "fid.json", f"{AUTOENCODER}/{CONFIG}", f"{AUTOENCODER}/{WEIGHTS}")
 """The files of an exported folder that are fetched; no others are."""
 
+TIMEOUT = 20
+"""Seconds that an answer of W&B is waited for."""
+
 PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 FORMS = {
     "hf": (re.compile(rf"({PART}/{PART})(?:@([A-Za-z0-9][A-Za-z0-9._/-]*))?"), "hf://owner/name[@revision]"),
@@ -107,6 +110,8 @@ def _wandb(place: str, entity: str, project: str, name: str, alias: str) -> str:
         raise UserError(f"{place} needs the package wandb: uv sync --group suite") from error
     base = Path(get_cache_dir()) / "bellman-diffusion" / entity / project / name
     alias_file = base / "aliases" / alias
+    if re.fullmatch(r"v\d+", alias) and (base / alias).is_dir():  # a version does not change
+        return str(base / alias)
     try:
         artifact = _artifact(wandb, place, f"{entity}/{project}/{name}:{alias}")
         folder = base / artifact.version
@@ -128,7 +133,7 @@ def _artifact(wandb: Any, place: str, name: str) -> Any:
     """The artifact of a name; without a key nobody is asked for one."""
     if not wandb.login(prompt=False, verify=False):
         raise PermissionError("no API key")
-    return wandb.Api(timeout=20).artifact(name)
+    return wandb.Api(timeout=TIMEOUT).artifact(name)
 
 
 def _download(artifact: Any, folder: Path) -> None:

@@ -139,7 +139,7 @@ def artifacts(model, cache, monkeypatch, tmp_path):
         wandb.teardown()
 
 
-def test_an_artifact_is_fetched_once_and_read_from_the_cache_afterwards(model, artifacts, tmp_path):
+def test_an_artifact_is_fetched_once_and_read_from_the_cache_afterwards(model, artifacts, monkeypatch, tmp_path):
     ours = bd_lightning.load(model).sample(3)
     address = "wandb://me/project/digits:latest"
     assert torch.equal(bd_lightning.load(address).sample(3), ours)
@@ -150,8 +150,16 @@ def test_an_artifact_is_fetched_once_and_read_from_the_cache_afterwards(model, a
     with pytest.raises(UserError, match="wandb://me/project/other:v0 does not exist, or is private"):
         addresses.local("wandb://me/project/other:v0")
     addresses._wandb.cache_clear()
+    monkeypatch.setattr(addresses, "TIMEOUT", 1)
     artifacts.shutdown()
     artifacts.server_close()
     assert addresses.local(address) == str(folder) == addresses.local(address.replace("latest", "v0"))
-    with pytest.raises(UserError, match="wandb://me/project/digits:v1 is not in the local cache, and could not be"):
-        addresses.local("wandb://me/project/digits:v1")
+    with pytest.raises(UserError, match="wandb://me/project/digits:old is not in the local cache, and could not be"):
+        addresses.local("wandb://me/project/digits:old")
+
+
+def test_without_a_key_nobody_is_asked_for_one(cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "artifacts"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="W&B has no key here: wandb login, or set WANDB_API_KEY"):
+        addresses.local("wandb://me/project/digits:v0")
