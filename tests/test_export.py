@@ -131,7 +131,7 @@ def test_mistakes_in_an_export(run, exported, tmp_path, capsys):
     assert "upload it with" in refused(capsys, "export", checkpoint, "to=hf://me/model")
     message = refused(capsys, "export", checkpoint, f"to={tmp_path / 'new'}", "precision=int8")
     assert "precision must be one of float32, bf16, fp16" in message
-    assert "to and precision are for export" in refused(capsys, "predict", checkpoint, "precision=bf16")
+    assert "what a run computes in is trainer.precision" in refused(capsys, "predict", checkpoint, "precision=bf16")
     assert "export needs ckpt_path" in refused(capsys, "export", f"to={tmp_path / 'new'}")
     assert "leave data= out" in refused(capsys, "export", checkpoint, "data=mnist")
     assert contents(tmp_path) == before
@@ -157,7 +157,7 @@ def test_a_folder_that_is_not_whole(exported, capsys):
     weights.write_bytes(whole[: len(whole) // 2])
     tried("is damaged, or was cut off")
     weights.unlink()
-    tried("it has no model.safetensors")
+    tried("has no model.safetensors")
     weights.write_bytes(whole)
     config.write_text(words.replace("format: 3", "format: 99"))
     tried("was written by a later version")
