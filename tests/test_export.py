@@ -68,7 +68,7 @@ def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path):
     target = tmp_path / "card"
     assert train.main(["export", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"to={target}", *QUIET]) == 0
     card = (target / "README.md").read_text()
-    assert "| val/fid | 40 | at 4 |" in card and "at 2" not in card and "![samples](samples.png)" in card
+    assert "| val/fid 40 | at 4 |" in card and "at 2" not in card and "![samples](samples.png)" in card
     assert json.loads((target / "fid.json").read_text()) == rows[1:]
     assert train.main(["compare", str(run), str(target), f"out={tmp_path / 'page.html'}"]) == 0
 
