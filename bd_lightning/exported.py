@@ -124,8 +124,8 @@ def read(folder: str | Path) -> dict[str, Any]:
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).exists():
             raise UserError(
-                f"checkpoint not found: {folder} has no {name}, is no exported model or was not fetched whole; of a run "
-                "take RUN/checkpoints/best.ckpt"
+                f"checkpoint not found: {folder} has no {name}, is no exported model or was not fetched whole; of a "
+                "run take RUN/checkpoints/best.ckpt"
             )
         regular_file(folder / name, name)
     safetensors = _safetensors()

@@ -1,6 +1,7 @@
 """Weights out and in: an exported folder draws what its checkpoint draws, and is refused where it is not whole."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -99,6 +100,37 @@ def test_a_latent_model_takes_its_autoencoder_along(tmp_path):
     assert train.main([*words, f"data.root={tmp_path}", f"data.images.root={tmp_path}"]) == 0  # the codes are its own
 
 
+def test_the_model_of_this_repository_draws_classes_in_codes():
+    folder = Path(__file__).resolve().parents[1] / "pretrained" / "mnist"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 6e6
+    model = bd_lightning.load(folder)
+    images = model.sample(20, labels=[0, 1])
+    ink = (images.clamp(-1, 1) + 1).sum((1, 2, 3))
+    assert images.shape == (20, 1, 28, 28) and ink[::2].mean() > 1.5 * ink[1::2].mean()  # a 0 takes more ink than a 1
+
+
+@pytest.mark.parametrize("experiment", ["gaussians_2d", "autoencoder"])
+def test_models_of_other_kinds(experiment, tmp_path):
+    words = [
+        f"experiment={experiment}",
+        "steps=2",
+        "eval_every=2",
+        "logger=none",
+        "trainer=cpu",
+        "run_id=small",
+        *QUIET,
+    ]
+    words += [f"root={tmp_path}", f"data.root={tmp_path}"]
+    words += ["data=digits"] if experiment == "autoencoder" else ["model.network.width=16", "callbacks.fields=null"]
+    names = ["metrics", "best", "trajectory", "grid"]
+    assert train.main([*words, *(f"callbacks.{name}=null" for name in names)]) == 0
+    checkpoint, target = tmp_path / "bellman-diffusion" / "small" / "checkpoints" / "last.ckpt", tmp_path / "out"
+    assert train.main(["export", f"ckpt_path={checkpoint}", f"to={target}", *QUIET]) == 0
+    assert (target / "samples.csv").is_file() == (experiment == "gaussians_2d")
+    state = checkpoints.read(checkpoint)["state_dict"]
+    assert all(torch.equal(value, state[name]) for name, value in checkpoints.read(target)["state_dict"].items())
+
+
 def test_load_needs_no_more_than_the_wheel_does(exported):
     code = (
         "import sys, bd_lightning\n"
@@ -181,6 +213,23 @@ def test_nothing_that_an_exported_config_names_is_called(exported, capsys):
         bd_lightning.load(exported)
     config.write_text(words.replace("seed: 0", "seed: ${oc.env:HOME}"))
     assert "refers to something outside it" in refused(capsys, "predict", f"ckpt_path={exported}")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("seed: !!python/object/apply:os.mkdir [called]", "config.yaml is damaged"),
+        ("seed: !!python/name:os.system", "config.yaml is damaged"),
+        ("data: {_target_: datamodules.Digits, autoencoder: {ckpt_path: /etc/passwd}}", "outside its folder"),
+    ],
+)
+def test_a_config_that_reaches_out(line, sentence, exported, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    key = line.partition(":")[0]
+    kept = re.sub(rf"^{key}:.*\n(  .*\n)*", "", (exported / "config.yaml").read_text(), flags=re.M)
+    (exported / "config.yaml").write_text(f"{line}\n{kept}")
+    assert sentence in refused(capsys, "predict", f"ckpt_path={exported}")
+    assert not (tmp_path / "called").exists()
 
 
 def test_an_exported_model_cannot_be_trained_on(exported, capsys, tmp_path):
