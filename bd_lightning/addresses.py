@@ -7,7 +7,6 @@ cannot be reached. Torch is not imported.
 
 import contextlib
 import functools
-import os
 import re
 import shutil
 import tempfile
@@ -21,6 +20,9 @@ WEIGHTS, CONFIG, AUTOENCODER = "model.safetensors", "config.yaml", "autoencoder"
 """Names in an exported folder: the weights, the config, and the folder of the autoencoder in whose codes it learned."""
 PARTS = (CONFIG, WEIGHTS, "README.md", "fid.json", f"{AUTOENCODER}/{CONFIG}", f"{AUTOENCODER}/{WEIGHTS}")
 """The files of an exported folder that are fetched; no others are."""
+
+TIMEOUT = 20
+"""Seconds that an answer of W&B is waited for."""
 
 PART = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 FORMS = {
@@ -77,7 +79,9 @@ def _hugging_face(place: str, name: str, revision: str | None) -> str:
     except errors.LocalEntryNotFoundError as error:
         raise UserError(f"{place} is not in the local cache, and the hub cannot be reached: connect first") from error
     except Exception as error:  # whatever the network does; what has come is kept, and gone on from the next time
-        raise UserError(f"{place} could not be fetched whole ({_said(error)}): try again, it goes on from there") from error
+        raise UserError(
+            f"{place} could not be fetched whole ({_said(error)}): try again, it goes on from there"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -106,6 +110,8 @@ def _wandb(place: str, entity: str, project: str, name: str, alias: str) -> str:
         raise UserError(f"{place} needs the package wandb: uv sync --group suite") from error
     base = Path(get_cache_dir()) / "bellman-diffusion" / entity / project / name
     alias_file = base / "aliases" / alias
+    if re.fullmatch(r"v\d+", alias) and (base / alias).is_dir():  # a version does not change
+        return str(base / alias)
     try:
         artifact = _artifact(wandb, place, f"{entity}/{project}/{name}:{alias}")
         folder = base / artifact.version
@@ -127,7 +133,7 @@ def _artifact(wandb: Any, place: str, name: str) -> Any:
     """The artifact of a name; without a key nobody is asked for one."""
     if not wandb.login(prompt=False, verify=False):
         raise PermissionError("no API key")
-    return wandb.Api(timeout=10).artifact(name)
+    return wandb.Api(timeout=TIMEOUT).artifact(name)
 
 
 def _download(artifact: Any, folder: Path) -> None:
@@ -137,7 +143,7 @@ def _download(artifact: Any, folder: Path) -> None:
     try:
         for name, entry in artifact.manifest.entries.items():
             if name in PARTS and entry.ref is None:  # a reference could be to any file, or any place
-                entry.download(root=str(part))
+                artifact.get_entry(name).download(root=str(part))
         part.replace(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)

@@ -127,12 +127,12 @@ class Snapshot(NamedTuple):
     Args:
         profile: what it is an average by.
         path: the file.
-        index: its place in the file.
+        place: which average of the file it is.
     """
 
     profile: Profile
     path: Path
-    index: int
+    place: int
 
 
 def save_snapshot(
@@ -148,7 +148,9 @@ def save_snapshot(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
-    weights = [{name: _half(value) if name in halved else value.cpu() for name, value in one.items()} for one in averages]
+    weights = [
+        {name: _half(value) if name in halved else value.cpu() for name, value in one.items()} for one in averages
+    ]
     torch.save({"profiles": [list(profile) for profile in profiles], "weights": weights}, part)
     part.replace(path)
 
@@ -195,7 +197,7 @@ def combined(parts: Sequence[Snapshot], coefficients: Sequence[float]) -> dict[s
     """
     total: dict[str, Tensor] = {}
     for part, x in zip(parts, coefficients):
-        weights = _load(part.path)["weights"][part.index]
+        weights = _load(part.path)["weights"][part.place]
         shapes = {name: value.shape for name, value in weights.items()}
         if total and shapes != {name: value.shape for name, value in total.items()}:
             raise UserError(f"{part.path} is a snapshot of another model than those before it: delete it")

@@ -50,10 +50,12 @@ def write(folder: Path, module: nn.Module, config: Mapping[str, Any], step: int,
     one_of(tuple(PRECISIONS), precision=precision)
     metadata = {"format": "pt", "step": str(step), "precision": precision}
     try:
-        _safetensors().torch.save_file(_stored(module, precision), folder / WEIGHTS, metadata)
-        OmegaConf.save(OmegaConf.create(dict(config)), folder / CONFIG)
-        for name in (WEIGHTS, CONFIG):
-            with (folder / name).open("rb") as file:
+        weights = _safetensors().torch.save(_stored(module, precision), metadata)
+        words = OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode()
+        for name, content in ((WEIGHTS, weights), (CONFIG, words)):
+            with (folder / name).open("wb") as file:
+                file.write(content)
+                file.flush()
                 os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot write {folder} ({reason_of(error)}): make room, or choose another place") from error
@@ -122,8 +124,8 @@ def read(folder: str | Path) -> dict[str, Any]:
     for name in (WEIGHTS, CONFIG):
         if not (folder / name).exists():
             raise UserError(
-                f"{folder} is no exported model, or was not fetched whole: it has no {name}; a run is given by "
-                "ckpt_path=RUN/checkpoints/best.ckpt"
+                f"checkpoint not found: {folder} has no {name}, is no exported model or was not fetched whole; of a "
+                "run take RUN/checkpoints/best.ckpt"
             )
         regular_file(folder / name, name)
     safetensors = _safetensors()

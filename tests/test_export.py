@@ -1,6 +1,7 @@
-"""Weights out and in: an exported folder draws what its checkpoint draws, and is refused in a sentence where it is not whole."""
+"""Weights out and in: an exported folder draws what its checkpoint draws, and is refused where it is not whole."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,7 +69,7 @@ def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path):
     target = tmp_path / "card"
     assert train.main(["export", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"to={target}", *QUIET]) == 0
     card = (target / "README.md").read_text()
-    assert "| val/fid | 40 | at 4 |" in card and "at 2" not in card and "![samples](samples.png)" in card
+    assert "| val/fid 40 | at 4 |" in card and "at 2" not in card and "![samples](samples.png)" in card
     assert json.loads((target / "fid.json").read_text()) == rows[1:]
     assert train.main(["compare", str(run), str(target), f"out={tmp_path / 'page.html'}"]) == 0
 
@@ -77,7 +78,13 @@ def test_a_latent_model_takes_its_autoencoder_along(tmp_path):
     root = tmp_path / "here"
     autoencoder = write_autoencoder(root / "ae.ckpt", (1, 8, 8), "Digits")
     words = ["data=digits_latent", f"data.autoencoder.ckpt_path={autoencoder}", "model=relative", "run_id=fields"]
-    words += ["model.network.width=16", "model.network.depth=1", "model.samplers.sde.levels=4", "steps=2", "eval_every=2"]
+    words += [
+        "model.network.width=16",
+        "model.network.depth=1",
+        "model.samplers.sde.levels=4",
+        "steps=2",
+        "eval_every=2",
+    ]
     words += [f"callbacks.{name}=null" for name in ("metrics", "best", "grid", "trajectory", "memorisation")]
     assert train.main([*words, f"root={root}", f"data.root={root}", "trainer=cpu", "logger=none", *QUIET]) == 0
     checkpoint, target = root / "bellman-diffusion" / "fields" / "checkpoints" / "last.ckpt", tmp_path / "exported"
@@ -91,6 +98,37 @@ def test_a_latent_model_takes_its_autoencoder_along(tmp_path):
     assert train.main(drawn) == 0
     words = ["test", f"ckpt_path={moved}", f"root={tmp_path / 'out'}", "run_id=judged", *QUIET]
     assert train.main([*words, f"data.root={tmp_path}", f"data.images.root={tmp_path}"]) == 0  # the codes are its own
+
+
+def test_the_model_of_this_repository_draws_classes_in_codes():
+    folder = Path(__file__).resolve().parents[1] / "pretrained" / "mnist"
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 6e6
+    model = bd_lightning.load(folder)
+    images = model.sample(20, labels=[0, 1])
+    ink = (images.clamp(-1, 1) + 1).sum((1, 2, 3))
+    assert images.shape == (20, 1, 28, 28) and ink[::2].mean() > 1.5 * ink[1::2].mean()  # a 0 takes more ink than a 1
+
+
+@pytest.mark.parametrize("experiment", ["gaussians_2d", "autoencoder"])
+def test_models_of_other_kinds(experiment, tmp_path):
+    words = [
+        f"experiment={experiment}",
+        "steps=2",
+        "eval_every=2",
+        "logger=none",
+        "trainer=cpu",
+        "run_id=small",
+        *QUIET,
+    ]
+    words += [f"root={tmp_path}", f"data.root={tmp_path}"]
+    words += ["data=digits"] if experiment == "autoencoder" else ["model.network.width=16", "callbacks.fields=null"]
+    names = ["metrics", "best", "trajectory", "grid"]
+    assert train.main([*words, *(f"callbacks.{name}=null" for name in names)]) == 0
+    checkpoint, target = tmp_path / "bellman-diffusion" / "small" / "checkpoints" / "last.ckpt", tmp_path / "out"
+    assert train.main(["export", f"ckpt_path={checkpoint}", f"to={target}", *QUIET]) == 0
+    assert (target / "samples.csv").is_file() == (experiment == "gaussians_2d")
+    state = checkpoints.read(checkpoint)["state_dict"]
+    assert all(torch.equal(value, state[name]) for name, value in checkpoints.read(target)["state_dict"].items())
 
 
 def test_load_needs_no_more_than_the_wheel_does(exported):
@@ -125,7 +163,7 @@ def test_mistakes_in_an_export(run, exported, tmp_path, capsys):
     assert "upload it with" in refused(capsys, "export", checkpoint, "to=hf://me/model")
     message = refused(capsys, "export", checkpoint, f"to={tmp_path / 'new'}", "precision=int8")
     assert "precision must be one of float32, bf16, fp16" in message
-    assert "to and precision are for export" in refused(capsys, "predict", checkpoint, "precision=bf16")
+    assert "what a run computes in is trainer.precision" in refused(capsys, "predict", checkpoint, "precision=bf16")
     assert "export needs ckpt_path" in refused(capsys, "export", f"to={tmp_path / 'new'}")
     assert "leave data= out" in refused(capsys, "export", checkpoint, "data=mnist")
     assert contents(tmp_path) == before
@@ -151,7 +189,7 @@ def test_a_folder_that_is_not_whole(exported, capsys):
     weights.write_bytes(whole[: len(whole) // 2])
     tried("is damaged, or was cut off")
     weights.unlink()
-    tried("it has no model.safetensors")
+    tried("has no model.safetensors")
     weights.write_bytes(whole)
     config.write_text(words.replace("format: 3", "format: 99"))
     tried("was written by a later version")
@@ -175,6 +213,23 @@ def test_nothing_that_an_exported_config_names_is_called(exported, capsys):
         bd_lightning.load(exported)
     config.write_text(words.replace("seed: 0", "seed: ${oc.env:HOME}"))
     assert "refers to something outside it" in refused(capsys, "predict", f"ckpt_path={exported}")
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("seed: !!python/object/apply:os.mkdir [called]", "config.yaml is damaged"),
+        ("seed: !!python/name:os.system", "config.yaml is damaged"),
+        ("data: {_target_: datamodules.Digits, autoencoder: {ckpt_path: /etc/passwd}}", "outside its folder"),
+    ],
+)
+def test_a_config_that_reaches_out(line, sentence, exported, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    key = line.partition(":")[0]
+    kept = re.sub(rf"^{key}:.*\n(  .*\n)*", "", (exported / "config.yaml").read_text(), flags=re.M)
+    (exported / "config.yaml").write_text(f"{line}\n{kept}")
+    assert sentence in refused(capsys, "predict", f"ckpt_path={exported}")
+    assert not (tmp_path / "called").exists()
 
 
 def test_an_exported_model_cannot_be_trained_on(exported, capsys, tmp_path):

@@ -57,7 +57,7 @@ def fitted(parts: list[Snapshot], length: float) -> averages.Fit:
     if found.error > FURTHEST:
         raise UserError(
             f"length {length:g} cannot be made of these {len(parts)} snapshots (its weights over time would be off by "
-            f"{found.error:.0%}): take one nearer to those that were followed, or train with more callbacks.ema.snapshots"
+            f"{found.error:.0%}): take one nearer to those that were followed, or keep more callbacks.ema.snapshots"
         )
     return found
 

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from bd_lightning import report
+from bd_lightning import addresses, report
 from bd_lightning.checks import UserError, regular_file
 
 USAGE = "compare needs two or more run folders: train.py compare RUN RUN … [out=compare.html]"
@@ -14,17 +14,20 @@ def run(words: Sequence[str]) -> None:
     """Print the last and best numbers of runs, and write a page with their curves.
 
     Args:
-        words: run folders, and `out=FILE` for the page.
+        words: run folders, exported folders or addresses of them, and `out=FILE` for the page.
 
     Raises:
         UserError: for a folder that is no run, a damaged file, and words that are neither.
     """
     out = "compare.html"
-    folders = []
+    folders, fetched = [], {}
     for word in words:
         key, equals, value = word.removeprefix("--").partition("=")
         if key == "out" and equals:
             out = value
+        elif "://" in word:
+            folders.append(Path(addresses.local(word)))
+            fetched[folders[-1]] = word
         elif equals and not Path(word).exists():
             raise UserError(f"cannot read '{word}': {USAGE}")
         else:
@@ -35,7 +38,8 @@ def run(words: Sequence[str]) -> None:
     if path.is_dir() or path.suffix not in (".html", ".htm"):
         raise UserError(f"out must be the path of an HTML file, got '{out}'")
     refuse_other(path)
-    runs = [report.read(folder, name) for folder, name in zip(folders, names(folders))]
+    called = [fetched.get(folder, name) for folder, name in zip(folders, names(folders))]
+    runs = [report.read(folder, name, folder in fetched) for folder, name in zip(folders, called)]
     print(report.compare_text(runs))
     try:
         report.write(report.compare_page(runs), path)

@@ -216,9 +216,12 @@ def numbers(rows: list[dict[str, Any]], precision: str) -> str:
     """The rows as a table, or that there are none."""
     if not rows:
         return "None were measured where this was exported from."
-    lines = ["| number | value | how |", "|---|---|---|"]
+    lines = ["| numbers | how |", "|---|---|"]
     for row in rows:
         values = {key: value for key, value in row.items() if "/" in key and isinstance(value, (int, float))}
-        lines += [f"| {key} | {value:.4g} | {row.get('protocol', '')} |" for key, value in values.items()]
-    rounded = "" if precision == "float32" else f"\n\nMeasured in float32, before the weights were rounded to {precision}."
+        text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+        lines.append(f"| {text} | {row.get('protocol', '')} |")
+    rounded = (
+        "" if precision == "float32" else f"\n\nMeasured in float32, before the weights were rounded to {precision}."
+    )
     return "\n".join(lines) + rounded

@@ -15,7 +15,7 @@ commands
   test       losses and FID of a checkpoint on the test split
   predict    write n samples of a checkpoint: PNG files and a grid, or the rows of a CSV file
   export     the weights of a checkpoint as a folder for others: to=FOLDER, read back by ckpt_path=FOLDER
-  average    checkpoints of a run with averages of other lengths: ckpt_path=RUN length=0.05,0.1 [score=validate]
+  average    checkpoints of a run with averages of other lengths: ckpt_path=RUN length=0.05,0.1
   compare    run folders beside each other: last and best numbers, and a page of curves
 
 groups (choose a file from configs/GROUP)
@@ -25,7 +25,7 @@ keys (defaults; any argument of a class in the config is a key too)
 {keys}
 
 `--key=value` is accepted as well. --config FILE sets values from a YAML file; config.yaml of a run folder repeats the
-run. With ckpt_path=… the config starts from the one stored in the checkpoint. A checkpoint is a file, an exported folder,
+run. With ckpt_path=… the config starts from the one stored in the checkpoint, which is a file, an exported folder,
 hf://owner/name[@revision] or wandb://entity/project/artifact:alias.
 
 examples

@@ -47,7 +47,11 @@ def refuse_linked(checkpoint: str | Path) -> None:
         UserError: with its real path.
     """
     seeming = Path(os.path.abspath(checkpoint)).parent.parent
-    if not os.path.isdir(checkpoint) and (seeming / "config.yaml").is_file() and seeming.resolve() != folder_of(checkpoint):
+    if (
+        os.path.isfile(checkpoint)
+        and (seeming / "config.yaml").is_file()
+        and seeming.resolve() != folder_of(checkpoint)
+    ):
         raise UserError(
             f"{checkpoint} is a link out of its run folder: give {Path(checkpoint).resolve()} if you mean it"
         )

@@ -76,7 +76,8 @@ def resolve(argv: Sequence[str]) -> Plan:
         raise UserError("export keeps the samples of a test: train.py test ckpt_path=… export=FILE.npz")
     for key, command in ONCE.items():
         if config[key] is not None and command != request.command:
-            raise UserError(f"'{key}' is for train.py {command}{', what a run computes in is trainer.precision' * (key == 'precision')}")
+            other = ", what a run computes in is trainer.precision" if key == "precision" else ""
+            raise UserError(f"'{key}' is for train.py {command}{other}")
     build.trusted.set(None if config["trust"] else frozenset(build.targets(config)))
     path = _existing(config) if config["ckpt_path"] == "last" else config["ckpt_path"]
     checkpoint = None

@@ -86,18 +86,20 @@ class Run:
         return sorted(self.folder.glob("samples/*.gif"))
 
 
-def read(folder: str | Path, name: str | None = None) -> Run:
+def read(folder: str | Path, name: str | None = None, fetched: bool = False) -> Run:
     """Read a run folder.
 
     Args:
         folder: the folder.
         name: what the run is called; None takes the folder's name.
+        fetched: whether a hub's client has laid it out, which keeps files elsewhere and links to them.
 
     Raises:
         UserError: if it is none, or one of its files is damaged.
     """
     folder = Path(folder)
-    refuse_links(folder)
+    if not fetched:
+        refuse_links(folder)
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder} is no run folder: it has no config.yaml")
     try:
