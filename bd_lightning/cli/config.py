@@ -45,6 +45,9 @@ TOP_LEVEL: dict[str, Any] = {
     "remove": list[int | str] | None,
     "merge": dict[str, float] | None,
     "calibrate": int,
+    "inpaint": str | None,
+    "upscale": int | None,
+    "images": str | None,
     "export": str | None,
     "trust": bool,
 }
