@@ -8,16 +8,15 @@ References:
     | Rozet et al., Learning Diffusion Priors from Observations by Expectation Maximization, arXiv 2405.13712
 """
 
-import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bd_lightning.checks import UserError, positive
+from bd_lightning.checks import positive
 from bd_lightning.divergences import bcast
-from bd_lightning.fields.base import FieldPair
+from bd_lightning.fields.base import FieldPair, log_gradient
 
 Operator = Callable[[Tensor], Tensor]
 """Measurements (B, D) of samples (B, *)."""
@@ -58,6 +57,35 @@ class Shrunk:
         return F.avg_pool2d(images, self.factor).flatten(1)
 
 
+def gmres(matrix: Callable[[Tensor], Tensor], b: Tensor, iterations: int) -> Tensor:
+    """The x of M x = b whose residual is least among combinations of b, Mb, M²b, …, for each row by itself.
+
+    Args:
+        matrix: M v (B, D) of v (B, D).
+        b: right sides, shape (B, D).
+        iterations: number of products with M.
+
+    Returns:
+        x, shape (B, D).
+
+    References:
+        | Saad and Schultz, GMRES, 1986
+    """
+    tiny = torch.finfo(b.dtype).tiny
+    size = b.norm(dim=1)
+    basis = [b / size.clamp_min(tiny)[:, None]]
+    H = b.new_zeros(len(b), iterations + 1, iterations)
+    for j in range(iterations):
+        w = matrix(basis[j])
+        for i, v in enumerate(basis):
+            H[:, i, j] = (w * v).sum(1)
+            w = w - H[:, i, j, None] * v
+        H[:, j + 1, j] = w.norm(dim=1)
+        basis.append(w / H[:, j + 1, j, None].clamp_min(tiny))
+    parts = torch.linalg.pinv(H)[:, :, 0] * size[:, None]
+    return torch.einsum("bk,kbd->bd", parts, torch.stack(basis[:-1]))
+
+
 class PosteriorFields(FieldPair):
     """Fields of p_σ(x̃ | y) for the constant kernel: s = 1, g = ½(E[x | x̃, y] − x̃)/σ².
 
@@ -66,35 +94,42 @@ class PosteriorFields(FieldPair):
         y: measurements, one for each point that the fields are asked for, shape (B, D).
         operator: A; it has to be differentiable.
         noise: η, standard deviation of the noise of y.
-        iterations: steps of the linear solver at each call.
-
-    Raises:
-        UserError: if azula, whose solver and moment matching these are, is not installed.
+        iterations: steps of the linear solver at each call, one derivative of the fields and two of A each.
     """
 
     def __init__(
         self, fields: FieldPair, y: Tensor, operator: Operator, noise: float = 0.05, iterations: int = 3
     ) -> None:
         positive(noise=noise, iterations=iterations)
-        try:
-            from azula.guidance import MMPSDenoiser
-            from azula.linalg.covariance import IsotropicCovariance
-        except ImportError as error:
-            raise UserError("azula is not installed: uv sync --group azula") from error
-        from bd_lightning.azula import FieldsDenoiser
+        self.fields, self.y, self.operator, self.noise, self.iterations = fields, y, operator, noise, iterations
 
-        self.denoiser = FieldsDenoiser(fields, 1e-4, 1e4)
-        variance = IsotropicCovariance(torch.tensor(noise**2, dtype=y.dtype, device=y.device))
-        self.posterior = MMPSDenoiser(self.denoiser, y, operator, variance, iterations=iterations)
+    def mean(self, x: Tensor, sigma: Tensor) -> Tensor:
+        """E[x | x̃, y] (B, *) at x̃ (B, *) and noise levels sigma (B,).
+
+        With D = E[x | x̃], V = σ²∇D and A linearised at D it is D + V Aᵀ (η² + A V Aᵀ)⁻¹ (y − A(D)).
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            point, variance = x.clone().requires_grad_(True), bcast(sigma.clone().square(), x)
+            s, g = self.fields(point, sigma.clone())
+            D = point + variance * log_gradient(s, g)
+            seen = self.operator(D)
+            place = D.detach().requires_grad_(True)
+            u = torch.zeros_like(seen, requires_grad=True)
+            (back,) = torch.autograd.grad(self.operator(place), place, u, create_graph=True)
+
+            def spread(v: Tensor) -> Tensor:
+                """V Aᵀ v: ∇D is symmetric."""
+                return variance * torch.autograd.grad(seen, point, v, retain_graph=True)[0]
+
+            def covariance(v: Tensor) -> Tensor:
+                (forth,) = torch.autograd.grad(back, u, spread(v), retain_graph=True)
+                return self.noise**2 * v + forth
+
+            return (D + spread(gmres(covariance, (self.y - seen).detach(), self.iterations))).detach()
 
     def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """s (B,) and g (B, *) at x (B, *) and noise levels sigma (B,), which are one."""
-        with torch.inference_mode(False):
-            schedule = self.denoiser.schedule
-            low, high = math.log(schedule.sigma_min), math.log(schedule.sigma_max)
-            t = (sigma[0].clone().log() - low) / (high - low)
-            mean = self.posterior(x.clone(), t).mean.detach()
-        return torch.ones_like(sigma), bcast(0.5 / sigma.square(), x) * (mean - x)
+        """s (B,) and g (B, *) at x (B, *) and noise levels sigma (B,)."""
+        return torch.ones_like(sigma), bcast(0.5 / sigma.square(), x) * (self.mean(x, sigma) - x)
 
 
 def nearest_filled(images: Tensor, hole: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from tiny_data import write_autoencoder
 @pytest.fixture
 def digits(tmp_path):
     """Six 8×8 digits, as files, and a mask of their lower half."""
-    pytest.importorskip("azula")
     rows = Digits(root=str(tmp_path / "data")).load_split("test")
     for i in range(6):
         save(tmp_path / "images" / f"{i}.png", rows.x[i, 0].numpy())

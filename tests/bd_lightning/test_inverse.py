@@ -1,11 +1,8 @@
 """Our fields in azula, and posteriors that are known."""
 
-import sys
-
 import pytest
 import torch
 
-from bd_lightning.checks import UserError
 from bd_lightning.dynamics import MultistepDynamics, SampleNoise
 from bd_lightning.fields import AnalyticFields
 from bd_lightning.inverse import Outside, PosteriorFields, Shrunk, nearest_filled
@@ -71,19 +68,45 @@ def test_azula_samples_our_fields():
 
 
 def test_the_posterior_of_a_gaussian_is_exact(problem):
-    """Our sampler and azula's, on one problem whose posterior is known."""
+    """Our sampler, and azula's with its own moment matching, on one problem whose posterior is known."""
     pytest.importorskip("azula")
+    from azula.guidance import MMPSDenoiser
+    from azula.linalg.covariance import IsotropicCovariance
     from azula.sample import DDPMSampler
+
+    from bd_lightning.azula import FieldsDenoiser
 
     fields, y, mean, covariance = problem
     posterior = PosteriorFields(fields, y.expand(600, -1), first, NOISE, iterations=SEEN)
     ours = MultistepDynamics(40, relaxation=0.5)(posterior, SampleNoise(range(600), (DIM,)))
+    noise = IsotropicCovariance(torch.tensor(NOISE**2))
+    peer = MMPSDenoiser(FieldsDenoiser(fields, 0.01), y.expand(600, -1), first, noise, iterations=SEEN)
     torch.manual_seed(0)
-    sampler = DDPMSampler(posterior.posterior, steps=80, silent=True, start=0.68, stop=0.25)  # from 20 to 0.01
+    sampler = DDPMSampler(peer, steps=80, silent=True)
     theirs = sampler(sampler.init((600, DIM)))
     for found in (ours, theirs):
         error, spread = off(found, mean, covariance)
         assert error < 0.25 and spread < 0.25
+    x, t = torch.randn(600, DIM), torch.tensor(0.5)
+    level = peer.schedule(t)[1].expand(600)
+    torch.testing.assert_close(posterior.mean(x, level), peer(x, t).mean, rtol=1e-3, atol=1e-3)
+
+
+def test_a_curved_operator_is_linearised():
+    """A through layers with forward-mode rules of their own, whose derivative is taken by two backward passes."""
+    from bd_lightning.networks.dual import Linear
+
+    torch.manual_seed(0)
+    layer = torch.nn.Sequential(Linear(2, 5), torch.nn.Tanh(), Linear(5, 3)).double()
+    fields = AnalyticFields(GaussianMixture([[0.0, 0.0]]), Constant())
+    x, sigma = torch.randn(4, 2, dtype=torch.float64), torch.full((4,), 0.7, dtype=torch.float64)
+    y = layer(torch.randn(4, 2, dtype=torch.float64)).detach()
+    found = PosteriorFields(fields, y, layer, 0.3, iterations=3).mean(x, sigma)
+    D, variance = x / 1.49, 0.49 / 1.49
+    for i in range(4):
+        A = torch.autograd.functional.jacobian(layer, D[i])
+        gain = variance * A.mT @ torch.linalg.inv(variance * A @ A.mT + 0.09 * torch.eye(3))
+        torch.testing.assert_close(found[i], (D[i] + gain @ (y[i] - layer(D[i]))).detach())
 
 
 def test_operators():
@@ -97,9 +120,3 @@ def test_operators():
     for wrong in (hole & False, hole | True):
         with pytest.raises(ValueError, match="a mask needs pixels that are to be filled"):
             Outside(wrong)
-
-
-def test_without_azula_one_sentence(monkeypatch, problem):
-    monkeypatch.setitem(sys.modules, "azula.guidance", None)
-    with pytest.raises(UserError, match="azula is not installed: uv sync --group azula"):
-        PosteriorFields(problem[0], problem[1][None], first)
