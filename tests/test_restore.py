@@ -93,4 +93,8 @@ def test_mistakes_are_one_sentence(run, digits, capsys):
         assert predict(run, *words) == 2
         said = capsys.readouterr().err
         assert sentence in said and said.count("error: ") == 1
+    assert predict(run, images, mask, "mix={3: 1.0}") == 2
+    assert "leave mix, remove and merge out" in capsys.readouterr().err
+    assert train.main(["test", f"ckpt_path={run}/checkpoints/last.ckpt", mask]) == 2
+    assert "inpaint is for predict" in capsys.readouterr().err
     assert not list(run.glob("predict-*"))

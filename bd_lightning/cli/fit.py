@@ -37,6 +37,8 @@ def run(plan: Plan) -> None:
         path = short(plan.run_dir)
         print(f"nothing is left to train: {path} has done its {plan.config['steps']} steps; give more steps to go on")
         return
+    if key := next((key for key in ("inpaint", "upscale", "images") if plan.config[key]), None):
+        raise UserError(f"{key} is for predict: train.py predict ckpt_path=… images=FOLDER inpaint=MASK")
     objects.prepare(plan.config)
     if plan.command == "fit":
         with claimed(plan.run_dir, plan.new):

@@ -54,7 +54,8 @@ class Plan:
     def record(self) -> dict[str, Any]:
         """The config as it is kept: what repeats the run."""
         own = {"ckpt_path": None, "run_id": None, "export": None, "trust": False}
-        return {"format": FORMAT, **self.config, **own}
+        once = dict.fromkeys(("likelihood", "inpaint", "upscale", "images"))
+        return {"format": FORMAT, **self.config, **own, **once}
 
 
 def resolve(argv: Sequence[str]) -> Plan:

@@ -68,7 +68,7 @@ def run(plan: Plan) -> None:
         raise UserError("likelihood is for test: train.py test ckpt_path=… likelihood=ode")
     labels = choose_labels(config["labels"] or [], facts, model)
     if config["inpaint"] or config["upscale"] or config["images"]:
-        restore(plan, facts, model, labels)
+        restore(plan, facts, model, labels if config["labels"] else [])
         return
     mixed = any(config[key] for key in ("mix", "remove", "merge"))
     if config["calibrate"] and not mixed:
@@ -98,13 +98,17 @@ def restore(plan: Plan, facts: Facts, model: Any, labels: Sequence[int]) -> None
     latents = build.instantiate(config["data"].get("autoencoder"), "data.autoencoder")
     task = tasks.task_of(config, latents.image_shape if latents else facts.shape)
     given = tasks.read_images(config["images"], config["n"], task.shape)
-    drawing = tasks.Restoring(model, task, given, latents, labels[0] if config["labels"] else None)
+    if any(config[key] for key in ("mix", "remove", "merge")):
+        raise UserError("inpaint and upscale draw from the model itself: leave mix, remove and merge out")
+    if model.conditional and not (model.guidable or labels):
+        raise UserError("this model has to be told the class: give labels=[3], say, one after the other for the images")
+    drawing = tasks.Restoring(model, task, given, latents)
     settings = settings_of(plan, "n", "labels", "inpaint", "upscale", "images")
     name = "inpaint" if config["inpaint"] else f"upscale{config['upscale']}"
     folder = folder_for(settings, plan.run_dir, f"predict-{name}-{model.sampler}-seed{config['seed']}")
     writer = ImageWriter(folder)
     trainer = objects.trainer(plan, logger=False, callbacks=[writer, *progress_bars(plan)])
-    loader = DataLoader(SampleRequests(len(given), config["seed"]), batch_size=min(100, len(given)))
+    loader = DataLoader(SampleRequests(len(given), config["seed"], labels), batch_size=min(100, len(given)))
     with made(folder, lambda: len(list(folder.iterdir())) > 1), writing(folder):
         keep_settings(settings, folder)
         trainer.predict(drawing, loader, return_predictions=False)

@@ -16,7 +16,7 @@ from callbacks.pictures import grid_image
 from datamodules.image_files import find, read
 from datamodules.images import to_uint8, to_unit
 
-NOISE = {False: 0.05, True: 0.2}
+PIXEL_NOISE, DECODER_NOISE = 0.05, 0.2
 """Standard deviation of what is given, in the units of images: in pixels, and by a decoder, which errs more."""
 
 
@@ -169,12 +169,11 @@ class Restoring(L.LightningModule):
         task: what is to be done.
         given: the images, (N, *shape of the task), in [−1, 1].
         latents: decodes what the model draws; None if it draws images.
-        label: class of all of them; None asks for none.
     """
 
-    def __init__(self, model: Any, task: Task, given: Tensor, latents: Any, label: int | None = None) -> None:
+    def __init__(self, model: Any, task: Task, given: Tensor, latents: Any) -> None:
         super().__init__()
-        self.model, self.task, self.given, self.latents, self.label = model, task, given, latents, label
+        self.model, self.task, self.given, self.latents = model, task, given, latents
 
     def decode(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) of what the model draws."""
@@ -184,16 +183,13 @@ class Restoring(L.LightningModule):
         return images.mean(1, keepdim=True) if self.task.shape[0] == 1 else images
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Images (B, C, H, W) in [−1, 1] for requests "index" and "seed", each (B,)."""
+        """Images (B, C, H, W) in [−1, 1] for requests "index", "seed" and, if classes are asked for, "label", (B,)."""
         given = self.given[batch["index"].cpu()].to(self.device)
         with torch.inference_mode(False):
             y = self.task.measured(given.clone())
-            fields = self.model.asked(
-                None if self.label is None else torch.full((len(y),), self.label, device=y.device)
-            )
-            posterior = PosteriorFields(
-                fields, y, lambda x: self.task.operator(self.decode(x)), NOISE[self.latents is not None]
-            )
+            fields = self.model.asked(batch.get("label"))
+            noise = PIXEL_NOISE if self.latents is None else DECODER_NOISE
+            posterior = PosteriorFields(fields, y, lambda x: self.task.operator(self.decode(x)), noise)
         x = self.model.sample(batch["index"].tolist(), seed=int(batch["seed"][0]), fields=posterior)
         with torch.no_grad():
             return self.task.finished(self.decode(x), given)
