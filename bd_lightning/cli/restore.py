@@ -203,8 +203,7 @@ def write_beside(folder: Path, task: Task, given: Tensor) -> str:
         task: what was done.
         given: the images that were given.
     """
-    columns = max(1, round(len(given[:64]) ** 0.5))
-    grid_image(to_uint8(task.shown(given[:64])), columns).save(folder / "given.png")
+    grid_image(to_uint8(task.shown(given[:64]))).save(folder / "given.png")
     drawn = torch.stack([pil_to_tensor(Image.open(folder / f"{i:06d}.png")) for i in range(len(given))])
     errors = task.errors(to_unit(drawn), given)
     if not errors:

@@ -80,7 +80,7 @@ def test_each_chain_passes_the_first_minimum_of_its_own():
 
 
 def test_a_chain_does_not_depend_on_its_batch():
-    samplers = (MultistepDynamics(15, sigma_max=5.0), ProbabilityFlow(8, sigma_max=5.0))
+    samplers = (MultistepDynamics(levels=15, sigma_max=5.0), ProbabilityFlow(steps=8, sigma_max=5.0))
     for sampler in samplers:
 
         def draw(indices, sampler=sampler):
@@ -116,13 +116,13 @@ def test_mistakes_are_one_sentence(given, sentence):
     network = MLP((2,), 3, conditional=True, width=8, depth=1)
     with pytest.raises(ValueError, match=sentence):
         BellmanDiffusion(
-            network, Constant(), (2,), 3, 1.0, {"ode": ProbabilityFlow(3)}, label_dropout=0.1, guidance=given
+            network, Constant(), (2,), 3, 1.0, {"ode": ProbabilityFlow(steps=3)}, label_dropout=0.1, guidance=given
         )
 
 
 def test_conditional_and_relative_models_take_it():
     given = {"scale": 2.0, "before": 0.0, "transition": "dynamic"}
-    samplers, label = {"ode": ProbabilityFlow(4, sigma_max=3.0)}, torch.tensor([0, 1])
+    samplers, label = {"ode": ProbabilityFlow(steps=4, sigma_max=3.0)}, torch.tensor([0, 1])
     told = MLP((2,), 2, conditional=True, width=8, depth=1)
     every = MLP((2,), 2, per_class=True, width=8, depth=1)
     models = [
@@ -139,7 +139,7 @@ def test_conditional_and_relative_models_take_it():
 def test_zero_before_draws_from_all_the_data_first():
     """Guided from nothing on: with before 0 chains leave for the other mode, and come back only if there is time."""
     fields = {before: LateGuidedFields(CLASS, ALL, 1.0, before, transition=0.2) for before in (0.0, 1.0)}
-    sampler = MultistepDynamics(40, sigma_max=8.0)
+    sampler = MultistepDynamics(levels=40, sigma_max=8.0)
     share = {
         before: float((sampler(one, SampleNoise(range(200), (2,))).sum(1) > 0).float().mean())
         for before, one in fields.items()

@@ -78,7 +78,7 @@ def test_the_posterior_of_a_gaussian_is_exact(problem):
 
     fields, y, mean, covariance = problem
     posterior = PosteriorFields(fields, y.expand(600, -1), first, NOISE, iterations=SEEN)
-    ours = MultistepDynamics(40, relaxation=0.5)(posterior, SampleNoise(range(600), (DIM,)))
+    ours = MultistepDynamics(levels=40, relaxation=0.5)(posterior, SampleNoise(range(600), (DIM,)))
     noise = IsotropicCovariance(torch.tensor(NOISE**2))
     peer = MMPSDenoiser(FieldsDenoiser(fields, 0.01), y.expand(600, -1), first, noise, iterations=SEEN)
     torch.manual_seed(0)
