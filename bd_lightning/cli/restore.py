@@ -16,9 +16,6 @@ from callbacks.pictures import grid_image
 from datamodules.image_files import find, read
 from datamodules.images import to_uint8, to_unit
 
-PIXEL_NOISE, DECODER_NOISE = 0.05, 0.2
-"""Standard deviation of what is given, in the units of images: in pixels, and by a decoder, which errs more."""
-
 
 class Task:
     """Base of what can be done to images.
@@ -26,7 +23,12 @@ class Task:
     Attributes:
         operator: what is known of images (B, C, H, W), as (B, D).
         shape: shape of the images that are read.
+        pixel_noise: standard deviation of what is given, in the units of images, for a model of images.
+        decoder_noise: the same for a model of codes, whose decoder errs more.
     """
+
+    pixel_noise: float = 0.05
+    decoder_noise: float = 0.2
 
     operator: Operator
     shape: tuple[int, int, int]
@@ -104,6 +106,8 @@ class Upscale(Task):
     Raises:
         UserError: for a factor that does not divide their size.
     """
+
+    decoder_noise = 0.1  # the mean of a block errs less than its pixels
 
     def __init__(self, factor: int, shape: tuple[int, int, int]) -> None:
         if factor < 2 or shape[1] % factor or shape[2] % factor:
@@ -188,7 +192,7 @@ class Restoring(L.LightningModule):
         with torch.inference_mode(False):
             y = self.task.measured(given.clone())
             fields = self.model.asked(batch.get("label"))
-            noise = PIXEL_NOISE if self.latents is None else DECODER_NOISE
+            noise = self.task.pixel_noise if self.latents is None else self.task.decoder_noise
             posterior = PosteriorFields(fields, y, lambda x: self.task.operator(self.decode(x)), noise)
         x = self.model.sample(batch["index"].tolist(), seed=int(batch["seed"][0]), fields=posterior)
         with torch.no_grad():
