@@ -36,6 +36,10 @@ class LatentSpace(ABC):
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, C, H, W), in [−1, 1] up to overshoot, of codes (B, *latent)."""
 
+    def decoded(self, z: Tensor) -> Tensor:
+        """The same with a derivative, which inverse problems need; those of `decode` if it has one."""
+        return self.decode(z)
+
 
 class TrainedLatents(LatentSpace):
     """The codes of an `Autoencoder` run.
@@ -62,6 +66,9 @@ class TrainedLatents(LatentSpace):
 
     @torch.no_grad()
     def decode(self, z):
+        return self.decoded(z)
+
+    def decoded(self, z):
         return self.module.to(z.device).decode(z)
 
 
@@ -103,6 +110,9 @@ class DiffusersLatents(LatentSpace):
 
     @torch.no_grad()
     def decode(self, z):
+        return self.decoded(z)
+
+    def decoded(self, z):
         model = self.module.to(z.device)
         z = z / self.scale + self.shift
         return torch.cat([model.decode(rows).sample for rows in z.split(self.batch_size)])

@@ -104,6 +104,7 @@ def load(
         if not model.guidable:
             raise UserError(f"{path} cannot be guided: it was trained with label_dropout=0")
     model.guidance, model.guidance_interval = guidance, student.guidance_interval
+    model.guidance_before, model.guidance_transition = 1.0, None  # a teacher's steps are of no chain
     if mix or remove or merge:
         if labels:
             raise UserError("labels asks for classes one by one, mix and remove for a mixture: give one of the two")

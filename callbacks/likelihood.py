@@ -200,6 +200,7 @@ class FieldLikelihood(_Likelihood):
         compared: samples of each set that the flow is asked for too; 0 leaves it out.
         others: other data of the same shape, by name.
         steps: steps of the flow.
+        exact: dimensions up to which its trace is exact.
         batch_size: samples at a time.
         seed: seed of the flow.
     """
@@ -216,13 +217,14 @@ class FieldLikelihood(_Likelihood):
         compared: int = 500,
         others: dict[str, DataModule] | None = None,
         steps: int = 20,
+        exact: int = 16,
         batch_size: int = 250,
         seed: int = 1,
     ) -> None:
         positive(n=n)
         in_range(0, math.inf, compared=compared)
         self.n, self.sigma, self.compared, self.others = n, sigma, compared, dict(others or {})
-        self.flow = FlowLikelihood(compared or 1, steps, sigma_min=sigma, batch_size=batch_size, seed=seed)
+        self.flow = FlowLikelihood(compared or 1, steps, exact=exact, sigma_min=sigma, batch_size=batch_size, seed=seed)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse fields that are not relative to a base Gaussian, and other data of another shape."""

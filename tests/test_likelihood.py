@@ -10,7 +10,7 @@ import train
 from bd_lightning.modules import ConsistencyModel
 from callbacks import FieldLikelihood, FlowLikelihood
 from datamodules import Digits
-from small_run import launch
+from small_run import WORDS, launch
 from tiny_data import write_autoencoder
 
 QUICK = ["callbacks.diagnostics=null", "callbacks.report=null"]
@@ -120,7 +120,7 @@ def test_what_has_no_density_is_refused(run, capsys, words, sentence):
 def test_other_commands_and_models_are_refused(run, tmp_path, capsys):
     for name in ("predict", "validate"):
         assert command(name, run, "likelihood=ode") == 2
-        assert "likelihood is for test" in capsys.readouterr().err
+        assert "'likelihood' is for train.py test" in capsys.readouterr().err
     ae = write_autoencoder(tmp_path / "ae.ckpt", (1, 8, 8), "digits")
     from bd_lightning.checkpoints import load
     from bd_lightning.modules import Autoencoder
@@ -152,3 +152,14 @@ def test_numbers_do_not_depend_on_the_batch():
     whole = flow.densities(module, x, index, 0.1)
     parts = [flow.densities(module, x[rows], index[rows], 0.1) for rows in index.split(4)]
     torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_a_network_of_diffusers_from_the_command_line(tmp_path):
+    pytest.importorskip("diffusers")
+    unet = "{sample_size: 8, in_channels: 1, out_channels: 1, block_out_channels: [8, 16], norm_num_groups: 4, "
+    unet += "down_block_types: [DownBlock2D, DownBlock2D], up_block_types: [UpBlock2D, UpBlock2D]}"
+    module = f"{{_target_: bd_lightning.networks.DiffusersModel, name: UNet2DModel, options: {unet}}}"
+    network = f"model.network={{_target_: bd_lightning.networks.Adapted, noise_scale: 100, module: {module}}}"
+    words = [word for word in WORDS if not word.startswith(("model.network", "model="))]
+    assert train.main([*words, network, "data.batch_size=16", f"root={tmp_path}", "run_id=one", *QUICK]) == 0
+    assert command("predict", tmp_path / "bellman-diffusion" / "one", "n=2") == 0

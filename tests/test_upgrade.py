@@ -83,7 +83,8 @@ def test_old_configs_are_valid_in_todays_words(name, tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(record))
     composed = config.compose(config.parse(["--config", str(tmp_path / "config.yaml")]))
     build.check(composed)
-    since = {"trust": False, "export": None, "calls": None, "likelihood": None}
+    since = {"trust": False, "export": None, "calls": None, "likelihood": None, "inpaint": None}
+    since |= {"upscale": None, "images": None}
     assert {**composed, "format": FORMAT} == {**{k: v for k, v in new.items() if k != "facts"}, **since}
 
 

@@ -14,7 +14,10 @@ from bd_lightning.cli import config as configs
 from bd_lightning.facts import Facts
 from bd_lightning.upgrade import FORMAT
 
-ONCE = {"to": "export", "precision": "export", "length": "average", "score": "average"}
+ONCE = {
+    "to": "export", "precision": "export", "length": "average", "score": "average",
+    "likelihood": "test", "inpaint": "predict", "upscale": "predict", "images": "predict",
+}  # fmt: skip
 """Keys that say what one command does, and no run keeps."""
 
 

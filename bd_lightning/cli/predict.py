@@ -64,9 +64,10 @@ def run(plan: Plan) -> None:
     model.check_predict()
     if config["calls"]:
         raise UserError("calls is for test: a sampler's own are set by model.samplers.NAME.levels or .steps")
-    if config["likelihood"]:
-        raise UserError("likelihood is for test: train.py test ckpt_path=… likelihood=ode")
     labels = choose_labels(config["labels"] or [], facts, model)
+    if config["inpaint"] or config["upscale"] or config["images"]:
+        restore(plan, facts, model, labels if config["labels"] else [])
+        return
     mixed = any(config[key] for key in ("mix", "remove", "merge"))
     if config["calibrate"] and not mixed:
         raise UserError("calibrate corrects the weights of a mixture: give mix, remove or merge too")
@@ -81,6 +82,37 @@ def run(plan: Plan) -> None:
         trainer.predict(drawing, loader, return_predictions=False)
     if trainer.is_global_zero:
         print(f"{config['n']} {writer.product} in {short(folder)}")
+
+
+def restore(plan: Plan, facts: Facts, model: Any, labels: Sequence[int]) -> None:
+    """Write what is missing of images (see `cli.restore`), a result for each, beside a grid of what was given.
+
+    Raises:
+        UserError: for anything that is the user's to put right.
+    """
+    from bd_lightning.cli import restore as tasks
+
+    config = plan.config
+    latents = build.instantiate(config["data"].get("autoencoder"), "data.autoencoder")
+    task = tasks.task_of(config, latents.image_shape if latents else facts.shape)
+    given = tasks.read_images(config["images"], config["n"], task.shape)
+    if any(config[key] for key in ("mix", "remove", "merge")):
+        raise UserError("inpaint and upscale draw from the model itself: leave mix, remove and merge out")
+    if model.conditional and not (model.guidable or labels):
+        raise UserError("this model has to be told the class: give labels=[3], say, one after the other for the images")
+    drawing = tasks.Restoring(model, task, given, latents)
+    settings = settings_of(plan, "n", "labels", "inpaint", "upscale", "images")
+    name = "inpaint" if config["inpaint"] else f"upscale{config['upscale']}"
+    folder = folder_for(settings, plan.run_dir, f"predict-{name}-{model.sampler}-seed{config['seed']}")
+    writer = ImageWriter(folder)
+    trainer = objects.trainer(plan, logger=False, callbacks=[writer, *progress_bars(plan)])
+    loader = DataLoader(SampleRequests(len(given), config["seed"], labels), batch_size=min(100, len(given)))
+    with made(folder, lambda: len(list(folder.iterdir())) > 1), writing(folder):
+        keep_settings(settings, folder)
+        trainer.predict(drawing, loader, return_predictions=False)
+        if trainer.is_global_zero:
+            errors = tasks.write_beside(folder, task, given)
+            print(f"{len(given)} {writer.product} in {short(folder)}, beside given.png{errors}")
 
 
 def mixing(plan: Plan, facts: Facts, model: Any) -> Drawing:

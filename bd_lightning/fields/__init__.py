@@ -6,13 +6,14 @@
 | `AnalyticFields`, `AnalyticRelative` | closed forms, which the losses are minimised by |
 | `ConditionedFields` | learned fields of one class |
 | `GuidedFields` | classifier-free guidance between two pairs |
+| `LateGuidedFields`, `DynamicGuidedFields` | the same with another scale until a transition |
 | `RelativeFields` | learned fields of every class, relative to a base Gaussian |
 | `Mixture` | weighted sums of those |
 """
 
 from bd_lightning.fields.analytic import AnalyticFields, AnalyticRelative, log_ratio
 from bd_lightning.fields.base import ConditionedFields, FieldPair, log_gradient
-from bd_lightning.fields.guided import GuidedFields
+from bd_lightning.fields.guided import DynamicGuidedFields, Guidance, GuidedFields, LateGuidedFields
 from bd_lightning.fields.learned import LearnedFields
 from bd_lightning.fields.mixture import Mixture, Source, calibrated, combine
 from bd_lightning.fields.relative import AnalyticSource, RelativeFields
@@ -22,8 +23,11 @@ __all__ = [
     "AnalyticRelative",
     "AnalyticSource",
     "ConditionedFields",
+    "DynamicGuidedFields",
     "FieldPair",
+    "Guidance",
     "GuidedFields",
+    "LateGuidedFields",
     "LearnedFields",
     "Mixture",
     "RelativeFields",

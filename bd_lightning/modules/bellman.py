@@ -36,7 +36,8 @@ class BellmanDiffusion(Generator):
         scalar_network: a separate network for the scalar field; None shares the trunk.
         parametrisation: "factored" or "direct" (see `fields.preconditioning`).
         label_dropout: share of training points whose class a conditional network is not told, for guidance.
-        guidance: scale of classifier-free guidance when classes are asked for; 1 is none.
+        guidance: scale of classifier-free guidance when classes are asked for; 1 is none. Or a mapping of the arguments
+            of `fields.Guidance`: scale, interval, before, transition.
         guidance_interval: noise levels, in data units, between which guidance acts.
         compile: compile the networks with torch.compile at their first use; worth it on GPUs. Not for objectives that
             differentiate in forward mode, which the compiler does not take.
@@ -66,7 +67,7 @@ class BellmanDiffusion(Generator):
         scalar_network: Network | None = None,
         parametrisation: str = "factored",
         label_dropout: float = 0.0,
-        guidance: float = 1.0,
+        guidance: float | dict[str, Any] = 1.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
         compile: bool = False,
         **options: Any,
@@ -84,7 +85,7 @@ class BellmanDiffusion(Generator):
             raise ValueError("network.per_class=true is for model=relative, whose fields it has heads for")
         if label_dropout and not self.conditional:
             raise ValueError("label_dropout needs network.conditional=true: this network is not told the class")
-        if guidance != 1 and not label_dropout:
+        if not self.guidance == self.guidance_before == 1 and not label_dropout:
             raise ValueError(
                 "guidance needs a class-conditional model that knows the whole data too: train with "
                 "network.conditional=true and label_dropout=0.1, or with model=relative"

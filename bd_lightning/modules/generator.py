@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import UserError, in_range, interval, one_of, plain_name
+from bd_lightning.checks import UserError, one_of, plain_name
 from bd_lightning.dynamics import SampleNoise, Sampler
-from bd_lightning.fields import FieldPair, GuidedFields
+from bd_lightning.fields import FieldPair, Guidance
 from bd_lightning.modules.base import Module
 from bd_lightning.objectives import Losses, NoiseLevels, Objective
 from bd_lightning.targets import Density
@@ -27,7 +27,8 @@ class Generator(Module):
         samplers: samplers by name, None where there is none; what they return lies in [−1, 1] for images.
         sampler: name of the one that prediction and metrics use.
         noise: noise levels that are trained at; None for a single scale, σ = 0.
-        guidance: scale of classifier-free guidance when classes are asked for; 1 is none.
+        guidance: scale of classifier-free guidance when classes are asked for; 1 is none. Or a mapping of the arguments
+            of `fields.Guidance`.
         guidance_interval: noise levels, in data units, between which guidance acts.
         options: arguments of `Module`.
 
@@ -52,7 +53,7 @@ class Generator(Module):
         samplers: dict[str, Sampler | None],
         sampler: str,
         noise: NoiseLevels | None,
-        guidance: float,
+        guidance: float | dict[str, Any],
         guidance_interval: tuple[float, float],
         **options: Any,
     ) -> None:
@@ -69,11 +70,11 @@ class Generator(Module):
                     f"samplers.{name} goes down noise levels, and with noise=null the fields have none: take "
                     "bd_lightning.dynamics.BellmanDynamics, or null; model=paper has all that a single scale needs"
                 )
-        in_range(0, math.inf, guidance=guidance)
-        interval(guidance_interval=guidance_interval)
+        asked = Guidance.read(guidance, guidance_interval)
         self.shape, self.num_classes, self.dim = tuple(shape), num_classes, math.prod(shape)
         self.sampler, self.noise = sampler, noise
-        self.guidance, self.guidance_interval = guidance, guidance_interval
+        self.guidance, self.guidance_interval = asked.scale, asked.interval
+        self.guidance_before, self.guidance_transition = asked.before, asked.transition
 
     @property
     def multi_scale(self) -> bool:
@@ -104,9 +105,10 @@ class Generator(Module):
     def asked(self, label: Tensor | None) -> FieldPair:
         """The fields of classes, label (B,), or of all the data for None, guided if this model is to be."""
         fields = self.fields.conditioned(label)
-        if label is None or self.guidance == 1:
+        if label is None or self.guidance == self.guidance_before == 1:
             return fields
-        return GuidedFields(fields, self.fields.conditioned(None), self.guidance, self.guidance_interval)
+        how = Guidance(self.guidance, self.guidance_interval, self.guidance_before, self.guidance_transition)
+        return how.guided(fields, self.fields.conditioned(None))
 
     def check_likelihood(self) -> None:
         """Refuse fields that are no score, or that know a single noise level."""

@@ -26,7 +26,8 @@ class RelativeDensities(Generator):
         sampler: name of the one that prediction and metrics use.
         objective: what the fields are trained by.
         noise: noise levels that they are trained at.
-        guidance: scale of classifier-free guidance when classes are asked for; 1 is none.
+        guidance: scale of classifier-free guidance when classes are asked for; 1 is none. Or a mapping of the arguments
+            of `fields.Guidance`: scale, interval, before, transition.
         guidance_interval: noise levels, in data units, between which guidance acts.
         compile: compile the network with torch.compile at its first use; worth it on GPUs.
         options: arguments of `Module`.
@@ -50,7 +51,7 @@ class RelativeDensities(Generator):
         sampler: str = "sde",
         objective: DensityRatio = DensityRatio(),  # noqa: B008 (frozen)
         noise: NoiseLevels = NoiseLevels(-0.5, 1.5),  # noqa: B008 (frozen)
-        guidance: float = 1.0,
+        guidance: float | dict[str, Any] = 1.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
         compile: bool = False,
         **options: Any,
@@ -60,7 +61,7 @@ class RelativeDensities(Generator):
             raise ValueError("relative densities need network.per_class=true instead of network.conditional=true")
         self.objective = objective
         self.takes_labels = self.guidable = bool(network.head_shape)
-        if guidance != 1 and not self.takes_labels:
+        if not self.guidance == self.guidance_before == 1 and not self.takes_labels:
             raise ValueError("guidance needs fields of the classes: train with network.per_class=true")
         self.fields = RelativeFields(network, sigma_data, num_classes if self.takes_labels else 1)
         self.objective.check(self.fields, noise)

@@ -40,7 +40,7 @@ def fields_of(denoiser, sigma_data=1.0, dim=2):
 
 
 def samplers():
-    return {"sde": MultistepDynamics(20), "ode": ProbabilityFlow(10)}
+    return {"sde": MultistepDynamics(levels=20), "ode": ProbabilityFlow(steps=10)}
 
 
 @pytest.mark.parametrize("name, options", [("UNet2DModel", UNET), ("DiTTransformer2DModel", DIT)])

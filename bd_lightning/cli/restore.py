@@ -1,0 +1,217 @@
+"""predict … images=FOLDER with inpaint=MASK or upscale=K: what is missing of images, drawn from a posterior."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor
+
+from bd_lightning.checks import UserError, regular_file
+from bd_lightning.inverse import Operator, Outside, PosteriorFields, Shrunk, nearest_filled
+from callbacks.pictures import grid_image
+from datamodules.image_files import find, read
+from datamodules.images import to_uint8, to_unit
+
+
+class Task:
+    """Base of what can be done to images.
+
+    Attributes:
+        operator: what is known of images (B, C, H, W), as (B, D).
+        shape: shape of the images that are read.
+        pixel_noise: standard deviation of what is given, in the units of images, for a model of images.
+        decoder_noise: the same for a model of codes, whose decoder errs more.
+    """
+
+    pixel_noise: float = 0.05
+    decoder_noise: float = 0.2
+
+    operator: Operator
+    shape: tuple[int, int, int]
+
+    def finished(self, images: Tensor, given: Tensor) -> Tensor:
+        """Images (B, C, H, W) in [−1, 1] of drawn ones and of those that were given."""
+        return images
+
+    def baseline(self, given: Tensor) -> Tensor:
+        """What the nearest pixels give, (B, C, H, W)."""
+        raise NotImplementedError
+
+    def measured(self, given: Tensor) -> Tensor:
+        """What is known of the images that were given, (B, D)."""
+        raise NotImplementedError
+
+    def shown(self, given: Tensor) -> Tensor:
+        """What is known as pictures of the size of the result."""
+        raise NotImplementedError
+
+    def errors(self, drawn: Tensor, given: Tensor) -> dict[str, float]:
+        """Root mean square errors of drawn images, black to white 1, where the truth was given; empty elsewhere."""
+        return {}
+
+
+class Inpaint(Task):
+    """Fills the white pixels of a mask.
+
+    Args:
+        path: file of the mask.
+        shape: (C, H, W) of the model's images.
+
+    Raises:
+        UserError: if it is missing, of another size, or all of one colour.
+    """
+
+    def __init__(self, path: str, shape: tuple[int, int, int]) -> None:
+        regular_file(path, "mask")
+        pixels = pil_to_tensor(read(Path(path), 1))[0]
+        if tuple(pixels.shape) != shape[1:]:
+            size, wanted = (" × ".join(map(str, one)) for one in (pixels.shape, shape[1:]))
+            raise UserError(f"the mask {path} has {size} pixels, and this model's images {wanted}: give it that size")
+        self.hole, self.shape = pixels >= 128, shape
+        try:
+            self.operator = Outside(self.hole)
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    def finished(self, images: Tensor, given: Tensor) -> Tensor:
+        return torch.where(self.hole.to(images.device), images, given)
+
+    def baseline(self, given: Tensor) -> Tensor:
+        return nearest_filled(given, self.hole)
+
+    def measured(self, given: Tensor) -> Tensor:
+        return self.operator(given)
+
+    def shown(self, given: Tensor) -> Tensor:
+        return given.masked_fill(self.hole.to(given.device), 0.0)
+
+    def errors(self, drawn: Tensor, given: Tensor) -> dict[str, float]:
+        def error(images: Tensor) -> float:
+            return float(((images - given)[..., self.hole] / 2).square().mean().sqrt())
+
+        return {"drawn": error(drawn), "nearest pixel": error(self.baseline(given))}
+
+
+class Upscale(Task):
+    """Enlarges images.
+
+    Args:
+        factor: by how much.
+        shape: (C, H, W) of the model's images.
+
+    Raises:
+        UserError: for a factor that does not divide their size.
+    """
+
+    decoder_noise = 0.1  # the mean of a block errs less than its pixels
+
+    def __init__(self, factor: int, shape: tuple[int, int, int]) -> None:
+        if factor < 2 or shape[1] % factor or shape[2] % factor:
+            size = f"{shape[1]} × {shape[2]}"
+            raise UserError(
+                f"upscale must divide {size}, the size of this model's images, and be 2 or more; got {factor}"
+            )
+        self.factor, self.operator = factor, Shrunk(factor)
+        self.shape = (shape[0], shape[1] // factor, shape[2] // factor)
+
+    def baseline(self, given: Tensor) -> Tensor:
+        return given.repeat_interleave(self.factor, -1).repeat_interleave(self.factor, -2)
+
+    def measured(self, given: Tensor) -> Tensor:
+        return given.flatten(1)
+
+    def shown(self, given: Tensor) -> Tensor:
+        return self.baseline(given)
+
+
+def task_of(config: Any, shape: tuple[int, ...] | None) -> Task:
+    """What is asked for.
+
+    Raises:
+        UserError: for two tasks at once, without images, and for models that draw none.
+    """
+    if config["inpaint"] and config["upscale"]:
+        raise UserError("inpaint and upscale are two tasks: give one of them")
+    if not config["images"]:
+        raise UserError("inpaint and upscale need images=FOLDER, of which something is missing")
+    if not (config["inpaint"] or config["upscale"]):
+        raise UserError("images=FOLDER needs a task: inpaint=MASK, whose white pixels are filled, or upscale=4")
+    if shape is None or len(shape) != 3:
+        raise UserError("inpaint and upscale are for models of images")
+    size = (shape[0], shape[1], shape[2])
+    return Inpaint(config["inpaint"], size) if config["inpaint"] else Upscale(config["upscale"], size)
+
+
+def read_images(folder: str, n: int, shape: tuple[int, int, int]) -> Tensor:
+    """At most n images of a folder, in order of their names, (N, C, H, W) in [−1, 1].
+
+    Raises:
+        UserError: if there are none, or one is of another size.
+    """
+    paths = list(find(Path(folder), set()))[:n]
+    if not paths:
+        raise UserError(f"no images in {folder}: give images=FOLDER with PNG or JPEG files in it")
+    found = []
+    for path in paths:
+        pixels = pil_to_tensor(read(path, shape[0]))
+        if tuple(pixels.shape) != shape:
+            size, wanted = (" × ".join(map(str, one)) for one in (pixels.shape[1:], shape[1:]))
+            raise UserError(f"{path} has {size} pixels, and what is asked for takes {wanted}: give it that size")
+        found.append(to_unit(pixels))
+    return torch.stack(found)
+
+
+class Restoring(L.LightningModule):
+    """Draws images that agree with what is given, one for each of them, by the sampler of a model.
+
+    Args:
+        model: the model.
+        task: what is to be done.
+        given: the images, (N, *shape of the task), in [−1, 1].
+        latents: decodes what the model draws; None if it draws images.
+    """
+
+    def __init__(self, model: Any, task: Task, given: Tensor, latents: Any) -> None:
+        super().__init__()
+        self.model, self.task, self.given, self.latents = model, task, given, latents
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images (B, C, H, W) of what the model draws."""
+        if self.latents is None:
+            return x
+        images = self.latents.decoded(x)
+        return images.mean(1, keepdim=True) if self.task.shape[0] == 1 else images
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Images (B, C, H, W) in [−1, 1] for requests "index", "seed" and, if classes are asked for, "label", (B,)."""
+        given = self.given[batch["index"].cpu()].to(self.device)
+        with torch.inference_mode(False):
+            y = self.task.measured(given.clone())
+            fields = self.model.asked(batch.get("label"))
+            noise = self.task.pixel_noise if self.latents is None else self.task.decoder_noise
+            posterior = PosteriorFields(fields, y, lambda x: self.task.operator(self.decode(x)), noise)
+        x = self.model.sample(batch["index"].tolist(), seed=int(batch["seed"][0]), fields=posterior)
+        with torch.no_grad():
+            return self.task.finished(self.decode(x), given)
+
+
+def write_beside(folder: Path, task: Task, given: Tensor) -> str:
+    """Write given.png, a grid of what was known, and, where the truth was given too, errors.json; a line that says so.
+
+    Args:
+        folder: where the results lie.
+        task: what was done.
+        given: the images that were given.
+    """
+    grid_image(to_uint8(task.shown(given[:64]))).save(folder / "given.png")
+    drawn = torch.stack([pil_to_tensor(Image.open(folder / f"{i:06d}.png")) for i in range(len(given))])
+    errors = task.errors(to_unit(drawn), given)
+    if not errors:
+        return ""
+    (folder / "errors.json").write_text(json.dumps({**errors, "images": len(given)}, indent=1))
+    words = ", ".join(f"{value:.4f} ({name})" for name, value in errors.items())
+    return f"; root mean square error where filled, black to white 1: {words}"
