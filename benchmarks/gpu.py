@@ -123,7 +123,7 @@ def data_words(folder: Path | None, out: Path) -> list[str]:
     if (folder / "cifar-10-batches-py").is_dir():
         return [f"data.root={folder}", "data.val_size=0", "data.download=false"]
     if (folder / "train").is_dir():
-        return ["data=folder", f"data.folder={folder}", f"data.root={out / 'data'}", "data.val_fraction=0.001"]
+        return ["data=folder", f"data.folder={folder}", f"data.root={out / 'data'}", "data.val_fraction=0"]
     raise UserError(f"--data: {folder} has neither cifar-10-batches-py nor train and test with images in it")
 
 
