@@ -88,6 +88,7 @@ def test_mistakes_are_one_sentence(run, digits, capsys):
         ([mask], "inpaint and upscale need images=FOLDER"),
         ([mask, f"images={digits / 'none'}"], "no images in"),
         ([images, "upscale=3"], "upscale must divide 8 × 8"),
+        ([images, "upscale=0"], "'upscale' must be 2 or more, got 0"),
         ([images, "upscale=2"], "has 8 × 8 pixels, and what is asked for takes 4 × 4"),
     ]:
         assert predict(run, *words) == 2

@@ -102,6 +102,8 @@ def check_keys(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"'{key}' must be at least 1, got {config[key]}")
     if any(not 1 <= count <= MOST_CALLS for count in config["calls"] or ()):
         raise ConfigError(f"'calls' are numbers of network calls, from 1 to {MOST_CALLS:,}, got {config['calls']}")
+    if config["upscale"] is not None and config["upscale"] < 2:
+        raise ConfigError(f"'upscale' must be 2 or more, got {config['upscale']}")
     if config["likelihood"] not in (None, "ode", "fields"):
         raise ConfigError(
             f"'likelihood' is ode, by the probability flow, or fields, in one call; got {config['likelihood']!r}"

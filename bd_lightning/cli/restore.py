@@ -110,11 +110,9 @@ class Upscale(Task):
     decoder_noise = 0.1  # the mean of a block errs less than its pixels
 
     def __init__(self, factor: int, shape: tuple[int, int, int]) -> None:
-        if factor < 2 or shape[1] % factor or shape[2] % factor:
+        if shape[1] % factor or shape[2] % factor:
             size = f"{shape[1]} × {shape[2]}"
-            raise UserError(
-                f"upscale must divide {size}, the size of this model's images, and be 2 or more; got {factor}"
-            )
+            raise UserError(f"upscale must divide {size}, the size of this model's images; got {factor}")
         self.factor, self.operator = factor, Shrunk(factor)
         self.shape = (shape[0], shape[1] // factor, shape[2] // factor)
 
