@@ -33,6 +33,10 @@ from tests.earlier_noise import earlier_noise
 KEPT = Path(__file__).with_suffix(".json")
 ROOT = KEPT.parent.parent
 LIMIT = 1e-6
+LARGE = {
+    "model=unet_large", "model=unet_64",
+    *(f"experiment={name}" for name in ("cifar10", "cifar10_cond", "cifar10_h200", "ffhq64", "celeba64", "imagenet64")),
+}  # fmt: skip
 
 
 def excite(module: torch.nn.Module) -> None:
@@ -95,7 +99,7 @@ def measure(config: str, place: Path) -> dict[str, Any]:
     """Losses of three steps, the norm of the parameters after them, and samples."""
     torch.manual_seed(0)
     argv = fuzz.needed(config, place)
-    if config == "model=unet_large" or config.startswith("experiment=cifar10"):
+    if config in LARGE:
         argv += ["model.network.blocks=1", "model.samplers.sde.levels=8"]
     full = configs.compose(configs.parse(argv))
     build.check(full)
@@ -135,6 +139,8 @@ def numbers(value: Any) -> Iterator[float | str]:
 
 def difference(before: Any, after: Any) -> float:
     """Largest relative difference of the leaves; infinite if their number, or a name, differs."""
+    if before is None:
+        return math.inf
     pairs = list(numbers(before)), list(numbers(after))
     if len(pairs[0]) != len(pairs[1]):
         return math.inf

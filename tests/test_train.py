@@ -14,6 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
+import small_run
 import train
 from bd_lightning.cli.folders import short
 from bd_lightning.upgrade import FORMAT
@@ -275,6 +276,13 @@ MISTAKES = [
     ),
     ("callbacks.metrics.features={_target_: callbacks.InceptionFeatures, weights: nowhere.pth}", "file not found"),
 ]
+
+
+def test_a_single_image_left_over_of_a_split_has_no_loss(tmp_path):
+    """148 digits in batches of 147: the last has one, and no partner for it."""
+    assert small_run.launch(tmp_path / "runs", "data.eval_batch_size=147", "run_id=rest") == 0
+    rows = (tmp_path / "runs" / "bellman-diffusion" / "rest" / "metrics.csv").read_text()
+    assert "val/loss" in rows and "nan" not in rows.lower()
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES)

@@ -163,16 +163,18 @@ class Module(L.LightningModule):
         """Losses of one batch (x, label); the vectors beside "loss" are for callbacks."""
         return self._step("train", batch)
 
-    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        if len(batch[0]) == 1:  # what is left over of a split: one point has no partners for a kernel estimate
+            return None
         generator = torch.Generator(self.device).manual_seed(batch_idx)
         with torch.inference_mode(False), torch.no_grad():
             return self._step(stage, batch, generator)
 
-    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         """The training losses with the same noise at every validation."""
         return self._evaluate("val", batch, batch_idx)
 
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor]:
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         """The training losses on the test split, with fixed noise."""
         return self._evaluate("test", batch, batch_idx)
 
