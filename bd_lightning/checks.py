@@ -7,8 +7,7 @@ import os
 import stat
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-
-import torch
+from typing import Any
 
 
 class UserError(Exception):
@@ -120,6 +119,6 @@ def one_of(choices: tuple[str, ...], **values: str) -> None:
             raise ValueError(f"{name} must be one of {', '.join(choices)}; got {value!r}")
 
 
-def at_hand(x: torch.Tensor) -> bool:
-    """Whether a number of x can be read without waiting until a device has done all that it was asked for."""
+def at_hand(x: Any) -> bool:
+    """Whether a number of a tensor can be read without waiting until a device has done all that it was asked for."""
     return x.device.type == "cpu"

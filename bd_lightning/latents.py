@@ -91,7 +91,8 @@ class DiffusersLatents(LatentSpace):
         except ImportError as error:
             raise ValueError("diffusers is not installed: uv sync --group diffusers") from error
         try:
-            self.module = AutoencoderKL.from_pretrained(source, subfolder=subfolder).requires_grad_(False).eval()
+            self.module = AutoencoderKL.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
+            self.module.requires_grad_(False).eval()
         except Exception as error:  # no such folder, no network, weights of another class
             reason = " ".join(str(error).split())[:200]
             raise ValueError(f"no AutoencoderKL could be loaded from {source!r} ({reason})") from error

@@ -247,14 +247,14 @@ class KernelRegression(FieldObjective):
 
     def check(self, fields: LearnedFields, noise: NoiseLevels | None) -> None:
         """Refuse all but direct fields of the exact kernel, and antithetic pairs."""
-        if noise is not None and noise.antithetic:
-            raise ValueError(
-                "objective=KernelRegression draws its own query points, which have no opposite: noise.antithetic=0"
-            )
         if not (fields.kernel.mobility_is_density and fields.parametrisation.at_any_point):
             raise ValueError(
                 "objective=KernelRegression needs kernel=Exact and parametrisation=direct: only there are both fields "
                 "means over partners"
+            )
+        if noise is not None and noise.antithetic:
+            raise ValueError(
+                "objective=KernelRegression draws its own query points, which have no opposite: noise.antithetic=0"
             )
 
     def __call__(self, fields, queries, pool, generator=None):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bd_lightning import checkpoints
 from bd_lightning import facts as facts_of
-from bd_lightning.checks import positive
+from bd_lightning.checks import UserError, positive
 from bd_lightning.cli import build
 from bd_lightning.combinations import choose_labels
 from bd_lightning.dynamics import Sampler
@@ -65,9 +65,11 @@ class Pretrained:
 
         Raises:
             ValueError: if n is not positive.
-            UserError: for classes that do not exist, and when chains are lost.
+            UserError: for classes and samplers that do not exist, and when chains are lost.
         """
         positive(n=n, batch_size=batch_size)
+        if sampler is not None and sampler not in self.samplers:
+            raise UserError(f"no sampler {sampler!r}; there are {', '.join(self.samplers)}")
         chosen = choose_labels(labels, self.facts, self.model)
         drawn = []
         for start in range(0, n, batch_size):

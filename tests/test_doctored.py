@@ -117,6 +117,8 @@ def test_no_place_of_a_shipped_config_takes_a_stranger(config, tmp_path, monkeyp
     group = config.split("=")[0]
     for name, shape in (("digits", (1, 8, 8)), ("mnist", (1, 28, 28))) if "latent" in config else ():
         write_autoencoder(tmp_path / f"{name}.ckpt", shape, name)
+    if "cifar10_latent" in config:
+        write_autoencoder(tmp_path / "cifar10.ckpt", (3, 32, 32), "CIFAR10", (8, 8, 8), (8, 8))
     composed = configs.compose(configs.parse(fuzz.needed(config, tmp_path)))
     build.check(composed)
     tried = 0

@@ -14,6 +14,7 @@ import bd_lightning
 import train
 from bd_lightning import checkpoints
 from bd_lightning.checks import UserError
+from conftest import ROOT
 from small_run import contents
 from tiny_data import write_autoencoder
 
@@ -129,6 +130,24 @@ def test_models_of_other_kinds(experiment, tmp_path):
     assert (target / "samples.csv").is_file() == (experiment == "gaussians_2d")
     state = checkpoints.read(checkpoint)["state_dict"]
     assert all(torch.equal(value, state[name]) for name, value in checkpoints.read(target)["state_dict"].items())
+
+
+def test_a_sampler_that_is_not_there_is_a_sentence(exported):
+    with pytest.raises(UserError, match="no sampler 'nope'; there are ode"):
+        bd_lightning.load(exported).sample(2, sampler="nope")
+
+
+def test_a_root_of_the_command_line_reaches_data_within_data(tmp_path):
+    """Where a stranger's folder would have looked for images, and written them, is not looked."""
+    from bd_lightning.cli import config
+
+    stored = checkpoints.read(ROOT / "pretrained" / "mnist")["hyper_parameters"]
+    stored["data"]["images"]["root"] = str(tmp_path / "theirs")
+    words = ["test", "ckpt_path=x", f"data.root={tmp_path / 'mine'}"]
+    assert config.compose(config.parse(words), stored)["data"]["images"]["root"] == str(tmp_path / "mine")
+    own = [*words, f"data.images.root={tmp_path / 'own'}"]
+    assert config.compose(config.parse(own), stored)["data"]["images"]["root"] == str(tmp_path / "own")
+    assert config.compose(config.parse(words[:2]), stored)["data"]["images"]["root"] == str(tmp_path / "theirs")
 
 
 def test_load_needs_no_more_than_the_wheel_does(exported):

@@ -195,8 +195,22 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
             nested = {part: nested}
         words = merge(words, nested)
         config = _choose(config, base, nested, "the command line")
+    if stored is not None and "data" in config:
+        config = {**config, "data": _rooted(config["data"], words.get("data"))}
     _refuse_two_sizes(config, [*given, words])
     return _at_home(_resolved(_normalised(config)))
+
+
+def _rooted(data: Any, words: Any) -> Any:
+    """What a data.root of the command line says to data sets within a stored data set, whose root was written out."""
+    if not (isinstance(data, dict) and isinstance(words, dict) and "root" in words):
+        return data
+    found = dict(data)
+    for key, value in data.items():
+        if isinstance(value, dict) and "root" in value:
+            own = words.get(key) if isinstance(words.get(key), dict) else {}
+            found[key] = _rooted({**value, "root": own.get("root", words["root"])}, {"root": words["root"], **own})
+    return found
 
 
 def _choose(config: dict[str, Any], base: dict[str, Any], layer: dict[str, Any], where: str) -> dict[str, Any]:

@@ -65,12 +65,12 @@ def run(plan: Plan) -> None:
     if config["calls"]:
         raise UserError("calls is for test: a sampler's own are set by model.samplers.NAME.levels or .steps")
     labels = choose_labels(config["labels"] or [], facts, model)
-    if config["inpaint"] or config["upscale"] or config["images"]:
-        restore(plan, facts, model, labels if config["labels"] else [])
-        return
     mixed = any(config[key] for key in ("mix", "remove", "merge"))
     if config["calibrate"] and not mixed:
         raise UserError("calibrate corrects the weights of a mixture: give mix, remove or merge too")
+    if config["inpaint"] or config["upscale"] or config["images"]:
+        restore(plan, facts, model, labels if config["labels"] else [])
+        return
     drawing = mixing(plan, facts, model) if mixed else model
     settings = settings_of(plan, "n", "labels", "mix", "remove", "merge", "calibrate")
     folder = folder_for(settings, plan.run_dir, folder_name(plan, model.sampler))

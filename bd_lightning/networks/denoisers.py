@@ -79,7 +79,7 @@ class DiffusersDenoiser(nn.Module):
         import diffusers
 
         try:
-            model = cls.from_pretrained(source, subfolder=subfolder)
+            model = cls.from_pretrained(source, subfolder=subfolder, use_safetensors=True)
             schedule = diffusers.DDPMScheduler.from_pretrained(source, subfolder=scheduler)
         except Exception as error:  # no such folder, no network, weights of another class
             reason = " ".join(str(error).split())[:200]
