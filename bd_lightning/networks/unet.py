@@ -21,12 +21,6 @@ def _norm(channels: int) -> GroupNorm:
     return GroupNorm(math.gcd(8, channels), channels)
 
 
-def _vector_norm(channels: int) -> GroupNorm:
-    """The same for (B, channels), where a group of one channel would lose its value."""
-    groups = math.gcd(8, channels)
-    return GroupNorm(groups if groups < channels else 1, channels)
-
-
 class _Attention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -124,7 +118,7 @@ class UNet(Network):
                 self.pool.append(Conv2d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
         self.middle = block(c, c, len(channels) - 1)
-        self.scalar_head = nn.Sequential(_vector_norm(c), nn.SiLU(), zero_init(Linear(c, math.prod(self.head_shape))))
+        self.scalar_head = nn.Sequential(_norm(c), nn.SiLU(), zero_init(Linear(c, math.prod(self.head_shape))))
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for level, c_out in reversed(list(enumerate(channels))):
             stage = nn.ModuleList()

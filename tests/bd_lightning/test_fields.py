@@ -184,12 +184,9 @@ def test_refusals(call, message):
         call()
 
 
-def test_few_channels_and_one_sample_keep_the_scalar_field():
-    """Groups of one channel would make of a pooled vector nothing but a constant, and refuse a single sample."""
+def test_one_sample_of_few_channels():
+    """torch's own layer refuses groups of a single value."""
     network = UNet((1, 8, 8), channels=[8])
+    x, level = torch.randn(4, 1, 8, 8), torch.zeros(4)
     with torch.no_grad():
-        for p in network.parameters():
-            p.add_(0.3 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
-        a = network(torch.randn(4, 1, 8, 8), torch.zeros(4))[1]
-        one = network(torch.randn(1, 1, 8, 8), torch.zeros(1))[1]
-    assert a.std() > 1e-3 and one.isfinite().all()
+        torch.testing.assert_close(network(x[:1], level[:1])[1], network(x, level)[1][:1])
