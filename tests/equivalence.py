@@ -4,9 +4,9 @@
 
 `tests/equivalence.json` was written by the code before its parts moved into rooms of their own (at
 commit 8f2ffcc, one thread, torch 2.15; experiment=mnist_latent and those of model=points when their training changed);
-`--write` replaces it. Every config is cut to two cores as in `fuzz.needed`; parameters get seeded noise, since heads start at zero; steps
-are AdamW's on three batches of up to 96; samples are drawn from the noise of then (`earlier_noise`).
-Prints the largest relative difference of each config, in losses, parameters and samples.
+`--write` replaces it. Every config is cut to two cores as in `fuzz.needed`; parameters get seeded noise, since heads
+start at zero; steps are AdamW's on three batches of up to 96; samples are drawn from the noise of then
+(`earlier_noise`). Prints the largest relative difference of each config, in losses, parameters and samples.
 """
 
 import argparse
