@@ -222,7 +222,7 @@ def writing(folder: Path) -> Iterator[None]:
         place = short(Path(os.fsdecode(error.filename))) if isinstance(error.filename, (str, bytes)) else short(folder)
         reason = os.strerror(error.errno)
         raise UserError(
-            f"cannot write {place} ({reason}): make room there, or choose another place (root=…, of an export to=…)"
+            f"cannot write {place} ({reason}): make room there, or set root to another place (of an export, to)"
         ) from error
 
 
