@@ -208,7 +208,8 @@ def _rooted(data: Any, words: Any) -> Any:
     found = dict(data)
     for key, value in data.items():
         if isinstance(value, dict) and "root" in value:
-            own = words.get(key) if isinstance(words.get(key), dict) else {}
+            said = words.get(key)
+            own = said if isinstance(said, dict) else {}
             found[key] = _rooted({**value, "root": own.get("root", words["root"])}, {"root": words["root"], **own})
     return found
 
