@@ -73,6 +73,10 @@ def test_any_module_is_a_trunk_or_says_why_not():
         Adapted((3,), Twice())
     with pytest.raises(ValueError, match="Linear cannot be called with x"):
         Adapted((3,), nn.Linear(3, 3))
+
+
+def test_a_model_that_diffusers_lacks_is_a_sentence():
+    pytest.importorskip("diffusers")
     with pytest.raises(ValueError, match="diffusers has no model 'Sequential'"):
         DiffusersModel("Sequential")
 
