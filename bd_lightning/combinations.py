@@ -61,7 +61,7 @@ def combined(
         UserError: for models without classes, checkpoints that do not fit each other, and weights without a meaning.
     """
     sources = [(model.mixture_source(), facts.class_names, 1.0)]
-    if not model.guidance == model.guidance_before == 1:
+    if model.guidance.acts:
         raise UserError("guidance goes from all the data towards a class, a mixture has none: add model.guidance=1")
     mine, others = identity(model, facts), []
     for other_path, weight in (merge or {}).items():

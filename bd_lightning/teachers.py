@@ -10,7 +10,7 @@ from bd_lightning import checkpoints, combinations
 from bd_lightning import facts as facts_of
 from bd_lightning.checks import UserError
 from bd_lightning.divergences import bcast
-from bd_lightning.fields import FieldPair
+from bd_lightning.fields import FieldPair, Guidance
 from bd_lightning.modules.generator import Generator
 
 
@@ -103,8 +103,7 @@ def load(
             raise UserError("guidance needs a teacher with classes, and network.conditional=true here")
         if not model.guidable:
             raise UserError(f"{path} cannot be guided: it was trained with label_dropout=0")
-    model.guidance, model.guidance_interval = guidance, student.guidance_interval
-    model.guidance_before, model.guidance_transition = 1.0, None  # a teacher's steps are of no chain
+    model.guidance = Guidance(guidance, student.guidance.interval)  # from the beginning: its steps are of no chain
     if mix or remove or merge:
         if labels:
             raise UserError("labels asks for classes one by one, mix and remove for a mixture: give one of the two")

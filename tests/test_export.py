@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 import bd_lightning
@@ -148,6 +149,10 @@ def test_a_root_of_the_command_line_reaches_data_within_data(tmp_path):
     own = [*words, f"data.images.root={tmp_path / 'own'}"]
     assert config.compose(config.parse(own), stored)["data"]["images"]["root"] == str(tmp_path / "own")
     assert config.compose(config.parse(words[:2]), stored)["data"]["images"]["root"] == str(tmp_path / "theirs")
+    record = tmp_path / "config.yaml"  # of a run folder, repeated elsewhere
+    record.write_text(yaml.safe_dump({key: value for key, value in stored.items() if key != "facts"}))
+    again = config.compose(config.parse(["--config", str(record), words[2]]))
+    assert again["data"]["images"]["root"] == str(tmp_path / "mine")
 
 
 def test_load_needs_no_more_than_the_wheel_does(exported):

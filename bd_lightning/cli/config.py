@@ -195,8 +195,11 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
             nested = {part: nested}
         words = merge(words, nested)
         config = _choose(config, base, nested, "the command line")
-    if stored is not None and "data" in config:
-        config = {**config, "data": _rooted(config["data"], words.get("data"))}
+    if "data" in config:
+        said: Any = {}
+        for layer in (*given, words):
+            said = merge(said, layer.get("data") or {})
+        config = {**config, "data": _rooted(config["data"], said)}
     _refuse_two_sizes(config, [*given, words])
     return _at_home(_resolved(_normalised(config)))
 

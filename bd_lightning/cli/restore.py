@@ -1,6 +1,7 @@
 """predict … images=FOLDER with inpaint=MASK or upscale=K: what is missing of images, drawn from a posterior."""
 
 import json
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from datamodules.image_files import find, read
 from datamodules.images import to_uint8, to_unit
 
 
-class Task:
+class Task(ABC):
     """Base of what can be done to images.
 
     Attributes:
@@ -37,17 +38,17 @@ class Task:
         """Images (B, C, H, W) in [−1, 1] of drawn ones and of those that were given."""
         return images
 
+    @abstractmethod
     def baseline(self, given: Tensor) -> Tensor:
         """What the nearest pixels give, (B, C, H, W)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def measured(self, given: Tensor) -> Tensor:
         """What is known of the images that were given, (B, D)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shown(self, given: Tensor) -> Tensor:
         """What is known as pictures of the size of the result."""
-        raise NotImplementedError
 
     def errors(self, drawn: Tensor, given: Tensor) -> dict[str, float]:
         """Root mean square errors of drawn images, black to white 1, where the truth was given; empty elsewhere."""

@@ -99,7 +99,22 @@ class _GuidedAt(FieldPair):
         return s, self.whole.guided(s, g, log_gradient(*self.base(x, sigma)), sigma, self.level)
 
 
-class LateGuidedFields(GuidedFields):
+class _Begun(GuidedFields):
+    """Guidance that has another scale, `before`, until something has come to pass."""
+
+    def __init__(
+        self,
+        fields: FieldPair,
+        base: FieldPair,
+        scale: float,
+        before: float,
+        interval: Sequence[float] = (0.0, math.inf),
+    ) -> None:
+        super().__init__(fields, base, scale, interval)
+        self.before = before
+
+
+class LateGuidedFields(_Begun):
     """Guidance with another scale above a noise level, where guided chains would be drawn to copies of training data.
 
     Args:
@@ -123,15 +138,15 @@ class LateGuidedFields(GuidedFields):
         transition: float,
         interval: Sequence[float] = (0.0, math.inf),
     ) -> None:
-        super().__init__(fields, base, scale, interval)
-        self.before, self.transition = before, transition
+        super().__init__(fields, base, scale, before, interval)
+        self.transition = transition
 
     def scales(self, sigma: Tensor, difference: Tensor, level: float) -> Tensor:
         """The scale of each chain by its noise level, (B,)."""
         return torch.where(sigma > self.transition, self.before, self.scale)
 
 
-class DynamicGuidedFields(GuidedFields):
+class DynamicGuidedFields(_Begun):
     """Guidance with another scale until the first local minimum of d = σ‖S_c − S₀‖ along a chain, each for itself.
 
     The chains are those of one batch on its way down the noise levels: the fields remember d of the last level, and
@@ -156,8 +171,7 @@ class DynamicGuidedFields(GuidedFields):
         before: float,
         interval: Sequence[float] = (0.0, math.inf),
     ) -> None:
-        super().__init__(fields, base, scale, interval)
-        self.before = before
+        super().__init__(fields, base, scale, before, interval)
         self.first = self.level = math.inf
         self.last, self.falling, self.passed = (torch.zeros(0) for _ in range(3))
 
@@ -222,9 +236,14 @@ class Guidance:
         except TypeError as error:
             raise ValueError(f"guidance takes numbers, and 'dynamic' for a transition; got {dict(given)}") from error
 
+    @property
+    def acts(self) -> bool:
+        """Whether there is any."""
+        return not self.scale == self.before == 1
+
     def guided(self, pair: FieldPair, base: FieldPair) -> FieldPair:
         """Fields of a class guided away from those of all the data."""
-        if self.scale == 1 and self.before == 1:
+        if not self.acts:
             return pair
         if self.transition is None:
             return GuidedFields(pair, base, self.scale, self.interval)

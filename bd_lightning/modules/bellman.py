@@ -85,7 +85,7 @@ class BellmanDiffusion(Generator):
             raise ValueError("network.per_class=true is for model=relative, whose fields it has heads for")
         if label_dropout and not self.conditional:
             raise ValueError("label_dropout needs network.conditional=true: this network is not told the class")
-        if not self.guidance == self.guidance_before == 1 and not label_dropout:
+        if self.guidance.acts and not label_dropout:
             raise ValueError(
                 "guidance needs a class-conditional model that knows the whole data too: train with "
                 "network.conditional=true and label_dropout=0.1, or with model=relative"

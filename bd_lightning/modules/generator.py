@@ -70,11 +70,9 @@ class Generator(Module):
                     f"samplers.{name} goes down noise levels, and with noise=null the fields have none: take "
                     "bd_lightning.dynamics.BellmanDynamics, or null; model=paper has all that a single scale needs"
                 )
-        asked = Guidance.read(guidance, guidance_interval)
         self.shape, self.num_classes, self.dim = tuple(shape), num_classes, math.prod(shape)
         self.sampler, self.noise = sampler, noise
-        self.guidance, self.guidance_interval = asked.scale, asked.interval
-        self.guidance_before, self.guidance_transition = asked.before, asked.transition
+        self.guidance = Guidance.read(guidance, guidance_interval)
 
     @property
     def multi_scale(self) -> bool:
@@ -105,10 +103,7 @@ class Generator(Module):
     def asked(self, label: Tensor | None) -> FieldPair:
         """The fields of classes, label (B,), or of all the data for None, guided if this model is to be."""
         fields = self.fields.conditioned(label)
-        if label is None or self.guidance == self.guidance_before == 1:
-            return fields
-        how = Guidance(self.guidance, self.guidance_interval, self.guidance_before, self.guidance_transition)
-        return how.guided(fields, self.fields.conditioned(None))
+        return fields if label is None else self.guidance.guided(fields, self.fields.conditioned(None))
 
     def check_likelihood(self) -> None:
         """Refuse fields that are no score, or that know a single noise level."""

@@ -61,7 +61,7 @@ class RelativeDensities(Generator):
             raise ValueError("relative densities need network.per_class=true instead of network.conditional=true")
         self.objective = objective
         self.takes_labels = self.guidable = bool(network.head_shape)
-        if not self.guidance == self.guidance_before == 1 and not self.takes_labels:
+        if self.guidance.acts and not self.takes_labels:
             raise ValueError("guidance needs fields of the classes: train with network.per_class=true")
         self.fields = RelativeFields(network, sigma_data, num_classes if self.takes_labels else 1)
         self.objective.check(self.fields, noise)

@@ -7,7 +7,7 @@ from bd_lightning import kernels
 from bd_lightning.checks import UserError
 from bd_lightning.distances import relative_error
 from bd_lightning.dynamics import BellmanDynamics, MultistepDynamics, ProbabilityFlow
-from bd_lightning.fields import log_gradient
+from bd_lightning.fields import Guidance, log_gradient
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP, Network
 from bd_lightning.objectives import FieldDivergence, KernelRegression, NoiseLevels, Partners, Proposal, Queries
@@ -210,12 +210,12 @@ def test_guidance_of_a_conditional_model():
     asked = torch.tensor([0, 2])
     guided = module.sample(range(2), label=asked)
     everything = module.sample(range(2))
-    module.guidance = 1.0
+    module.guidance = Guidance()
     plain = module.sample(range(2), label=asked)
     assert (guided - plain).abs().min() > 1e-4
-    module.guidance = 0.0
+    module.guidance = Guidance(0.0)
     torch.testing.assert_close(module.sample(range(2), label=asked), everything)
-    module.guidance, module.guidance_interval = 2.0, (30.0, 40.0)  # above every noise level
+    module.guidance = Guidance(2.0, (30.0, 40.0))  # above every noise level
     torch.testing.assert_close(module.sample(range(2), label=asked), plain)
 
 
