@@ -40,6 +40,9 @@ def local(place: str | Path) -> str:
     """
     scheme, marked, rest = str(place).partition("://")
     if not marked:
+        kind, colon, _ = str(place).partition(":")
+        if colon and kind in FORMS and not Path(place).exists():
+            raise UserError(f"cannot read the address '{place}': it is written {FORMS[kind][1]}")
         return str(place)
     if scheme not in FORMS:
         raise UserError(f"no address '{place}': it begins with hf:// or wandb://.{suggest(scheme, FORMS)}")

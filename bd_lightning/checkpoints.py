@@ -72,7 +72,7 @@ def read(path: str | Path) -> dict[str, Any]:
         checkpoint = exported.read(path) if folder else _file(path)
         stored = upgrade(checkpoint["hyper_parameters"], str(path))
         if not {"data", "model", "facts"} <= stored.keys() or not isinstance(checkpoint["state_dict"], dict):
-            raise KeyError("facts")
+            raise ValueError("it says nothing of its data and its model")
         step = checkpoint.get("global_step", 0)
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"global_step is {step!r}")

@@ -65,6 +65,8 @@ def test_paths_are_left_alone(tmp_path):
         ("wandb://me/digits:v0", "it is written wandb://entity/project/artifact:alias"),
         ("wandb://me/project/../x:v0", "it is written wandb://entity/project/artifact:alias"),
         ("hgf://me/digits", "it begins with hf:// or wandb://. Did you mean 'hf'?"),
+        ("hf:/me/digits", "it is written hf://owner/name[@revision]"),
+        ("wandb:me/p/digits:v0", "it is written wandb://entity/project/artifact:alias"),
         ("s3://bucket/model", "it begins with hf:// or wandb://"),
     ],
 )

@@ -74,6 +74,22 @@ def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path):
     assert "| val/fid 40 | at 4 |" in card and "at 2" not in card and "![samples](samples.png)" in card
     assert json.loads((target / "fid.json").read_text()) == rows[1:]
     assert train.main(["compare", str(run), str(target), f"out={tmp_path / 'page.html'}"]) == 0
+    again = tmp_path / "again"
+    assert train.main(["export", f"ckpt_path={target}", f"to={again}", *QUIET]) == 0
+    assert json.loads((again / "fid.json").read_text()) == rows[1:]
+
+
+def test_a_folder_whose_facts_ask_for_too_much_or_are_missing_is_refused_in_a_sentence(exported, capsys):
+    config = yaml.safe_load((exported / "config.yaml").read_text())
+    for change, sentence in (
+        ({"facts": {**config["facts"], "shape": [1, 2**20, 2**20]}}, "asks for more memory than this machine has"),
+        ({"facts": None}, "says nothing of its data"),
+    ):
+        changed = {key: value for key, value in {**config, **change}.items() if value is not None}
+        (exported / "config.yaml").write_text(yaml.safe_dump(changed))
+        assert train.main(["predict", f"ckpt_path={exported}", "n=1", *QUIET]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ") and sentence in said and said.count("\n") == 1
 
 
 def test_a_latent_model_takes_its_autoencoder_along(tmp_path):

@@ -339,5 +339,8 @@ def instantiate(node: Any, key: str, facts: Mapping[str, Any] | None = None, **e
         raise ConfigError(f"'{key}' ({cls.__name__}) needs {' and '.join(lacking)}, which this data does not have")
     try:
         return cls(**built, **known, **extra)
-    except (ValueError, TypeError, RuntimeError, OSError, MisconfigurationException) as error:
-        raise ConfigError(f"'{key}' ({cls.__name__}): {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, RuntimeError, OSError, MemoryError, MisconfigurationException) as error:
+        reason = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "can't allocate memory" in reason:
+            reason = "it asks for more memory than this machine has: make it, or the data it is for, smaller"
+        raise ConfigError(f"'{key}' ({cls.__name__}): {reason}") from error

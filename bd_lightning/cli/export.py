@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
-from bd_lightning import checkpoints, exported, report
+from bd_lightning import addresses, checkpoints, exported, report
 from bd_lightning.checks import UserError, one_of
 from bd_lightning.cli import objects, predict
 from bd_lightning.cli.folders import made, short, writing
@@ -202,10 +202,12 @@ def shown(product: str | None) -> str:
 
 
 def measured(plan: Plan) -> list[dict[str, Any]]:
-    """Rows of fid.json, of the run and of evaluations of it, that were measured at the step of the checkpoint."""
-    if not (plan.run_dir / "config.yaml").is_file():
+    """Rows of fid.json, of an exported folder or of the run and its evaluations, of the step of the weights."""
+    own = Path(addresses.local(plan.config["ckpt_path"]))
+    folder = own if own.is_dir() else plan.run_dir  # an exported folder has its numbers with it
+    if not (folder / "config.yaml").is_file():
         return []
-    run = report.read(plan.run_dir)
+    run = report.read(folder)
     records = {**run.records, **{name: rows for name, rows in run.evaluations.items()}}
     found = [row for name, rows in records.items() if Path(name).name == "fid.json" for row in rows]
     unique = {json.dumps(row, sort_keys=True): row for row in found if row["step"] == plan.step}

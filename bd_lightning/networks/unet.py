@@ -21,6 +21,11 @@ def _norm(channels: int) -> GroupNorm:
     return GroupNorm(math.gcd(8, channels), channels)
 
 
+def _pooled_norm(channels: int) -> GroupNorm:
+    """As `_norm` for a map that was averaged to one pixel: a group has at least four channels, or it says nothing."""
+    return GroupNorm(math.gcd(8, max(1, channels // 4)), channels)
+
+
 class _Attention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -118,7 +123,7 @@ class UNet(Network):
                 self.pool.append(Conv2d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
         self.middle = block(c, c, len(channels) - 1)
-        self.scalar_head = nn.Sequential(_norm(c), nn.SiLU(), zero_init(Linear(c, math.prod(self.head_shape))))
+        self.scalar_head = nn.Sequential(_pooled_norm(c), nn.SiLU(), zero_init(Linear(c, math.prod(self.head_shape))))
         self.up, self.grow = nn.ModuleList(), nn.ModuleList()
         for level, c_out in reversed(list(enumerate(channels))):
             stage = nn.ModuleList()

@@ -190,3 +190,14 @@ def test_one_sample_of_few_channels():
     x, level = torch.randn(4, 1, 8, 8), torch.zeros(4)
     with torch.no_grad():
         torch.testing.assert_close(network(x[:1], level[:1])[1], network(x, level)[1][:1])
+
+
+@pytest.mark.parametrize("channels", [4, 8, 16])
+def test_the_scalar_of_few_channels_sees_the_image(channels):
+    """A pooled channel that is standardised by itself is a constant, two of them are signs."""
+    torch.manual_seed(0)
+    network = UNet((1, 8, 8), channels=[channels])
+    torch.nn.init.normal_(network.scalar_head[-1].weight)
+    with torch.no_grad():
+        scalars = network(torch.randn(16, 1, 8, 8), torch.zeros(16))[1]
+    assert len(scalars.mul(100).round().unique()) > 12
