@@ -10,7 +10,8 @@ References:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -131,6 +132,10 @@ class Muon(Optimizer):
         others = [p for p in module.parameters() if p not in chosen]
         return _MuonAndAdamW(matrices, others, lr, self)
 
+    def unless(self, optimizer, bad):
+        if not optimizer.leave_out(bad):
+            super().unless(optimizer, bad)
+
 
 class _MuonAndAdamW(torch.optim.Optimizer):
     """torch's Muon on flattened views of some parameters and torch's AdamW on others, as one optimiser."""
@@ -143,7 +148,15 @@ class _MuonAndAdamW(torch.optim.Optimizer):
             ),
             AdamW(of.betas, of.weight_decay)(nn.ParameterList(others), lr),
         ]  # fmt: skip
+        self.bad: Tensor | None = None
         super().__init__([{"params": list(matrices)}, {"params": list(others)}], {"lr": lr})
+
+    def leave_out(self, bad: Tensor) -> bool:
+        """Leave the next step out if `bad` is true, without waiting for it; False where AdamW's kernel cannot."""
+        if not self.parts[1].param_groups[0]["fused"]:
+            return False
+        self.bad = self.parts[1].found_inf = bad.float()  # type: ignore[attr-defined]
+        return True
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -157,12 +170,31 @@ class _MuonAndAdamW(torch.optim.Optimizer):
         for view, p in zip(self.views, matrices):
             view.data = p.detach().flatten(1)
             view.grad = None if p.grad is None else p.grad.flatten(1)
-        for part in self.parts:
-            part.step()
+        muon, adamw = self.parts
+        with self._kept():
+            muon.step()
+        adamw.step()
         for view, p in zip(self.views, matrices):
             if view.data_ptr() != p.data_ptr():  # channels-last weights were copied
                 p.copy_(view.view(p.shape))
         return loss
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Take back on the device what Muon does to its weights and moments, if this step is one to leave out."""
+        if self.bad is None:
+            yield
+            return
+        bad = self.bad > 0
+        for view in self.views:
+            if view.grad is not None:
+                view.grad = view.grad.masked_fill(bad, 0.0)  # a buffer that is not there yet begins with zeros
+        tensors = [view.data for view in self.views]
+        tensors += [state["momentum_buffer"] for state in self.parts[0].state.values()]
+        before = [tensor.clone() for tensor in tensors]
+        yield
+        for tensor, old in zip(tensors, before):
+            tensor.copy_(torch.where(bad, old, tensor))
 
     def state_dict(self) -> dict[str, Any]:
         rates = [{"lr": group["lr"], "initial_lr": group.get("initial_lr", group["lr"])} for group in self.param_groups]
