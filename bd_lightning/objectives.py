@@ -187,15 +187,17 @@ class FieldDivergence(FieldObjective):
         m, grad_m = pool.mobility(fields.kernel, point, level, generator)
         m_ref, form = fields.reference(level), fields.parametrisation
         if self.trace == "stein":
-            h, s = fields.outputs(point, level, queries.label)
+            h, s = fields.outputs(point, level, queries.label, queries.told)
             loss = form.stein_loss(h, noise, level, m, grad_m, m_ref)
         elif self.trace == "combined":
-            h, s, trace, weight = self._probed(fields, point, level, queries.label, generator)
+            h, s, trace, weight = self._probed(fields, point, level, queries, generator)
             loss = form.stein_loss(h, noise, level, m, grad_m, m_ref)
             loss = loss + weight * form.control(h, trace, noise, level, m, grad_m, m_ref)
         else:
             v = divergences.probes(point, self.trace, generator)
-            h, s, trace = divergences.probe_jacobian(lambda p: fields.outputs(p, level, queries.label), point, v)
+            h, s, trace = divergences.probe_jacobian(
+                lambda p: fields.outputs(p, level, queries.label, queries.told), point, v
+            )
             if self.trace == "sliced":
                 loss = divergences.sliced_divergence_loss(h, v[0], trace, m) / m_ref.square()
             else:
@@ -212,18 +214,18 @@ class FieldDivergence(FieldObjective):
         fields: LearnedFields,
         point: Tensor,
         level: Tensor,
-        label: Tensor | None,
+        queries: Queries,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Outputs (h, s) at all points, and the probed trace and its weight where it is probed, zeros elsewhere."""
         order = level.argsort()
         low, high = order.tensor_split([max(1, round((self.probed or PROBED) * len(order)))])
         v = divergences.probes(point[low], "hutchinson", generator)
-        told = [None if label is None else label[rows] for rows in (low, high)]
-        h, s, trace = divergences.probe_jacobian(lambda p: fields.outputs(p, level[low], told[0]), point[low], v)
+        known = [[None if v is None else v[rows] for v in (queries.label, queries.told)] for rows in (low, high)]
+        h, s, trace = divergences.probe_jacobian(lambda p: fields.outputs(p, level[low], *known[0]), point[low], v)
         weight = 1 - divergences.stein_weight(level[low], (self.crossover or CROSSOVER) * fields.sigma_data)
         if len(high):
-            rest = fields.outputs(point[high], level[high], told[1])
+            rest = fields.outputs(point[high], level[high], *known[1])
             h, s = torch.cat([h, rest[0]]), torch.cat([s, rest[1]])
         back, none = order.argsort(), level.new_zeros(len(high))
         return h[back], s[back], torch.cat([trace, none])[back], torch.cat([weight, none])[back]
@@ -264,7 +266,7 @@ class KernelRegression(FieldObjective):
         point = self.proposal(x, pool.y, width, generator)
         m, grad_m = pool.mobility(fields.kernel, point, level, generator)
         m_ref = fields.reference(level)
-        h, s = fields.outputs(point, level, queries.label)
+        h, s = fields.outputs(point, level, queries.label, queries.told)
         return Losses(
             gradient=4 * width.square() / fields.dim * divergences.regression_loss(h, grad_m) / m_ref.square(),
             scalar=self.scalar_weight * divergences.scalar_loss(s / m_ref, m / m_ref),

@@ -69,12 +69,14 @@ class Queries:
         x: the points, shape (Q, *).
         sigma: noise level of each, shape (Q,), in data units; None for a single scale.
         label: class indices, shape (Q,), for class-conditional fields.
+        told: how each was augmented, shape (Q, n), for networks that are told.
         pairs: how many antithetic pairs the first points are: 2i and 2i + 1 are one point at one noise level.
     """
 
     x: Tensor
     sigma: Tensor | None = None
     label: Tensor | None = None
+    told: Tensor | None = None
     pairs: int = 0
 
     def perturbed(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -162,22 +164,23 @@ def queries(
     sigma_data: float,
     generator: torch.Generator | None = None,
     pool: Pool | None = None,
+    told: Tensor | None = None,
 ) -> tuple[Queries, Pool | None]:
-    """Noise levels for points x (Q, *) with classes label (Q,) or None, and their pool.
+    """Noise levels for points x (Q, *), of classes label (Q,) and augmented as told (Q, n) if not None, and their pool.
 
     With antithetic pairs the first points are taken twice and as many of the last are left out. All stay in the pool,
     and both points of a pair have the partners of the clean point, which is not among them.
     """
     if noise is None:
-        return Queries(x, None, label), pool
+        return Queries(x, None, label, told), pool
     pairs = noise.pairs(len(x), sigma_data)
     sigma = noise(len(x), x.device, generator, pairs)
     if pairs:
         once = torch.arange(len(x) - pairs, device=x.device)
         rows = torch.cat([once[:pairs].repeat_interleave(2), once[pairs:]])
-        x, label = x[rows], None if label is None else label[rows]
+        x, label, told = x[rows], None if label is None else label[rows], None if told is None else told[rows]
         pool = None if pool is None else Pool(pool.y, pool.weights[rows])
-    return Queries(x, sigma, label, pairs), pool
+    return Queries(x, sigma, label, told, pairs), pool
 
 
 @dataclass(frozen=True)

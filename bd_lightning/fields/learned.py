@@ -61,20 +61,23 @@ class LearnedFields(nn.Module, FieldPair):
         """Typical mobility m_ref at noise levels sigma; shape of sigma."""
         return self.kernel.reference(sigma, self.sigma_data, self.dim)
 
-    def outputs(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def outputs(
+        self, x: Tensor, sigma: Tensor, label: Tensor | None = None, told: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What the losses are written in: (S, s) of factored fields, (g, s) of direct ones.
 
         Args:
             x: points, shape (B, *).
             sigma: noise levels, shape (B,).
             label: class indices, shape (B,), for class-conditional networks.
+            told: how each image was augmented, shape (B, n), for networks that are told.
 
         Returns:
             S or g, shape (B, *), and s, shape (B,).
         """
-        out, a = preconditioning.call(self.network, x, sigma, self.sigma_data, label)
+        out, a = preconditioning.call(self.network, x, sigma, self.sigma_data, label, told)
         if self.scalar_network is not None:
-            _, a = preconditioning.call(self.scalar_network, x, sigma, self.sigma_data, label)
+            _, a = preconditioning.call(self.scalar_network, x, sigma, self.sigma_data, label, told)
         m_ref = self.reference(sigma)
         s = m_ref * F.softplus(a + _SOFTPLUS_SHIFT)
         return self.parametrisation.output(out, x, sigma, self.sigma_data, self.kernel, m_ref), s

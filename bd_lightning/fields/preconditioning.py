@@ -29,7 +29,12 @@ from bd_lightning.kernels import Kernel
 
 
 def call(
-    network: nn.Module, x: Tensor, sigma: Tensor, sigma_data: float, label: Tensor | None = None
+    network: nn.Module,
+    x: Tensor,
+    sigma: Tensor,
+    sigma_data: float,
+    label: Tensor | None = None,
+    told: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """A network's outputs (F, a) at x (B, *) and noise levels sigma (B,), in the precision of x.
 
@@ -39,12 +44,15 @@ def call(
         sigma: noise levels, shape (B,), in data units.
         sigma_data: standard deviation σ_d of the data.
         label: class indices, shape (B,), for class-conditional networks.
+        told: how each image was augmented, shape (B, n), for networks that are told.
 
     Raises:
         UserError: if the network gives something else than two tensors, or of other shapes.
     """
     total = sigma.square() + sigma_data**2
-    given = network(x * bcast(total.rsqrt(), x), sigma.clamp_min(1e-4).log() / 4, label)
+    given = network(
+        x * bcast(total.rsqrt(), x), sigma.clamp_min(1e-4).log() / 4, label, *(() if told is None else (told,))
+    )
     if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(one, Tensor) for one in given)):
         raise UserError(f"the network gives a {type(given).__name__}; it must give two tensors, F and a")
     out, a = given

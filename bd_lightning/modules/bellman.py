@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bd_lightning.augmentation import Augmentation
 from bd_lightning.checks import in_range
 from bd_lightning.dynamics import Sampler
 from bd_lightning.fields import LearnedFields
@@ -33,6 +34,7 @@ class BellmanDiffusion(Generator):
         objective: what the fields are trained by.
         noise: noise levels that they are trained at; None for a single scale, σ = 0.
         partners: the pairs of the kernel estimate.
+        augment: changes training images at random and tells the networks how (see `augmentation`); None for none.
         scalar_network: a separate network for the scalar field; None shares the trunk.
         parametrisation: "factored" or "direct" (see `fields.preconditioning`).
         label_dropout: share of training points whose class a conditional network is not told, for guidance.
@@ -64,6 +66,7 @@ class BellmanDiffusion(Generator):
         objective: FieldObjective = FieldDivergence(),  # noqa: B008 (frozen)
         noise: NoiseLevels | None = NoiseLevels(),  # noqa: B008 (frozen)
         partners: Partners = Partners(),  # noqa: B008 (frozen)
+        augment: Augmentation | None = None,
         scalar_network: Network | None = None,
         parametrisation: str = "factored",
         label_dropout: float = 0.0,
@@ -73,7 +76,7 @@ class BellmanDiffusion(Generator):
         **options: Any,
     ) -> None:
         super().__init__(shape, num_classes, samplers, sampler, noise, guidance, guidance_interval, **options)
-        self.kernel, self.objective, self.partners = kernel, objective, partners
+        self.kernel, self.objective, self.partners, self.augment = kernel, objective, partners, augment
         self.conditional = self.takes_labels = network.conditional
         self.label_dropout, self.guidable = label_dropout, bool(label_dropout)
         in_range(0, 1, label_dropout=label_dropout)
@@ -90,6 +93,14 @@ class BellmanDiffusion(Generator):
                 "guidance needs a class-conditional model that knows the whole data too: train with "
                 "network.conditional=true and label_dropout=0.1, or with model=relative"
             )
+        for one in (network, scalar_network):
+            if one is not None and one.told != (augment.size if augment else 0):
+                raise ValueError(
+                    f"augment tells the networks {augment.size if augment else 0} numbers, and one of them takes "
+                    f"{one.told}: set network.told (of networks.UNet; others take none) and scalar_network.told to that"
+                )
+        if augment and len(shape) != 3:
+            raise ValueError(f"augment is for images: this data has the shape {tuple(shape)}")
         no_class = num_classes if label_dropout else None
         self.fields = LearnedFields(network, kernel, sigma_data, self.dim, parametrisation, scalar_network, no_class)
         self.objective.check(self.fields, noise)
@@ -101,10 +112,14 @@ class BellmanDiffusion(Generator):
 
     def losses(self, x: Tensor, label: Tensor | None = None, generator: torch.Generator | None = None) -> Losses:
         """The objective's losses at the queries of a batch, per sample; see `Generator.losses`."""
+        told = None
+        if self.augment and self.training:
+            x, told = self.augment(x, generator)
         x, pool = self.partners(x, self.training)
+        told = None if told is None else told[: len(x)]
         label = label[: len(x)] if self.conditional and label is not None else None
         if label is not None and self.training and self.label_dropout:
             dropped = torch.rand(len(x), device=x.device, generator=generator) < self.label_dropout
             label = label.masked_fill(dropped, self.num_classes)
-        points, partners = queries(x, label, self.noise, self.fields.sigma_data, generator, pool)
+        points, partners = queries(x, label, self.noise, self.fields.sigma_data, generator, pool, told)
         return self.objective(self.fields, points, partners, generator)

@@ -12,6 +12,7 @@ class Network(nn.Module):
     Attributes:
         conditional: whether the network is told the class; its label `num_classes` stands for no class in particular.
         head_shape: leading shape of the outputs after the batch: () for one pair of heads, (C,) for one of every class.
+        told: length of the vector that a network takes after the label, how an image was augmented; 0 for none.
         gradient_head: the layer that F comes from.
         scalar_head: the layer that a comes from.
         outer: names of the layers at either end and of those that condition, whose weights are no `matrices`.
@@ -21,6 +22,7 @@ class Network(nn.Module):
 
     conditional: bool = False
     head_shape: tuple[int, ...] = ()
+    told: int = 0
     gradient_head: nn.Module
     scalar_head: nn.Module
 

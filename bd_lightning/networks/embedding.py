@@ -15,13 +15,16 @@ class ConditionEmbedding(nn.Module):
         width: size of the embedding.
         num_classes: number of classes of the data.
         conditional: embed the class as well.
+        told: length of the vector that says how an image was augmented; 0 for none.
         frequencies: number of sine–cosine pairs, spread geometrically from 1 to 100 radians per unit of c_noise.
 
     Raises:
         ValueError: if the network is to be conditional and the data has no classes.
     """
 
-    def __init__(self, width: int, num_classes: int = 0, conditional: bool = False, frequencies: int = 32) -> None:
+    def __init__(
+        self, width: int, num_classes: int = 0, conditional: bool = False, told: int = 0, frequencies: int = 32
+    ) -> None:
         super().__init__()
         positive(width=width, frequencies=frequencies)
         self.frequencies: Tensor
@@ -30,11 +33,12 @@ class ConditionEmbedding(nn.Module):
         if conditional and num_classes < 1:
             raise ValueError("conditional needs a data set with classes, and this one has none")
         self.classes = nn.Embedding(num_classes + 1, width) if conditional else None  # the last one: no class
+        self.told = nn.Linear(told, width, bias=False) if told else None
 
-    def forward(self, c_noise: Tensor, label: Tensor | None = None) -> Tensor:
-        """Embed c_noise (B,) and, for a conditional network, label (B,); shape (B, width).
+    def forward(self, c_noise: Tensor, label: Tensor | None = None, told: Tensor | None = None) -> Tensor:
+        """Embed c_noise (B,), for a conditional network label (B,), and the augmentation (B, told); shape (B, width).
 
-        The label num_classes stands for no class in particular.
+        The label num_classes stands for no class in particular, and no augmentation is one of zeros.
 
         Raises:
             ValueError: if a label is given to an unconditional network, or none to a conditional one.
@@ -47,7 +51,10 @@ class ConditionEmbedding(nn.Module):
                 if self.classes is None
                 else "the network is class-conditional and needs labels"
             )
-        return h if self.classes is None else h + self.classes(label)
+        h = h if self.classes is None else h + self.classes(label)
+        if self.told is None:
+            return h
+        return h + self.told(h.new_zeros(len(h), self.told.in_features) if told is None else told)
 
 
 def zero_init(layer: nn.Module) -> nn.Module:

@@ -74,6 +74,7 @@ class UNet(Network):
         dropout: dropout probability inside the blocks.
         patch: side of the pixel blocks that are folded into channels before the first convolution and out of them
             after the last; 2 makes the network about four times cheaper on images that can spare it.
+        told: length of the vector that says how an image was augmented (9 of `augmentation.Geometric`); 0 for none.
         channels_last: keep channels innermost in memory, which convolutions are faster with.
     """
 
@@ -88,6 +89,7 @@ class UNet(Network):
         attention: Sequence[int] = (),
         dropout: float = 0.0,
         patch: int = 1,
+        told: int = 0,
         channels_last: bool = True,
     ) -> None:
         super().__init__()
@@ -99,12 +101,13 @@ class UNet(Network):
             if not 0 <= level < len(channels):
                 raise ValueError(f"attention level {level} does not exist: channels has {len(channels)} entries")
         in_range(0, 1, dropout=dropout)
+        in_range(0, 1e4, told=told)
         positive(patch=patch, blocks=blocks, **{f"channels[{i}]": c for i, c in enumerate(channels)})
         if shape[1] % patch or shape[2] % patch:
             raise ValueError(f"patch {patch} does not divide images of {shape[1]}×{shape[2]} pixels")
         width, folded = 4 * channels[0], shape[0] * patch**2
         self.conditional, self.head_shape = conditional, head_shape(num_classes, per_class)
-        self.embed = ConditionEmbedding(width, num_classes, conditional)
+        self.embed, self.told = ConditionEmbedding(width, num_classes, conditional, told), told
 
         def block(c_in: int, c_out: int, level: int) -> _Block:
             return _Block(c_in, c_out, width, dropout, level in attention)
@@ -142,11 +145,13 @@ class UNet(Network):
         self.memory = torch.channels_last if channels_last else torch.contiguous_format
         self.to(memory_format=self.memory)  # type: ignore[call-overload]
 
-    def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Map x (B, C, H, W), c_noise (B,) and label (B,) or None to F (B, C, H, W) and a (B,);
+    def forward(
+        self, x: Tensor, c_noise: Tensor, label: Tensor | None = None, told: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Map x (B, C, H, W), c_noise (B,), label (B,) or None, told (B, n) or None to F (B, C, H, W) and a (B,);
         with `per_class` there is a dimension for the classes after the first.
         """
-        emb = F.silu(self.embed(c_noise, label))
+        emb = F.silu(self.embed(c_noise, label, told))
         h = self.enter(x.contiguous(memory_format=self.memory))
         skips = [h]
         for level, stage in enumerate(self.down):

@@ -12,7 +12,7 @@ from bd_lightning.dynamics import MultistepDynamics
 from bd_lightning.fields.preconditioning import Direct, Factored
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP
-from bd_lightning.objectives import FieldDivergence, NoiseLevels, Pool, queries
+from bd_lightning.objectives import FieldDivergence, NoiseLevels, Pool, Queries, queries
 from bd_lightning.targets import GaussianMixture
 
 DIM, DRAWS, BATCH = 4, 100, 64
@@ -165,7 +165,7 @@ def test_the_lowest_noise_levels_are_probed():
         FieldDivergence(trace="combined", crossover=0.2, probed=0.25),
     )  # fmt: skip
     level = torch.tensor([0.3, 2.0, 0.1, 0.5, 0.05, 0.7, 1.0, 4.0])
-    h, s, trace, weight = module.objective._probed(module.fields, DATA[:8], level, None, None)
+    h, s, trace, weight = module.objective._probed(module.fields, DATA[:8], level, Queries(DATA[:8]), None)
     assert trace.nonzero().flatten().tolist() == [2, 4]
     torch.testing.assert_close(weight[[2, 4]], 0.04 / (0.04 + level[[2, 4]].square()))
     assert not weight[[0, 1, 3, 5, 6, 7]].any()
