@@ -10,6 +10,7 @@ Bellman Diffusion dynamics (arXiv 2410.01796, §4), whose stationary density is 
 | `AnnealedDynamics` | multi-scale | the same steps down a ladder of noise levels |
 | `MultistepDynamics` | multi-scale | the same SDE while σ falls, by a multistep rule that needs few network calls |
 | `ProbabilityFlow` | multi-scale | the deterministic flow dx/dσ = −σ ∇log p_σ |
+| `FeynmanKac` | multi-scale, guided | the reversed diffusion, chains resampled by the weights of guidance |
 | `ConsistencySteps` | a consistency function | one or a few calls of it |
 
 They take any `fields.FieldPair`: `fields(x, sigma)` returns (s, g) of shapes (B,) and (B, *) for sigma of shape (B,),
@@ -19,6 +20,7 @@ and `fields.reference(sigma)`, the typical mobility m_ref, turns a dimensionless
 from bd_lightning.dynamics.consistency import ConsistencySteps
 from bd_lightning.dynamics.descent import MultistepDynamics, ProbabilityFlow, edm_grid
 from bd_lightning.dynamics.langevin import AnnealedDynamics, BellmanDynamics, bellman_step, geometric_ladder
+from bd_lightning.dynamics.resampling import FeynmanKac
 from bd_lightning.dynamics.sampler import (
     MultiScaleSampler,
     SampleNoise,
@@ -30,6 +32,7 @@ __all__ = [
     "AnnealedDynamics",
     "BellmanDynamics",
     "ConsistencySteps",
+    "FeynmanKac",
     "MultiScaleSampler",
     "MultistepDynamics",
     "ProbabilityFlow",

@@ -81,6 +81,13 @@ class FieldPair(ABC):
         _, S, slope = self.log_gradients(x, sigma, exact)
         return S - slope
 
+    def weighted_score(self, x: Tensor, sigma: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """The score (B, *), and the rate d log W/dt (B,), t = −ln σ, at which chains that follow it are to be weighted.
+
+        The rate is zero where the fields are those of noised versions of one density (see `dynamics.FeynmanKac`).
+        """
+        return self.score(x, sigma, exact), torch.zeros_like(sigma)
+
 
 class ConditionedFields(FieldPair):
     """Learned fields with the class filled in.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import in_range, positive
+from bd_lightning.checks import UserError, in_range, positive
 from bd_lightning.checks import interval as check_interval
 from bd_lightning.divergences import bcast
 from bd_lightning.fields.base import FieldPair, log_gradient
@@ -69,6 +69,22 @@ class GuidedFields(FieldPair):
         guided = self.guided(s, g, log_gradient(*self.base(x, sigma)), sigma, float(sigma[0]))
         return s, torch.where(bcast(inside, x), guided, g)
 
+    def weighted_score(self, x: Tensor, sigma: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """The score S_w of p₀^{1−w} p_c^w (B, *), and the rate w(w − 1) d², d = σ‖S_c − S₀‖, of its weights (B,).
+
+        Raises:
+            UserError: outside the interval, where the density that is aimed at would change between levels.
+        """
+        if not self._inside(sigma).all():
+            raise UserError(
+                "Feynman–Kac weights are those of one scale at all noise levels of the sampler: leave "
+                "guidance.interval out, or take another model.sampler"
+            )
+        base = self.base.score(x, sigma, exact)
+        difference = self.fields.score(x, sigma, exact) - base
+        d = sigma * difference.flatten(1).norm(dim=1)
+        return base + self.scale * difference, self.scale * (self.scale - 1) * d.square()
+
     def guided(self, s: Tensor, g: Tensor, base: Tensor, sigma: Tensor, level: float) -> Tensor:
         """The guided gradient field (B, *), of the class's fields s (B,) and g (B, *) and of S₀, base (B, *)."""
         difference = log_gradient(s, g) - base
@@ -112,6 +128,13 @@ class _Begun(GuidedFields):
     ) -> None:
         super().__init__(fields, base, scale, interval)
         self.before = before
+
+    def weighted_score(self, x: Tensor, sigma: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """Refused: the density that is aimed at changes at the transition."""
+        raise UserError(
+            "Feynman–Kac weights are those of one scale at all noise levels: leave guidance.transition out, or take "
+            "another model.sampler"
+        )
 
 
 class LateGuidedFields(_Begun):

@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from bd_lightning.dynamics import MultistepDynamics, ProbabilityFlow, SampleNoise
+from bd_lightning.checks import UserError
+from bd_lightning.dynamics import FeynmanKac, MultistepDynamics, ProbabilityFlow, SampleNoise
+from bd_lightning.dynamics.resampling import systematic
 from bd_lightning.fields import (
     AnalyticFields,
     DynamicGuidedFields,
@@ -145,3 +147,70 @@ def test_zero_before_draws_from_all_the_data_first():
         for before, one in fields.items()
     }
     assert share[1.0] == 1 and 0.35 < share[0.0] < 0.65
+
+
+def gaussian_power(w):
+    """Mean and variance of p₀^{1−w} p_c^w for p_c = N(1, ¼), p₀ = N(0, 1)."""
+    precision = w / 0.25 + (1 - w)
+    return w / 0.25 / precision, 1 / precision
+
+
+NARROW = AnalyticFields(GaussianMixture([[1.0, 1.0]], sd=0.5), Constant())
+WIDE = AnalyticFields(GaussianMixture([[0.0, 0.0]], sd=1.0), Constant())
+
+
+@pytest.mark.parametrize("w, relaxation", [(0.5, 0.0), (2.0, 1.0)])
+def test_weighted_chains_have_the_density_that_guidance_means(w, relaxation):
+    """Of Gaussians it is a Gaussian, which chains without weights miss."""
+    mean, variance = gaussian_power(w)
+    guided, levels = GuidedFields(NARROW, WIDE, w), {"levels": 100, "sigma_max": 10.0, "sigma_min": 0.01}
+    errors = []
+    for kind in (FeynmanKac, MultistepDynamics):
+        x = kind(relaxation=relaxation, **levels)(guided, SampleNoise(range(5000), (2,))).double()
+        errors.append([(x.mean(0) - mean).abs().max(), (x.var(0) / variance - 1).abs().max()])
+    (mean_error, variance_error), (unweighted, _) = errors
+    assert mean_error < 0.05 and variance_error < 0.1 and unweighted > 0.1
+
+
+def test_weighted_chains_of_a_mixture():
+    """p₀ of three modes, p_c another mixture of them: masses of q ∝ p₀^{1−w} p_c^w by quadrature."""
+    means = [[-2.0], [0.0], [2.0]]
+    base, own = GaussianMixture(means, sd=0.5), GaussianMixture(means, weights=[0.2, 0.3, 0.5], sd=0.5)
+    grid = torch.linspace(-6, 6, 4001, dtype=torch.float64)[:, None]
+    q = (2 * own.log_density(grid) - base.log_density(grid)).exp()
+    edges = grid[:, 0] / 2 - 0.5
+    true = torch.stack([q[(edges > k - 2) & (edges <= k - 1)].sum() for k in range(3)]) / q.sum()
+    guided = GuidedFields(*(AnalyticFields(one, Constant()) for one in (own, base)), 2.0)
+    x = FeynmanKac(levels=100, sigma_max=10.0)(guided, SampleNoise(range(8000), (1,)))
+    found = torch.stack(
+        [((x[:, 0] / 2 - 0.5 > k - 2) & (x[:, 0] / 2 - 0.5 <= k - 1)).double().mean() for k in range(3)]
+    )
+    assert (found - true).abs().max() < 0.03
+
+
+def test_chains_are_taken_by_their_weights():
+    weights = torch.tensor([0.5, 0.0, 0.25, 0.25])
+    assert systematic(weights, torch.tensor(0.5)).tolist() == [0, 0, 2, 3]
+    many = systematic(torch.tensor([0.7, 0.1, 0.2]).repeat_interleave(100) / 100, torch.tensor(0.3))
+    assert (torch.bincount(many // 100, minlength=3) / 300 - torch.tensor([0.7, 0.1, 0.2])).abs().max() < 0.01
+
+
+def test_without_guidance_weights_are_equal():
+    """And chains are the reversed diffusion of the constant kernel, as by multistep dynamics of second order."""
+    noise = [SampleNoise(range(50), (2,)) for _ in range(2)]
+    x = FeynmanKac(levels=20, sigma_max=5.0)(ALL, noise[0])
+    plain = MultistepDynamics(levels=20, sigma_max=5.0, order=2, relaxation=1.0)(ALL, noise[1])
+    torch.testing.assert_close(x.sort(0).values, plain.sort(0).values)
+
+
+@pytest.mark.parametrize(
+    "fields, sentence",
+    [
+        (GuidedFields(CLASS, ALL, 2.0, (0.1, 1.0)), "leave guidance.interval out"),
+        (DynamicGuidedFields(CLASS, ALL, 2.0, 0.0), "leave guidance.transition out"),
+        (LateGuidedFields(CLASS, ALL, 2.0, 0.0, 1.0), "leave guidance.transition out"),
+    ],
+)
+def test_weights_are_those_of_one_scale(fields, sentence):
+    with pytest.raises(UserError, match=sentence):
+        FeynmanKac(levels=5)(fields, SampleNoise(range(4), (2,)))
