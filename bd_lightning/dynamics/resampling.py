@@ -47,8 +47,8 @@ class FeynmanKac(MultiScaleSampler):
     """Samples of q ∝ p₀^{1−w} p_c^w of guidance of scale w, by chains that are weighted and resampled on their way.
 
     The chains are those of one batch, and are no longer independent of each other: a sample depends on the others of
-    its batch. Large batches are better. At the last level they are resampled, so that samples have equal weights. Without
-    guidance it is the reversed diffusion of the constant kernel, each step's target extrapolated to its middle.
+    its batch. Large batches are better. At the last level they are resampled, so that samples have equal weights.
+    Without guidance it is the reversed diffusion of the constant kernel, each step's target extrapolated to its middle.
 
     Args:
         levels: number of noise levels, at equal ratios; as many calls of the fields.
