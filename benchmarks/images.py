@@ -17,7 +17,7 @@ pixels; a GPU: `--experiment mnist` or `cifar10`.
 - Flow matching: independent coupling, sampled by Heun's method.
 
 A finished row is kept in OUT/rows.jsonl and not computed again. Prints Markdown tables: FID, KID, precision and recall
-of n samples against the test split, mean over seeds; FID of --n-curve samples at each quarter of the training; the time
+of n samples against the test split, mean over seeds; FID of --n-curve samples (0: none) at each quarter of the training; the time
 of a training step relative to DDPM's (all take turns, step by step; median over rounds), memory (on a GPU the peak of a
 training step; on a CPU what autograd keeps for its backward pass), and sampling time per 1,000 images. FID without
 averaging comes beside; --habits also trains the default with each other habit switched: clipping, warm-up, decay,
@@ -183,13 +183,15 @@ class Suite:
 
     @torch.no_grad()
     def draw(self, method: Any, sampler: str, n: int) -> Iterator[Tensor]:
-        """n images, bytes, a thousand at a time."""
+        """n images, bytes, a thousand at a time, in the precision of the training."""
         for start in range(0, n, 1000):
             rows = range(start, min(n, start + 1000))
             label = None
             if method.conditional:
                 label = torch.tensor([i % self.facts.num_classes for i in rows], device=self.device)
-            yield to_uint8(self.data.decode(method.samplers[sampler](method, rows, label)))
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+                samples = method.samplers[sampler](method, rows, label)
+            yield to_uint8(self.data.decode(samples.float()))
 
     def score(self, method: Any, sampler: str, n: int) -> dict[str, float]:
         """FID of n samples; with options.n of them KID, precision and recall too."""
@@ -293,8 +295,9 @@ def main() -> None:
             averaged: Any = None
             raw: Any = None
             for done, averaged, raw in suite.train(name, seed):  # noqa: B007
-                curve = suite.score(averaged, averaged.main, options.n_curve)
-                keep(kind="curve", name=name, seed=seed, done=done, fid=curve["fid"])
+                if options.n_curve:
+                    curve = suite.score(averaged, averaged.main, options.n_curve)
+                    keep(kind="curve", name=name, seed=seed, done=done, fid=curve["fid"])
             torch.save(averaged.state_dict(), options.out / f"{name.replace(' ', '-')}-{seed}.pt")
             if name == DEFAULT:
                 keep(kind="habit", name="no averaging", seed=seed, **suite.score(raw, raw.main, options.n))
