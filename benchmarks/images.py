@@ -16,13 +16,13 @@ pixels; a GPU: `--experiment mnist` or `cifar10`.
   training, the two samplers are separate rows).
 - Flow matching: independent coupling, sampled by Heun's method.
 
-A finished row is kept in OUT/rows.jsonl and not computed again. Prints Markdown tables: FID, KID, precision and recall
-of n samples against the test split, mean over seeds; FID of --n-curve samples (0: none) at each quarter of the training;
-the time of a training step relative to DDPM's (all take turns, step by step; median over rounds), memory (on a GPU the
-peak of a training step; on a CPU what autograd keeps for its backward pass), and sampling time per 1,000 images. FID
-without averaging comes beside; --habits also trains the default with each other habit switched: clipping, warm-up,
-decay, bf16, and where they apply mirrored images, channels-last and compilation. --only takes methods or habits.
---figure draws grids and curves.
+A finished row is kept in OUT/rows.jsonl and not computed again. Prints Markdown tables: FID, KID, precision and
+recall of n samples against the test split, mean over seeds; FID of --n-curve samples (0: none) after each quarter of
+the training; the time of a training step relative to DDPM's (all take turns, step by step; median over rounds),
+memory (on a GPU the peak of a training step; on a CPU what autograd keeps for its backward pass), and sampling time
+per 1,000 images. FID without averaging comes beside; --habits also trains the default with each other habit switched:
+clipping, warm-up, decay, bf16, and where they apply mirrored images, channels-last and compilation. --only takes
+methods or habits. --figure draws grids and curves.
 """
 
 import argparse

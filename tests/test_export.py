@@ -128,7 +128,7 @@ def test_the_model_of_this_repository_draws_classes_in_codes():
 
 
 @pytest.mark.parametrize("experiment", ["gaussians_2d", "autoencoder"])
-def test_models_of_other_kinds(experiment, tmp_path):
+def test_models_of_other_kinds(experiment, tmp_path, capsys):
     words = [
         f"experiment={experiment}",
         "steps=2",
@@ -145,6 +145,15 @@ def test_models_of_other_kinds(experiment, tmp_path):
     checkpoint, target = tmp_path / "bellman-diffusion" / "small" / "checkpoints" / "last.ckpt", tmp_path / "out"
     assert train.main(["export", f"ckpt_path={checkpoint}", f"to={target}", *QUIET]) == 0
     assert (target / "samples.csv").is_file() == (experiment == "gaussians_2d")
+    card, said = (target / "README.md").read_text(), capsys.readouterr().out
+    if experiment == "autoencoder":  # it draws no samples: what is written down is what can be done
+        assert "data.autoencoder.ckpt_path=" in said and "train.py predict" not in said + card
+        (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+        names = {"images": torch.zeros(2, 1, 8, 8)}
+        exec(code.replace("FOLDER", str(target)), names)
+        assert names["codes"].shape[0] == 2
+    else:
+        assert "train.py predict" in said and "bd_lightning.load(" in card
     state = checkpoints.read(checkpoint)["state_dict"]
     assert all(torch.equal(value, state[name]) for name, value in checkpoints.read(target)["state_dict"].items())
 

@@ -21,6 +21,7 @@ from bd_lightning.facts import Facts
 from bd_lightning.facts import read as read_facts
 from bd_lightning.latents import TrainedLatents
 from bd_lightning.modules import Autoencoder
+from bd_lightning.modules.base import Module
 from datamodules import SampleRequests
 
 SHOWN = 64
@@ -43,13 +44,14 @@ def run(plan: Plan) -> None:
         with placed(target) as folder:
             stored = {**plan.record, "facts": facts.plain()}
             stored = exported.portable(with_autoencoder(stored, folder, precision))
-            exported.write(folder, objects.model(plan, facts), stored, plan.step, precision)
+            module = objects.model(plan, facts)
+            exported.write(folder, module, stored, plan.step, precision)
             product = draw(plan, folder)
-            write_card(plan, folder, target.name, precision, product)
+            write_card(plan, folder, module, target.name, precision, product)
     except ValueError as error:
         raise UserError(f"export: {error}") from error
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    print(f"{short(target)}: {size / 1e6:.2f} MB; to sample: train.py predict ckpt_path={short(target)} n=64")
+    print(f"{short(target)}: {size / 1e6:.2f} MB; {module.next_step(short(target))}")
 
 
 def free_place(to: str | None) -> Path:
@@ -133,7 +135,7 @@ def draw(plan: Plan, folder: Path) -> str | None:
 # ---- the model card
 
 
-def write_card(plan: Plan, folder: Path, name: str, precision: str, product: str | None) -> None:
+def write_card(plan: Plan, folder: Path, module: Module, name: str, precision: str, product: str | None) -> None:
     """Write README.md, and fid.json with the rows that it quotes."""
     rows = measured(plan)
     if rows:
@@ -141,6 +143,8 @@ def write_card(plan: Plan, folder: Path, name: str, precision: str, product: str
     facts: Any = plan.facts
     card = CARD.format(
         name=name,
+        command=module.next_step("FOLDER").partition(": ")[2],
+        python=PYTHON.format(code=module.example) if module.example else "",
         what=what(plan, facts),
         weights=f"averaged weights of step {plan.step}, in {precision}",
         shown=shown(product),
@@ -156,7 +160,7 @@ tags: [bellman-diffusion, generative-model]
 
 # {name}
 
-{what}; {weights}. Made by Bellman Diffusion (arXiv 2410.01796): pairs of fields (s, g) of a density.
+{what}; {weights}. Made by the suite of Bellman Diffusion (arXiv 2410.01796).
 
 {shown}## Use
 
@@ -164,23 +168,22 @@ In a checkout of the suite, with this folder, or an address of it (`hf://owner/n
 as `ckpt_path`:
 
 ```bash
-uv run train.py predict ckpt_path=FOLDER n=64
+uv run {command}
 ```
 
-In Python, with `bd_lightning` and `safetensors` installed:
-
-```python
-import bd_lightning
-
-model = bd_lightning.load("FOLDER")
-samples = model.sample(16)  # model.fields and model.samplers are what it draws by
-```
-
-Weights and config are numbers and words: loading them runs nothing that they bring along.
+{python}Weights and config are numbers and words: loading them runs nothing that they bring along.
 
 ## Numbers
 
 {numbers}
+"""
+
+PYTHON = """In Python, with `bd_lightning` and `safetensors` installed:
+
+```python
+{code}
+```
+
 """
 
 

@@ -32,6 +32,11 @@ class Autoencoder(Module):
         | Rombach et al., High-Resolution Image Synthesis with Latent Diffusion Models, arXiv 2112.10752
     """
 
+    example = """from bd_lightning.latents import TrainedLatents
+
+latents = TrainedLatents("FOLDER")
+codes = latents.encode(images)  # (B, C, H, W) in [−1, 1]; latents.decode(codes) gives them back"""
+
     def __init__(
         self,
         shape: Sequence[int],

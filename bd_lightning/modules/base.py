@@ -57,9 +57,11 @@ class Module(L.LightningModule):
     Attributes:
         loaded_step: the step at which the checkpoint that was loaded was saved.
         takes_labels: whether classes can be asked for.
+        example: Python for the card of an exported model, which lies in "FOLDER"; empty for none.
     """
 
     takes_labels: bool = False
+    example: str = ""
 
     def __init__(
         self,

@@ -45,6 +45,10 @@ class Generator(Module):
     conditional: bool = False
     has_score: bool = True
     guidable: bool = False
+    example = """import bd_lightning
+
+model = bd_lightning.load("FOLDER")
+samples = model.sample(16)  # model.fields and model.samplers are what it draws by"""
 
     def __init__(
         self,
