@@ -40,10 +40,10 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from bd_lightning.cli import build
 from bd_lightning.dynamics import SamplingDiverged
 from benchmarks import common
-from benchmarks.common import Recipe, Rows, Training, Turns, mean_sd, now, optional, step_memory, table
+from benchmarks.common import Recipe, Rows, Training, Turns, now, optional, step_memory
+from benchmarks.images_report import costs_of, draw, report
 from benchmarks.peers import CALLS, DDPM, Draw, FlowMatching
 from callbacks.metrics import Given, frechet_distance, precision_recall
-from callbacks.pictures import grid_image
 from datamodules import to_uint8
 from datamodules.subsets import random_subset
 
@@ -109,6 +109,8 @@ class Habit:
 
 class Suite:
     """The data, the features, and how methods are built, trained and scored."""
+
+    names, default = NAMES, DEFAULT
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
@@ -283,7 +285,7 @@ def main() -> None:
     def keep(**row: Any) -> None:
         print(rows.add(**row), file=sys.stderr, flush=True)
 
-    timed = not set(methods) <= set(_costs(rows))
+    timed = not set(methods) <= set(costs_of(rows))
     if timed or DDPM_NAME in methods:
         optional("diffusers")  # before hours of training
     if timed:
@@ -311,63 +313,6 @@ def main() -> None:
     report(suite, rows)
     if options.figure:
         draw(suite, rows, options.figure)
-
-
-def _trained(rows: Rows) -> list[str]:
-    """Methods that have a score."""
-    return [name for name in NAMES if rows.where(kind="score", name=name)]
-
-
-def _costs(rows: Rows) -> dict[str, dict[str, float]]:
-    """What each method costs, by the newest measurement."""
-    return {name: cost for row in rows.where(kind="speed") for name, cost in row["values"].items()}
-
-
-def report(suite: Suite, rows: Rows) -> None:
-    """Print the tables."""
-    costs, lines = _costs(rows), []
-    for name in NAMES:
-        for sampler in dict.fromkeys(row["sampler"] for row in rows.where(kind="score", name=name)):
-            part = rows.where(kind="score", name=name, sampler=sampler)
-            cells = [mean_sd(row["fid"] for row in part), mean_sd(1000 * row.get("kid", math.nan) for row in part)]
-            cells += [mean_sd((row.get(key, math.nan) for row in part), 3) for key in ("precision", "recall")]
-            cost = costs[name]
-            tail = [f"{cost['step']:.2f}", f"{cost['memory']:.0f}", f"{cost['sampling']:.1f}"]
-            lines.append([name, sampler, *cells, *tail])
-    header = ["method", "sampler", "FID", "KID × 1000", "precision", "recall"]
-    print(f"{suite.features.description}; {suite.options.n} samples against {len(suite.real)} test images")
-    print(table([*header, "step time / DDPM", "memory, MiB", "s per 1,000"], lines))
-    print(f"\nFID of {suite.options.n_curve} samples after each quarter of {suite.steps} steps:")
-    lines = []
-    for name in _trained(rows):
-        curve = rows.where(kind="curve", name=name)
-        done = sorted({row["done"] for row in curve})
-        lines.append([name, *(mean_sd(row["fid"] for row in curve if row["done"] == k) for k in done)])
-    print(table(["method", "¼", "½", "¾", "1"], lines))
-    names = dict.fromkeys(row["name"] for row in rows.where(kind="habit"))
-    lines = [[name, mean_sd(row["fid"] for row in rows.where(kind="habit", name=name))] for name in names]
-    print(table([DEFAULT, "FID"], lines))
-
-
-def draw(suite: Suite, rows: Rows, path: Path) -> None:
-    """A row of samples of each method at its main sampler, and the learning curves beside FILE as FILE-curves."""
-    from matplotlib.figure import Figure
-
-    pictures = []
-    for name in _trained(rows):
-        method = suite.build(name, 0)
-        method.load_state_dict(torch.load(suite.options.out / f"{name.replace(' ', '-')}-0.pt", weights_only=True))
-        pictures.append(next(suite.draw(method.eval(), method.main, 16)))
-    grid_image(torch.cat(pictures), columns=16).save(path)
-    costs = _costs(rows)
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    for name in _trained(rows):
-        curve = rows.where(kind="curve", name=name, seed=0)
-        axes.plot([row["done"] * costs[name]["step"] for row in curve], [row["fid"] for row in curve], "o-", label=name)
-    axes.set(xlabel="training time, in steps of DDPM", ylabel=f"FID of {suite.options.n_curve} samples", yscale="log")
-    axes.legend(fontsize=8)
-    figure.savefig(path.with_stem(f"{path.stem}_curves"), dpi=120)
 
 
 if __name__ == "__main__":
