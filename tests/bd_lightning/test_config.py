@@ -112,7 +112,7 @@ def test_interpolations_are_resolved():
 
 
 LATENT = {"digits_latent": ((1, 8, 8), "Digits"), "mnist_latent": ((1, 28, 28), "MNIST")}
-LATENT["cifar10_latent"] = ((3, 32, 32), "CIFAR10", (8, 8, 8), (8, 8))
+LATENT["cifar10_latent"] = ((3, 32, 32), "CIFAR10", (4, 8, 8), (8, 8))
 LATENT |= dict.fromkeys(("paper_mnist_latent", "mnist_latent_cond", "mnist_latent_few"), LATENT["mnist_latent"])
 
 
