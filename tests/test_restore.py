@@ -63,6 +63,19 @@ def test_enlarged_images_have_the_means_that_were_given(run, digits):
     assert not (folder / "errors.json").exists()
 
 
+def test_the_mean_of_draws_is_nearer_to_the_truth(run, digits):
+    """Whole images are shrunk first; the mean is that of the draws of seeds one after the other."""
+    words = [f"images={digits / 'images'}", "upscale=2", "n=3"]
+    for more in (["seed=0"], ["seed=1"], ["draws=2"]):
+        assert predict(run, *words, *more) == 0
+    folders = [run / f"predict-upscale2{name}" for name in ("-ode-seed0", "-ode-seed1", "-mean2-ode-seed0")]
+    one, two, mean = (pixels(folder / "000002.png") for folder in folders)
+    assert abs((one + two) / 2 - mean).max() <= 1.5 and (one != two).any()
+    errors = [json.loads((folder / "errors.json").read_text()) for folder in folders]
+    assert errors[0]["images"] == 3 and errors[0]["repeated pixels"] == errors[2]["repeated pixels"] > 0
+    assert errors[2]["drawn"] <= max(error["drawn"] for error in errors[:2])
+
+
 def test_codes_are_filled_through_their_decoder(run, digits):
     ae = write_autoencoder(digits / "ae.ckpt", (1, 8, 8), Digits(root=str(digits / "data")).name)
     from small_run import launch
@@ -78,6 +91,9 @@ def test_mistakes_are_one_sentence(run, digits, capsys):
     save(digits / "wide.png", np.zeros((8, 9), dtype=np.uint8))
     save(digits / "black.png", np.zeros((8, 8), dtype=np.uint8))
     (digits / "none").mkdir()
+    save(digits / "mixed" / "0.png", np.zeros((8, 8), dtype=np.uint8))
+    save(digits / "mixed" / "1.png", np.zeros((4, 4), dtype=np.uint8))
+    save(digits / "odd" / "0.png", np.zeros((5, 4), dtype=np.uint8))
     images, mask = f"images={digits / 'images'}", f"inpaint={digits / 'mask.png'}"
     for words, sentence in [
         ([images, f"inpaint={digits / 'wide.png'}"], "has 8 × 9 pixels, and this model's images 8 × 8"),
@@ -89,7 +105,10 @@ def test_mistakes_are_one_sentence(run, digits, capsys):
         ([mask, f"images={digits / 'none'}"], "no images in"),
         ([images, "upscale=3"], "upscale must divide 8 × 8"),
         ([images, "upscale=0"], "'upscale' must be 2 or more, got 0"),
-        ([images, "upscale=2"], "has 8 × 8 pixels, and what is asked for takes 4 × 4"),
+        ([f"images={digits / 'mixed'}", "upscale=2"], "has 4 × 4 pixels, and what is asked for takes 8 × 8"),
+        ([f"images={digits / 'odd'}", "upscale=2"], "has 5 × 4 pixels, and what is asked for takes 4 × 4 or 8 × 8"),
+        ([images, "upscale=2", "draws=1"], "'draws' must lie between 2 and 1,000, got 1"),
+        (["draws=4"], "inpaint and upscale need images=FOLDER"),
     ]:
         assert predict(run, *words) == 2
         said = capsys.readouterr().err

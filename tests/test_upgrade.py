@@ -84,7 +84,7 @@ def test_old_configs_are_valid_in_todays_words(name, tmp_path):
     composed = config.compose(config.parse(["--config", str(tmp_path / "config.yaml")]))
     build.check(composed)
     since = {"trust": False, "export": None, "calls": None, "likelihood": None, "inpaint": None}
-    since |= dict.fromkeys(("upscale", "images", "to", "precision", "length", "score"))
+    since |= dict.fromkeys(("upscale", "draws", "images", "to", "precision", "length", "score"))
     assert {**composed, "format": FORMAT} == {**{k: v for k, v in new.items() if k != "facts"}, **since}
 
 

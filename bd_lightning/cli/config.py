@@ -47,6 +47,7 @@ TOP_LEVEL: dict[str, Any] = {
     "calibrate": int,
     "inpaint": str | None,
     "upscale": int | None,
+    "draws": int | None,
     "images": str | None,
     "export": str | None,
     "to": str | None,

@@ -16,7 +16,8 @@ from bd_lightning.upgrade import FORMAT
 
 ONCE = {
     "to": "export", "precision": "export", "length": "average", "score": "average",
-    "likelihood": "test", "inpaint": "predict", "upscale": "predict", "images": "predict",
+    "likelihood": "test", "inpaint": "predict", "upscale": "predict", "draws": "predict",
+    "images": "predict",
 }  # fmt: skip
 """Keys that say what one command does, and no run keeps."""
 

@@ -68,7 +68,7 @@ def run(plan: Plan) -> None:
     mixed = any(config[key] for key in ("mix", "remove", "merge"))
     if config["calibrate"] and not mixed:
         raise UserError("calibrate corrects the weights of a mixture: give mix, remove or merge too")
-    if config["inpaint"] or config["upscale"] or config["images"]:
+    if any(config[key] for key in ("inpaint", "upscale", "images", "draws")):
         restore(plan, facts, model, labels if config["labels"] else [])
         return
     drawing = mixing(plan, facts, model) if mixed else model
@@ -95,14 +95,15 @@ def restore(plan: Plan, facts: Facts, model: Any, labels: Sequence[int]) -> None
     config = plan.config
     latents = build.instantiate(config["data"].get("autoencoder"), "data.autoencoder")
     task = tasks.task_of(config, latents.image_shape if latents else facts.shape)
-    given = tasks.read_images(config["images"], config["n"], task.shape)
+    given = tasks.read_images(config["images"], config["n"], task.shapes)
     if any(config[key] for key in ("mix", "remove", "merge")):
         raise UserError("inpaint and upscale draw from the model itself: leave mix, remove and merge out")
     if model.conditional and not (model.guidable or labels):
         raise UserError("this model has to be told the class: give labels=[3], say, one after the other for the images")
-    drawing = tasks.Restoring(model, task, given, latents)
-    settings = settings_of(plan, "n", "labels", "inpaint", "upscale", "images")
+    drawing = tasks.Restoring(model, task, given, latents, config["draws"] or 1)
+    settings = settings_of(plan, "n", "labels", "inpaint", "upscale", "images", "draws")
     name = "inpaint" if config["inpaint"] else f"upscale{config['upscale']}"
+    name += f"-mean{config['draws']}" if config["draws"] else ""
     folder = folder_for(settings, plan.run_dir, f"predict-{name}-{model.sampler}-seed{config['seed']}")
     writer = ImageWriter(folder)
     trainer = objects.trainer(plan, logger=False, callbacks=[writer, *progress_bars(plan)])

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
@@ -23,16 +24,18 @@ class Task(ABC):
 
     Attributes:
         operator: what is known of images (B, C, H, W), as (B, D).
-        shape: shape of the images that are read.
+        shape: shape (C, H, W) of the model's images.
+        shapes: shapes that images which are read may have, all of them the same.
         pixel_noise: standard deviation of what is given, in the units of images, for a model of images.
         decoder_noise: the same for a model of codes, whose decoder errs more.
     """
 
     pixel_noise: float = 0.05
-    decoder_noise: float = 0.2
+    decoder_noise: float = 0.1
 
     operator: Operator
     shape: tuple[int, int, int]
+    shapes: tuple[tuple[int, int, int], ...]
 
     def finished(self, images: Tensor, given: Tensor) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] of drawn ones and of those that were given."""
@@ -72,7 +75,7 @@ class Inpaint(Task):
         if tuple(pixels.shape) != shape[1:]:
             size, wanted = (" × ".join(map(str, one)) for one in (pixels.shape, shape[1:]))
             raise UserError(f"the mask {path} has {size} pixels, and this model's images {wanted}: give it that size")
-        self.hole, self.shape = pixels >= 128, shape
+        self.hole, self.shape, self.shapes = pixels >= 128, shape, (shape,)
         try:
             self.operator = Outside(self.hole)
         except ValueError as error:
@@ -91,14 +94,12 @@ class Inpaint(Task):
         return given.masked_fill(self.hole.to(given.device), 0.0)
 
     def errors(self, drawn: Tensor, given: Tensor) -> dict[str, float]:
-        def error(images: Tensor) -> float:
-            return float(((images - given)[..., self.hole] / 2).square().mean().sqrt())
-
-        return {"drawn": error(drawn), "nearest pixel": error(self.baseline(given))}
+        images = {"drawn": drawn, "nearest pixel": self.baseline(given)}
+        return {name: error((one - given)[..., self.hole]) for name, one in images.items()}
 
 
 class Upscale(Task):
-    """Enlarges images.
+    """Enlarges images. Images that are large already are shrunk first, and show how good the result is.
 
     Args:
         factor: by how much.
@@ -108,23 +109,39 @@ class Upscale(Task):
         UserError: for a factor that does not divide their size.
     """
 
-    decoder_noise = 0.1  # the mean of a block errs less than its pixels
+    decoder_noise = 0.03  # the mean of a block errs less than its pixels
 
     def __init__(self, factor: int, shape: tuple[int, int, int]) -> None:
         if shape[1] % factor or shape[2] % factor:
             size = f"{shape[1]} × {shape[2]}"
             raise UserError(f"upscale must divide {size}, the size of this model's images; got {factor}")
         self.factor, self.operator = factor, Shrunk(factor)
-        self.shape = (shape[0], shape[1] // factor, shape[2] // factor)
+        self.shape = shape
+        self.shapes = ((shape[0], shape[1] // factor, shape[2] // factor), shape)
+
+    def small(self, given: Tensor) -> Tensor:
+        """Small images of those that were given."""
+        return given if given.shape[1:] == self.shapes[0] else F.avg_pool2d(given, self.factor)
 
     def baseline(self, given: Tensor) -> Tensor:
-        return given.repeat_interleave(self.factor, -1).repeat_interleave(self.factor, -2)
+        return self.small(given).repeat_interleave(self.factor, -1).repeat_interleave(self.factor, -2)
 
     def measured(self, given: Tensor) -> Tensor:
-        return given.flatten(1)
+        return self.small(given).flatten(1)
 
     def shown(self, given: Tensor) -> Tensor:
         return self.baseline(given)
+
+    def errors(self, drawn: Tensor, given: Tensor) -> dict[str, float]:
+        if given.shape[1:] != self.shape:
+            return {}
+        images = {"drawn": drawn, "repeated pixels": self.baseline(given)}
+        return {name: error(one - given) for name, one in images.items()}
+
+
+def error(difference: Tensor) -> float:
+    """Root mean square of a difference of images in [−1, 1], black to white 1."""
+    return float((difference / 2).square().mean().sqrt())
 
 
 def task_of(config: Any, shape: tuple[int, ...] | None) -> Task:
@@ -145,38 +162,44 @@ def task_of(config: Any, shape: tuple[int, ...] | None) -> Task:
     return Inpaint(config["inpaint"], size) if config["inpaint"] else Upscale(config["upscale"], size)
 
 
-def read_images(folder: str, n: int, shape: tuple[int, int, int]) -> Tensor:
-    """At most n images of a folder, in order of their names, (N, C, H, W) in [−1, 1].
+def read_images(folder: str, n: int, shapes: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """At most n images of a folder, in order of their names, (N, C, H, W) in [−1, 1]. All have the shape of the first.
 
     Raises:
-        UserError: if there are none, or one is of another size.
+        UserError: if there are none, or one is of another size than these.
     """
     paths = list(find(Path(folder), set()))[:n]
     if not paths:
         raise UserError(f"no images in {folder}: give images=FOLDER with PNG or JPEG files in it")
     found = []
     for path in paths:
-        pixels = pil_to_tensor(read(path, shape[0]))
-        if tuple(pixels.shape) != shape:
-            size, wanted = (" × ".join(map(str, one)) for one in (pixels.shape[1:], shape[1:]))
-            raise UserError(f"{path} has {size} pixels, and what is asked for takes {wanted}: give it that size")
+        pixels = pil_to_tensor(read(path, shapes[0][0]))
+        if tuple(pixels.shape) not in shapes:
+            size, *wanted = (" × ".join(map(str, one[1:])) for one in (pixels.shape, *shapes))
+            takes = " or ".join(wanted)
+            raise UserError(f"{path} has {size} pixels, and what is asked for takes {takes}: give it that size")
+        shapes = (tuple(pixels.shape),)
         found.append(to_unit(pixels))
     return torch.stack(found)
 
 
 class Restoring(L.LightningModule):
-    """Draws images that agree with what is given, one for each of them, by the sampler of a model.
+    """Draws images that agree with what is given, by the sampler of a model: one for each, or the mean of several.
+
+    A draw is one possible image; the mean of many, near that of the posterior, is nearer to the truth by squares, and
+    blurred where draws differ.
 
     Args:
         model: the model.
         task: what is to be done.
         given: the images, (N, *shape of the task), in [−1, 1].
         latents: decodes what the model draws; None if it draws images.
+        draws: draws of each image, of seeds one after the other.
     """
 
-    def __init__(self, model: Any, task: Task, given: Tensor, latents: Any) -> None:
+    def __init__(self, model: Any, task: Task, given: Tensor, latents: Any, draws: int = 1) -> None:
         super().__init__()
-        self.model, self.task, self.given, self.latents = model, task, given, latents
+        self.model, self.task, self.given, self.latents, self.draws = model, task, given, latents, draws
 
     def decode(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) of what the model draws."""
@@ -193,9 +216,13 @@ class Restoring(L.LightningModule):
             fields = self.model.asked(batch.get("label"))
             noise = self.task.pixel_noise if self.latents is None else self.task.decoder_noise
             posterior = PosteriorFields(fields, y, lambda x: self.task.operator(self.decode(x)), noise)
-        x = self.model.sample(batch["index"].tolist(), seed=int(batch["seed"][0]), fields=posterior)
-        with torch.no_grad():
-            return self.task.finished(self.decode(x), given)
+        indices, seed = batch["index"].tolist(), int(batch["seed"][0])
+        total = torch.zeros(len(indices), *self.task.shape, device=self.device)
+        for k in range(self.draws):
+            x = self.model.sample(indices, seed=seed + k, fields=posterior)
+            with torch.no_grad():
+                total += self.decode(x).clamp(-1, 1)
+        return self.task.finished(total / self.draws, given)
 
 
 def write_beside(folder: Path, task: Task, given: Tensor) -> str:
@@ -213,4 +240,4 @@ def write_beside(folder: Path, task: Task, given: Tensor) -> str:
         return ""
     (folder / "errors.json").write_text(json.dumps({**errors, "images": len(given)}, indent=1))
     words = ", ".join(f"{value:.4f} ({name})" for name, value in errors.items())
-    return f"; root mean square error where filled, black to white 1: {words}"
+    return f"; root mean square error of what was missing, black to white 1: {words}"
