@@ -8,6 +8,9 @@ from bd_lightning import facts as facts_of
 from bd_lightning.checks import UserError, suggest
 from bd_lightning.facts import Facts
 
+PILOT_SEED = 2**32
+"""Seed of the samples that weights of mixtures are corrected by, one that no user can give."""
+
 
 def class_name(label: int | str, names: Sequence[str]) -> str:
     """The class that a label means, given by name or by index.
@@ -75,3 +78,16 @@ def combined(
     names = list(dict.fromkeys(name for _, known, _ in sources for name in known))
     weights = {class_name(label, names): weight for label, weight in mix.items()} if mix else None
     return fields.combine(sources, weights, [class_name(label, names) for label in remove or []]), others
+
+
+def corrected(model: Any, mixture: fields.Mixture, pilot: int) -> fields.Mixture:
+    """A mixture, its weights corrected by so many pilot samples (see `fields.calibrated`); 0 leaves them.
+
+    Args:
+        model: the model whose sampler draws.
+        mixture: what is asked for.
+        pilot: number of samples.
+    """
+    if not pilot:
+        return mixture
+    return fields.calibrated(mixture, lambda one: model.sample(range(pilot), seed=PILOT_SEED, fields=one))

@@ -3,6 +3,7 @@
 References:
     | Peyré and Cuturi, Computational Optimal Transport, arXiv 1803.00567
     | Gretton et al., A Kernel Two-Sample Test, JMLR 2012
+    | Székely and Rizzo, Energy Statistics: A Class of Statistics Based on Distances, JSPI 2013
 """
 
 import torch
@@ -61,6 +62,26 @@ def mmd(x: Tensor, y: Tensor, bandwidth: float | None = None) -> float:
         return torch.stack(sums).sum() / (len(a) * len(b))
 
     return float((mean(x, x) + mean(y, y) - 2 * mean(x, y)).clamp_min(0).sqrt())
+
+
+def energy_distance(x: Tensor, y: Tensor) -> Tensor:
+    """2 E‖X − Y‖ − E‖X − X'‖ − E‖Y − Y'‖, without bias, and differentiable: as a loss its minimum is equality.
+
+    Args:
+        x: sample, shape (N, d), N > 1.
+        y: sample, shape (M, d), M > 1, independent of the first.
+
+    Returns:
+        A scalar, in data units; below zero by chance.
+
+    Raises:
+        ValueError: for shapes that do not agree, and fewer than two points.
+    """
+    _check(x, y)
+    if min(len(x), len(y)) < 2:
+        raise ValueError("an energy distance needs two points of each sample at least")
+
+    return 2 * torch.cdist(x, y).mean() - torch.pdist(x).mean() - torch.pdist(y).mean()
 
 
 def relative_error(estimate: Tensor, truth: Tensor) -> float:

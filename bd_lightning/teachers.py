@@ -35,10 +35,13 @@ class Teacher:
         for model in (self.model, *self.others):
             model.to(device)
 
+    def fields(self, label: Tensor | None = None) -> FieldPair:
+        """What is learned from: the mixture, or the fields of classes (B,)."""
+        return self.mixture or self.model.asked(label if self.model.takes_labels else None)
+
     def step(self, x: Tensor, t: Tensor, r: Tensor, label: Tensor | None = None) -> Tensor:
         """Where the flow takes x (B, *) from noise level t to r, both (B,), with the denoiser as it is at t."""
-        fields = self.mixture or self.model.asked(label if self.model.takes_labels else None)
-        denoised = x + bcast(t.square(), x) * fields.score(x, t, self.exact)
+        denoised = x + bcast(t.square(), x) * self.fields(label).score(x, t, self.exact)
         return denoised + bcast(r / t, x) * (x - denoised)
 
 
@@ -85,9 +88,10 @@ def load(
     mix: Mapping[int | str, float] | None = None,
     remove: Sequence[int | str] | None = None,
     merge: Mapping[str, float] | None = None,
+    calibrate: int = 0,
     labels: Sequence[int | str] | None = None,
 ) -> Teacher:
-    """The teacher that a student asks for.
+    """The teacher that a student asks for; the keys are those of `predict`.
 
     Raises:
         UserError: as `predict` refuses these keys, and for a checkpoint that does not fit the student.
@@ -108,7 +112,7 @@ def load(
         if labels:
             raise UserError("labels asks for classes one by one, mix and remove for a mixture: give one of the two")
         mixture, others = combinations.combined(model, facts, path, mix, remove, merge)
-        return Teacher(model, mixture, others)
+        return Teacher(model, combinations.corrected(model, mixture, calibrate), others)
     if model.conditional and not student.conditional:
         raise UserError(f"{path} is told the class: set model.network.conditional=true here too")
     return Teacher(model, labels=chosen if labels else ())

@@ -1,14 +1,15 @@
 """FID against network calls: the solvers of a trained model, and consistency models tuned from it.
 
     uv run benchmarks/few_steps.py CKPT [CKPT …] [--n 10000] [--calls 5 8 10 15 20 35] [--seeds 1]
-        [--sigma-min S] [--asked '{3: 0.7, 8: 0.3}'] [--time] [--out runs/few_steps] [--rules NAME …] [--figure FILE]
-        [--ddpm FILE …]
+        [--split test|val] [--sigma-min S] [--asked '{3: 0.7, 8: 0.3}'] [--time] [--out runs/few_steps]
+        [--rules NAME …] [--figure FILE] [--ddpm FILE …]
 
 Each checkpoint is one of `train.py`, of images or of codes of images: a `BellmanDiffusion`, of which every rule below
 is asked at every number of calls, or a `ConsistencyModel`, whose own samplers are taken. Samples are drawn with the
 seeds 1, 2, … and judged as `callbacks.ImageMetrics` judges them, in the features of the checkpoint's config, against
-the test split. Of a mixture in closed form the largest error of a mode's weight and W2 stand in the places of FID and
-KID. Rules, all over the noise levels of the checkpoint's `ode`, whose last one --sigma-min replaces:
+the test split, or, where something is to be chosen, the validation split. Of a mixture in closed form the largest
+error of a mode's weight and W2 stand in the places of FID and KID. Rules, all over the noise levels of the checkpoint's
+`ode`, whose last one --sigma-min replaces:
 
 - Heun: `ProbabilityFlow`, the nearest odd number of calls from below;
 - order 1, 2, 3, +: `MultistepDynamics` with relaxation 0 at equal ratios, `+` with the corrector;
@@ -124,26 +125,26 @@ class Points:
 
     def __call__(self, model: Any, sampler: str, n: int, seed: int) -> dict[str, float]:
         """The largest error of a mode's weight as `fid`, W2 of parts of 2,000 as `kid`, and seconds."""
-        start = time.perf_counter()
+        start = time.process_time()
         x = model.sample(range(n), sampler, seed=seed)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         parts = [wasserstein2(a, b) for a, b in zip(x.split(2000), self.real.split(2000))]
         error = mode_shares(x, self.density)["mode_error"]
         return {"fid": error, "kid": float(torch.tensor(parts).mean()), "seconds": seconds}
 
 
 class Judge:
-    """The test split in the features of a config."""
+    """A split in the features of a config."""
 
-    def __init__(self, stored: dict[str, Any], asked: dict[int, float] | None = None) -> None:
+    def __init__(self, stored: dict[str, Any], split: str = "test", asked: dict[int, float] | None = None) -> None:
         self.asked = asked
         self.data = build.instantiate(stored["data"], "data")
         self.data.prepare_data()
         self.features = build.instantiate(stored["callbacks"]["metrics"]["features"], "features")
         self.features.prepare(self.data.observed)
-        images = self.data.observed.load_split("test")
-        split = torch.utils.data.DataLoader(images, 1000, collate_fn=self.data.observed.collate)
-        self.real = self.embed(x for x, _ in split)
+        images = self.data.observed.load_split(split)
+        real = torch.utils.data.DataLoader(images, 1000, collate_fn=self.data.observed.collate)
+        self.real = self.embed(x for x, _ in real)
 
     @torch.no_grad()
     def embed(self, images: Any) -> Tensor:
@@ -152,15 +153,15 @@ class Judge:
 
     @torch.no_grad()
     def __call__(self, model: Any, sampler: str, n: int, seed: int) -> dict[str, float]:
-        """FID, KID, precision and recall of n samples, and the seconds that their network calls took."""
+        """FID, KID, precision and recall of n samples, and the processor's seconds from their noise to images."""
         parts, seconds = [], 0.0
         for first in range(0, n, 1000):
             rows = range(first, min(n, first + 1000))
             label = torch.tensor([i % model.num_classes for i in rows]) if model.conditional else None
-            start = time.perf_counter()
-            x = model.sample(rows, sampler, seed=seed, label=label)
-            seconds += time.perf_counter() - start
-            parts.append(self.data.decode(x))
+            start = time.process_time()
+            x = self.data.decode(model.sample(rows, sampler, seed=seed, label=label))
+            seconds += time.process_time() - start
+            parts.append(x)
         found = self.embed(parts)
         few = min(n, len(self.real), 5000)
         precision, recall = precision_recall(found[:few], self.real[:few])
@@ -184,6 +185,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
     parser.add_argument("--out", type=Path, default=Path("runs/few_steps"))
+    parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--sigma-min", type=float)
     parser.add_argument("--asked", type=OmegaConf.create)
     parser.add_argument("--time", action="store_true")
@@ -210,7 +212,7 @@ def compare(path: str, model: Any, names: Sequence[str], judge: Any, rows: Rows,
     for name in names:
         for seed in range(1, options.seeds + 1):
             key = {"path": path, "rule": name.partition("@")[0], "calls": model.samplers[name].calls, "seed": seed}
-            key["sigma_min"] = options.sigma_min
+            key |= {"sigma_min": options.sigma_min, "split": options.split}
             if not rows.where(**key, n=options.n):
                 row = rows.add(**key, n=options.n, **judge(model, name, options.n, seed))
                 print(row, file=sys.stderr, flush=True)
@@ -221,7 +223,7 @@ def judge_of(stored: dict[str, Any], options: argparse.Namespace) -> Any:
     data = build.instantiate(stored["data"], "data")
     if getattr(data, "density", None) is not None:
         return Points(data)
-    return Judge(stored, options.asked and {int(k): float(v) for k, v in options.asked.items()})
+    return Judge(stored, options.split, options.asked and {int(k): float(v) for k, v in options.asked.items()})
 
 
 def times(paths: Sequence[str], rounds: int = 40) -> Iterator[list[str]]:
@@ -260,7 +262,7 @@ def prepared(model: Any, options: argparse.Namespace) -> Sequence[str]:
 def report(rows: Rows, options: argparse.Namespace) -> None:
     """Print the table and draw the figure."""
     for path in (*options.checkpoints, *options.ddpm):
-        found = rows.where(path=path, n=options.n, sigma_min=options.sigma_min)
+        found = rows.where(path=path, n=options.n, sigma_min=options.sigma_min, split=options.split)
         calls = sorted({row["calls"] for row in found})
         names = list(dict.fromkeys(row["rule"] for row in found))
 
@@ -284,7 +286,7 @@ def figure(rows: Rows, options: argparse.Namespace) -> None:
     picture = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = picture.subplots()
     for path in (*options.checkpoints, *options.ddpm):
-        found = [row for row in rows.where(path=path, n=options.n, seed=1, sigma_min=options.sigma_min)]
+        found = rows.where(path=path, n=options.n, seed=1, sigma_min=options.sigma_min, split=options.split)
         for rule in dict.fromkeys(row["rule"] for row in found):
             mine = sorted((row["calls"], row["fid"]) for row in found if row["rule"] == rule)
             axes.plot(*zip(*mine), "o-", ms=3, label=rule)

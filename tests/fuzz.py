@@ -96,8 +96,10 @@ def needed(config: str, place: Path) -> list[str]:
         "digits", "mnist", "cifar10", "folder", "digits_latent", "mnist_latent", "cifar10_latent"
     ):  # fmt: skip
         words += ["callbacks=points"] if group == "data" else ["data=wine"]
-    if group == "model" and name == "consistency":
+    if group == "model" and name in ("consistency", "distilled"):
         words += ["callbacks.trajectory=null"]
+    if name == "distilled":
+        words += [f"model.teacher={ROOT / 'tests/checkpoints/v1/relative.ckpt'}", "model.chains=40"]
     if name == "cifar10_h200":
         words.append("model.network.channels=[8, 8, 8, 8]")
     if group == "model" and name in ("points", "regression"):

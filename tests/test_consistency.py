@@ -1,6 +1,9 @@
 """Consistency models: their function, their losses, tuning and distillation from the command line."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,11 @@ import train
 from bd_lightning import checkpoints, kernels
 from bd_lightning.dynamics import ConsistencySteps, MultistepDynamics, SampleNoise
 from bd_lightning.fields import AnalyticFields
-from bd_lightning.modules import ConsistencyModel, Gaps
+from bd_lightning.modules import ConsistencyModel, DistilledModel, Gaps
 from bd_lightning.networks import MLP
 from bd_lightning.objectives import NoiseLevels
 from bd_lightning.targets import GaussianMixture
+from conftest import ROOT
 from wandb_records import read_records
 
 TAU = 0.7
@@ -79,7 +83,10 @@ def test_the_function_of_gaussian_data_is_learned(teacher):
 class AnalyticTeacher:
     """The flow of the Gaussian in closed form."""
 
-    labels = ()
+    labels, exact = (), True
+
+    def fields(self, label):
+        return AnalyticFields(GaussianMixture([[0.0, 0.0]], sd=TAU), kernels.Constant())
 
     def step(self, x, t, r, label):
         return x * ((TAU**2 + r.square()) / (TAU**2 + t.square())).sqrt()[:, None]
@@ -115,6 +122,77 @@ def test_coupling_costs_its_divergence_and_learns():
     assert float(kl[0]) == pytest.approx(float(exact), rel=0.05)
     model.losses(torch.randn(32, 2)).total.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_energy_widens_what_a_regression_draws_to_its_mean():
+    """Of a function that halves its samples, the energy distance asks for more, and at the data's width for nothing."""
+    model = distilled(energy=2.0)
+    x = TAU * torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+    for scale, sign in ((0.5, -1), (2.0, 1)):
+        factor = torch.tensor(scale, requires_grad=True)
+        model.function = lambda x, sigma, label, factor=factor: factor * TAU * x / 10.0
+        (slope,) = torch.autograd.grad(model.matching(x, None, torch.Generator().manual_seed(1)), factor)
+        assert sign * slope > 0.1
+    model.function = lambda x, sigma, label: TAU * x / 10.0
+    assert abs(model.matching(x, None, torch.Generator().manual_seed(1))) < 0.02
+    assert distilled(energy=0.0).matching(x, None, None) == 0
+    joined = distilled(energy=1.0, network=MLP((2,), 2, conditional=True, width=8, depth=1))
+    joined.num_classes, joined.function = 2, lambda x, sigma, label: TAU * x / 10.0 + 2.0 * label[:, None]
+    label = torch.arange(4000) % 2
+    assert abs(joined.matching(x + 2.0 * label[:, None], label, None)) < 0.05
+    assert joined.matching(x + 2.0 * (1 - label)[:, None], label, None) > 0.2  # the same samples, of other classes
+
+
+def distilled(**options):
+    torch.manual_seed(0)
+    samplers = {"one": ConsistencySteps(sigma_max=10.0), "two": ConsistencySteps(sigma_max=10.0, between=(1.0,))}
+    flow = MultistepDynamics(levels=12, order=3, corrector=True, relaxation=0.0, sigma_min=0.05)
+    options = {
+        "network": MLP((2,), width=64, depth=1),
+        "teacher": "a checkpoint",
+        "flow": flow,
+        "chains": 500,
+    } | options
+    return DistilledModel(shape=(2,), num_classes=0, sigma_data=TAU, samplers=samplers, **options)
+
+
+def test_the_ends_of_a_teachers_chains_are_learned():
+    model = distilled(first=0.4, energy=0.5)
+    model.frozen = (AnalyticTeacher(),)
+    optimizer, steps = torch.optim.Adam((p for p in model.parameters() if p.requires_grad), 3e-3), 300
+    for k in range(steps):
+        model.place = k // 50
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - k / steps)
+        loss = model.losses(torch.zeros(200, 2)).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    x = torch.randn(2000, 2, generator=torch.Generator().manual_seed(1))
+    for t in (0.5, 10.0):
+        point = (TAU**2 + t**2) ** 0.5 * x
+        with torch.no_grad():
+            ratio = float((model.function(point, torch.full((2000,), t)) * x).sum() / x.square().sum())
+        assert ratio == pytest.approx(TAU, rel=0.08)
+    for name in ("one", "two"):
+        assert float(model.eval().sample(range(2000), name).std()) == pytest.approx(TAU, rel=0.08)
+
+
+def test_chains_are_the_same_again_and_others_later():
+    model = distilled()
+    model.frozen = (AnalyticTeacher(),)
+    first, again, later = (model.chains(place, 20) for place in (0, 0, 1))
+    assert torch.equal(first.states, again.states) and not torch.equal(first.states, later.states)
+    assert first.states.shape == (12, 20, 2) and first.levels[0] == 10.0
+    moved = AnalyticTeacher().step(first.states[0], torch.full((20,), 10.0), torch.zeros(20), None)
+    torch.testing.assert_close(first.ends, moved, atol=0.02, rtol=0.02)
+    for wrong, sentence in [
+        ({"teacher": None}, "learns from another one alone: give teacher"),
+        ({"flow": MultistepDynamics(relaxation=0.5)}, "flow.relaxation must be 0"),
+        ({"coupling": MLP((2,), width=8, depth=1)}, "coupling learns the noise of data"),
+    ]:
+        with pytest.raises(ValueError, match=sentence):
+            distilled(**wrong)
 
 
 def test_one_teacher_step_follows_the_flow():
@@ -215,11 +293,62 @@ def test_a_tuned_model_resumes_and_draws_without_what_it_came_from(root, teacher
 
 def test_mixtures_that_were_never_trained_on_are_distilled(root, relative):
     words = ["model=consistency", f"model.teacher={relative}", "steps=2", "eval_every=2"]
-    student = fit(root, "mixture", *words, "model.mix={3: 0.7, 8: 0.3}")
+    student = fit(root, "mixture", *words, "model.mix={3: 0.7, 8: 0.3}", "model.calibrate=20")
     fit(root, "removed", *words, "model.remove=[7]", f"model.merge={{{relative}: 1.0}}")
     assert train.main(["predict", f"ckpt_path={student}", "n=5"]) == 0
     classes = ["model.network.conditional=true", "model.labels=[3, 8]", "model.guidance=2"]
     fit(root, "guided", *words, *classes)
+
+
+def test_a_distilled_model_resumes_and_draws_without_its_teacher(root, relative, tmp_path):
+    copy = tmp_path / "teacher.ckpt"
+    copy.write_bytes(relative.read_bytes())
+    words = ["model=distilled", f"model.teacher={copy}", "model.mix={3: 0.7, 8: 0.3}", "model.energy=1", "eval_every=2"]
+    words += ["model.chains=30", "model.every=3", "model.flow.levels=3", "model.lr_decay=none"]
+    half = fit(root, "distilled-half", *words, "steps=2")
+    assert train.main([f"ckpt_path={half}", "steps=4"]) == 0
+    straight = fit(root, "distilled", *words, "steps=4")
+    states = [torch.load(one, weights_only=True)["state_dict"] for one in (half, straight)]
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+    copy.unlink()
+    assert train.main(["predict", f"ckpt_path={straight}", "n=5"]) == 0
+    assert train.main(["test", f"ckpt_path={straight}"]) == 0
+
+
+def test_the_weights_of_a_mixture_are_corrected_before_it_is_learned(relative, monkeypatch):
+    from bd_lightning import combinations, teachers
+
+    student = small()
+    model, stored = checkpoints.load(relative)
+    student.shape, student.fields.sigma_data = model.shape, model.fields.sigma_data
+    student.sigma_max = 1.0
+    asked = {"mix": {3: 0.7, 8: 0.3}}
+    as_it_is = teachers.load(student, str(relative), **asked).mixture.terms[0][1]
+    corrected = teachers.load(student, str(relative), **asked, calibrate=50).mixture.terms[0][1]
+    assert (corrected[[3, 8]] / as_it_is[[3, 8]] - 1).abs().max() > 0.01 and corrected.count_nonzero() == 2
+    drawn = []
+    monkeypatch.setattr(combinations.fields, "calibrated", lambda mixture, draw: drawn.append(draw(mixture)) or mixture)
+    teachers.load(student, str(relative), **asked, calibrate=7)
+    assert [len(x) for x in drawn] == [7]
+
+
+def test_tuning_on_two_processes(root, teacher):
+    """The frozen scalar head and the teacher, which is no part of the module, keep nobody waiting."""
+    command = [
+        sys.executable,
+        "train.py",
+        "model=consistency",
+        f"model.init={teacher}",
+        f"model.teacher={teacher}",
+        *SHORT,
+    ]
+    command += ["trainer=ddp_cpu", "steps=2", "eval_every=2", "run_id=two", f"root={root / 'runs'}"]
+    command += [f"data.root={root / 'data'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (row,) = json.loads((root / "runs" / "bellman-diffusion" / "two" / "fid.json").read_text())
+    assert row["step"] == 2 and row["val/fid"] > 0
 
 
 def test_mistakes(root, teacher, relative, tuned, capsys):
@@ -245,6 +374,7 @@ def test_mistakes(root, teacher, relative, tuned, capsys):
     assert "is a consistency model, no score to learn from" in refused(f"model.teacher={tuned}")
     assert "guidance needs a teacher with classes" in refused(f"model.teacher={teacher}", "model.guidance=2")
     assert "mix says what a teacher's flow is made of" in refused("model.mix={3: 1.0}")
+    assert "calibrate corrects the weights of a mixture" in refused(f"model.teacher={relative}", "model.calibrate=9")
     assert "no class 'cat'" in refused(f"model.teacher={relative}", "model.mix={cat: 1.0}")
     for word in ("model.sampler=ode", "model.samplers.sde={_target_: bd_lightning.dynamics.MultistepDynamics}"):
         message = refused(word)

@@ -14,13 +14,10 @@ from bd_lightning.checks import UserError
 from bd_lightning.cli import build, objects
 from bd_lightning.cli.folders import folder_for, folder_of, keep_settings, made, short, writing
 from bd_lightning.cli.plan import Plan, settings_of
-from bd_lightning.combinations import choose_labels, combined
+from bd_lightning.combinations import choose_labels, combined, corrected
 from bd_lightning.facts import Facts
 from callbacks import ImageWriter, TableWriter
 from datamodules import SampleRequests
-
-PILOT_SEED = 2**32
-"""Seed of the samples that weights of mixtures are corrected by, one that no user can give."""
 
 
 class Drawing(L.LightningModule):
@@ -40,15 +37,11 @@ class Drawing(L.LightningModule):
 
     def on_predict_start(self) -> None:
         """Correct the weights of the mixture."""
-        if self.pilot:
-            self.mixture = fields.calibrated(self.mixture, lambda one: self._draw(range(self.pilot), PILOT_SEED, one))
+        self.mixture = corrected(self.model, self.mixture, self.pilot)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Samples for a batch of requests: "index" and "seed", each (B,)."""
-        return self._draw(batch["index"].tolist(), int(batch["seed"][0]), self.mixture)
-
-    def _draw(self, indices: Sequence[int], seed: int, mixture: fields.Mixture) -> Tensor:
-        return self.model.sample(indices, seed=seed, fields=mixture)
+        return self.model.sample(batch["index"].tolist(), seed=int(batch["seed"][0]), fields=self.mixture)
 
 
 def run(plan: Plan) -> None:

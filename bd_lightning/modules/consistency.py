@@ -96,6 +96,7 @@ class ConsistencyModel(Generator):
         mix: of a teacher by model=relative, weights of classes.
         remove: classes left out.
         merge: further checkpoints and their weights.
+        calibrate: pilot samples of the teacher that correct the weights of a mixture.
         labels: classes of a conditional teacher that a conditional network learns; None takes all.
         guidance: scale of the teacher's guidance.
         guidance_interval: noise levels between which it acts.
@@ -126,6 +127,7 @@ class ConsistencyModel(Generator):
         mix: dict[int | str, float] | None = None,
         remove: list[int | str] | None = None,
         merge: dict[str, float] | None = None,
+        calibrate: int = 0,
         labels: list[int | str] | None = None,
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
@@ -135,7 +137,7 @@ class ConsistencyModel(Generator):
     ) -> None:
         refuse_scores(samplers, sampler)
         super().__init__(shape, num_classes, samplers, sampler, noise, 1.0, guidance_interval, **options)
-        in_range(0, math.inf, huber=huber, kl_weight=kl_weight, guidance=guidance)
+        in_range(0, math.inf, huber=huber, kl_weight=kl_weight, guidance=guidance, calibrate=calibrate)
         if network.head_shape:
             raise ValueError("network.per_class=true is for model=relative, which can be a teacher")
         given: dict[str, Any] = {"mix": mix, "remove": remove, "merge": merge, "labels": labels}
@@ -144,6 +146,8 @@ class ConsistencyModel(Generator):
                 raise ValueError(f"{name} says what a teacher's flow is made of: give teacher=<checkpoint> too")
         if guidance != 1 and teacher is None:
             raise ValueError("guidance is that of a teacher: give teacher=<checkpoint> too")
+        if calibrate and not (mix or remove or merge):
+            raise ValueError("calibrate corrects the weights of a mixture: give mix, remove or merge too")
         if coupling is not None and (coupling.conditional or coupling.head_shape):
             raise ValueError("coupling is a network without classes: leave its conditional and per_class out")
         if labels and not network.conditional:
@@ -152,7 +156,7 @@ class ConsistencyModel(Generator):
         self.fields = LearnedFields(network, Constant(), sigma_data, self.dim)
         network.scalar_head.requires_grad_(False)  # no loss reaches it, and DDP would wait for its gradient
         self.coupling, self.kl_weight, self.gaps, self.huber = coupling, kl_weight, gaps, huber
-        self.init, self.teacher_path, self.asked_of = init, teacher, given
+        self.init, self.teacher_path, self.asked_of = init, teacher, given | {"calibrate": calibrate}
         self.teacher_guidance = guidance
         self.sigma_max = max(one.start_scale for one in self.samplers.values())
         self.frozen: tuple[Any, ...] = ()
@@ -214,10 +218,13 @@ class ConsistencyModel(Generator):
                 x_r = teacher.step(x_t, t, r, label)
             with repeated(x.device):
                 target = self.function(x_r, r, label)
-        c = self.huber * math.sqrt(self.dim) * self.fields.sigma_data
-        square = (self.function(x_t, t, label) - target).square().flatten(1).sum(1)
-        distance = (square + max(c, 1e-6) ** 2).sqrt() - c
+        distance = self.distance(self.function(x_t, t, label) - target)
         return Losses(distance / (t - r), self.kl_weight * kl, t, torch.ones_like(t))
+
+    def distance(self, error: Tensor) -> Tensor:
+        """√(‖error‖² + c²) − c, shape (B,), of errors (B, *)."""
+        c = self.huber * math.sqrt(self.dim) * self.fields.sigma_data
+        return (error.square().flatten(1).sum(1) + max(c, 1e-6) ** 2).sqrt() - c
 
     def classes(self, label: Tensor | None, count: int, device: torch.device) -> Tensor | None:
         """The classes (B,) that a batch is of: its own, or those that are asked for, one after the other."""

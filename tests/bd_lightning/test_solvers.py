@@ -4,10 +4,7 @@ import pytest
 import torch
 
 from bd_lightning import kernels
-from bd_lightning.dynamics import (
-    MultistepDynamics,
-    SampleNoise,
-)
+from bd_lightning.dynamics import MultistepDynamics, ProbabilityFlow, SampleNoise
 from bd_lightning.dynamics.descent import step_target
 from bd_lightning.fields import AnalyticFields, FieldPair
 from bd_lightning.targets import GaussianMixture
@@ -103,6 +100,20 @@ def test_orders_of_the_rules_on_a_mixture(rho):
     for (order, corrector), (slope, _) in found.items():
         assert slope > order + corrector - 0.4, list(found.values())
     assert found[3, True][1] < found[3, False][1] < found[2, False][1] < found[1, False][1]
+
+
+def test_heun_is_of_second_order_on_a_mixture():
+    fields = AnalyticFields(square(), kernels.Constant())
+
+    def end(steps):
+        sampler = ProbabilityFlow(steps=steps, sigma_max=15.0, sigma_min=0.1)
+        return list(sampler.path(fields, InDouble(range(20), (2,), seed=2)))[-2]
+
+    coarse, fine, finest = map(end, (20, 40, 160))
+    slope = float(((coarse - finest).norm(dim=1).mean() / (fine - finest).norm(dim=1).mean()).log2())
+    assert 1.7 < slope < 2.4
+    third = states(fields, order=3, corrector=True, levels=150, sigma_max=15.0)[-2]
+    torch.testing.assert_close(finest, third, atol=5e-3, rtol=0)  # both solve the same equation
 
 
 @pytest.mark.parametrize("relaxation", [0.0, 1.0])
