@@ -205,6 +205,15 @@ def spearman(a: Tensor, b: Tensor) -> float:
     return float(torch.corrcoef(torch.stack([ranks(a), ranks(b)]))[0, 1])
 
 
+def spearman_error(correlation: float, n: int) -> float:
+    """Standard error of Spearman's correlation of n > 3 pairs.
+
+    References:
+        | Bonett and Wright, Sample Size Requirements for Estimating Pearson, Kendall and Spearman Correlations, 2000
+    """
+    return (1 - correlation**2) * math.sqrt((1 + correlation**2 / 2) / (n - 3)) if n > 3 else math.nan
+
+
 def auroc(inside: Tensor, outside: Tensor) -> float:
     """Share of pairs in which a score of `inside` (N,) is above one of `outside` (M,), with half of equal ones."""
     n, m = len(inside), len(outside)

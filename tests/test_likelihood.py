@@ -75,6 +75,8 @@ def test_both_are_asked_for_by_one_word(mixture, key, monkeypatch):
         assert row["test/speed_ratio"] > 1 and -1 <= row["test/spearman"] <= 1
         assert "test/class_accuracy" not in row and not any("auroc" in name for name in row)
         assert row["test/nats_flow"] == pytest.approx(row["test/nats_compared"], abs=1.5)
+        assert abs(row["test/nats_flow"] - row["test/nats"]) < 2 * row["test/nats_off"] + 1.5
+        assert "noised at 0.1" in row["protocol"] and 0 <= row["test/spearman_se"] < 1
 
 
 def test_classes_and_strangers_are_told_by_one_call(tmp_path, capsys):
@@ -121,7 +123,7 @@ def test_other_commands_and_models_are_refused(run, tmp_path, capsys):
     for name in ("predict", "validate"):
         assert command(name, run, "likelihood=ode") == 2
         assert "'likelihood' is for train.py test" in capsys.readouterr().err
-    ae = write_autoencoder(tmp_path / "ae.ckpt", (1, 8, 8), "digits")
+    ae = write_autoencoder(tmp_path / "ae.ckpt", (1, 8, 8), Digits(root=str(tmp_path)).name)
     from bd_lightning.checkpoints import load
     from bd_lightning.modules import Autoencoder
 

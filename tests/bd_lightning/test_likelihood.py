@@ -15,6 +15,7 @@ from bd_lightning.likelihood import (
     ranks,
     slope_and_trace,
     spearman,
+    spearman_error,
 )
 from bd_lightning.targets import GaussianMixture
 from oracles import square
@@ -86,6 +87,14 @@ def test_ranks_and_what_is_made_of_them():
     assert auroc(torch.randn(9) + 99, torch.randn(5)) == 1
     x = torch.randn(50)
     assert spearman(x, x.exp()) == pytest.approx(1) and spearman(x, -x) == pytest.approx(-1)
+
+
+def test_the_error_of_a_rank_correlation():
+    """Against the spread of the correlations of 400 samples of 100 pairs."""
+    a = torch.randn(400, 100)
+    b = 0.8 * a + 0.6 * torch.randn(400, 100)
+    found = torch.tensor([spearman(*pair) for pair in zip(a, b)])
+    assert spearman_error(float(found.mean()), 100) == pytest.approx(float(found.std()), rel=0.15)
 
 
 def test_levels_in_the_wrong_order_are_refused():
