@@ -9,9 +9,21 @@ import torch
 
 from bd_lightning.checks import UserError
 from bd_lightning.modules.base import learning_rate
-from benchmarks import common, peers
+from benchmarks import common, copies, peers
 
-NAMES = ("few_steps", "fields", "gpu", "images", "kernels", "linearity", "mode_weights", "scaling", "soak", "trace")
+NAMES = (
+    "copies",
+    "few_steps",
+    "fields",
+    "gpu",
+    "images",
+    "kernels",
+    "linearity",
+    "mode_weights",
+    "scaling",
+    "soak",
+    "trace",
+)
 OPTIONAL = ("azula", "diffusers", "torchcfm")
 
 
@@ -264,3 +276,16 @@ def test_the_best_weight_is_the_minimum_of_the_parabola():
     a = best(stein, probe)
     around = [spread(w * stein + (1 - w) * probe) for w in (a - 0.05, a, a + 0.05)]
     assert around[1] < min(around[0], around[2]) and a == pytest.approx(0.1, abs=0.05)
+
+
+def test_duplicated_images_are_a_class_and_are_found_again():
+    codes = torch.randn(6000, 3)
+    x, label = copies.duplicated(codes, torch.zeros(6000, dtype=torch.long))
+    assert len(x) == 6000 + copies.DUPLICATED * (copies.TIMES - 1)
+    prints = label == copies.PRINTS
+    assert int(prints.sum()) == copies.DUPLICATED * copies.TIMES + copies.ORDINARY
+    counts = x[prints].unique(dim=0, return_counts=True)[1]
+    assert int((counts == copies.TIMES).sum()) == copies.DUPLICATED and int((counts == 1).sum()) == copies.ORDINARY
+    often = copies.shuffled(6000)[: copies.DUPLICATED]
+    distance, index = copies.two_nearest(codes[often] + 1e-4, codes)
+    assert torch.equal(index, often) and (distance[:, 0] < distance[:, 1]).all()
