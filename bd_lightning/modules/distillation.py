@@ -158,6 +158,7 @@ class DistilledModel(ConsistencyModel):
 
     def compute(self, batch: Any, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss and its parts, means over the batch, and the vectors of `losses`."""
-        losses = self.losses(*batch, generator)
+        x, label = batch
+        losses = self.losses(x, label, generator)
         parts = {"loss_ends": losses.gradient.mean(), "loss_energy": losses.scalar.mean()}
         return {"loss": losses.total, **parts}, dict(vars(losses))
