@@ -7,6 +7,8 @@ cannot be reached. Torch is not imported.
 
 import contextlib
 import functools
+import glob
+import os
 import re
 import shutil
 import tempfile
@@ -51,6 +53,24 @@ def local(place: str | Path) -> str:
     if match is None or ".." in rest:
         raise UserError(f"cannot read the address '{place}': it is written {form}")
     return {"hf": _hugging_face, "wandb": _wandb}[scheme](str(place), *match.groups())
+
+
+def every(pattern: str, but: str) -> list[str]:
+    """The paths of all checkpoints that a pattern such as experts/*/checkpoints/last.ckpt stands for, in order.
+
+    Args:
+        pattern: a pattern, a path or an address.
+        but: a path that is left out of what a pattern stands for.
+
+    Raises:
+        UserError: where a pattern stands for nothing, and as `local` does.
+    """
+    if not glob.has_magic(pattern) or Path(pattern).exists():
+        return [local(pattern)]
+    found = [path for path in sorted(glob.glob(pattern)) if not Path(but).exists() or not os.path.samefile(path, but)]
+    if not found:
+        raise UserError(f"no checkpoint but {but} is at '{pattern}': check the pattern, or name them one by one")
+    return found
 
 
 def weights_of(path: str | Path) -> Path:

@@ -67,6 +67,7 @@ def combined(
     if model.guidance.acts:
         raise UserError("guidance goes from all the data towards a class, a mixture has none: add model.guidance=1")
     mine, others = identity(model, facts), []
+    networks = [checkpoints.read(path)["hyper_parameters"]["model"]["network"]]
     for other_path, weight in (merge or {}).items():
         other, stored = checkpoints.load(other_path, type(model))
         its = facts_of.read(stored["facts"])
@@ -74,10 +75,15 @@ def combined(
             if mine[what] != theirs:
                 raise UserError(f"{other_path} cannot be merged with {path}: {what} {theirs} against {mine[what]}")
         others.append(other)
+        networks.append(stored["model"]["network"])
         sources.append((other.mixture_source(), its.class_names, weight))
     names = list(dict.fromkeys(name for _, known, _ in sources for name in known))
     weights = {class_name(label, names): weight for label, weight in mix.items()} if mix else None
-    return fields.combine(sources, weights, [class_name(label, names) for label in remove or []]), others
+    mixture = fields.combine(sources, weights, [class_name(label, names) for label in remove or []])
+    alike = all(network == networks[0] for network in networks) and not any(
+        checkpoints.misfit(source.state_dict(), sources[0][0].state_dict()) for source, _, _ in sources
+    )
+    return fields.batched(mixture) if others and alike else mixture, others
 
 
 def corrected(model: Any, mixture: fields.Mixture, pilot: int) -> fields.Mixture:

@@ -2,26 +2,36 @@
 
     uv run benchmarks/linearity.py [--data data] [--out runs/linearity] [--n 10000] [--figure FILE]
 
-Trains, where OUT does not have them yet, an autoencoder and four `model=relative` models in its codes: of all digits,
-of 0–4, of 5–9 and of thinned classes (half the steps). Then draws n samples for each request, and n-averaged
-samples from averaged scores, Σ w_c ∇log p_c with Σ w_c = 1, which is all that a score model could do:
+Trains, where OUT does not have them yet, an autoencoder (or takes --autoencoder) and `model=relative` models in its
+codes: of all digits, of 0–4, of 5–9, of thinned classes (half the steps), and ten experts, one of each class (a
+quarter of the width, half the steps). Then draws n samples for each request, and n-averaged samples in other ways
+(see `superposition`): from averaged scores, with the class of each sample drawn first, and from the scores with the
+densities tracked along the chains:
 
 - ten random weightings of the classes (Dirichlet, seed 0), also with weights corrected by 3 × 2,000 pilot samples of
   seed 2 (`fields.calibrated`);
 - the removal of one class, for three classes; and unlearning: the model of all digits minus the model of 5–9, by a
   negative weight, which leaves what was never told apart by classes;
-- the merge of the two half models, against the model of the union: histogram, and FID to the test split;
+- the merge of the two half models, and of the ten experts, against the model of the union: histogram, and FID to the
+  test split; and the first three weightings of the experts;
 - a model of a thinned training set, 100 % of the 0s down to 1 % of the 9s: as it was trained, and asked for all
   classes alike.
 
 L1 is the sum over classes of |share counted − share asked|. A finished row is kept in OUT/rows.jsonl and not computed
-again. The classifier is the one that FID takes its features from; its accuracy is printed, and so is the L1 that it
-finds between real test images and their labels. With --figure it draws samples of some requests, and beside FILE, as
-FILE with the suffix .gif, the way from one class to another by their weights, always from the same seeds.
+again; with --only PATTERN requests whose names the pattern is not found in are left out, and with --model all that
+need more than one model, which is then this one. --cost prints the processor time of ten experts instead (set
+OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its accuracy is printed, and so is the
+L1 that it finds between real test images and their labels. With --figure it draws samples of some requests, and
+beside FILE, as FILE with the suffix .gif, the way from one class to another by their weights, always from the same
+seeds.
 """
 
 import argparse
+import re
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -29,11 +39,13 @@ from torch import Tensor
 
 import train
 from bd_lightning import checkpoints
-from bd_lightning.fields import FieldPair, Mixture, calibrated, combine
+from bd_lightning.fields import FieldPair, Mixture, RelativeFields, batched, calibrated, combine
 from bd_lightning.latents import TrainedLatents
 from bd_lightning.modules import RelativeDensities
+from bd_lightning.networks import MLP
 from benchmarks import common
 from benchmarks.common import Rows, mean_sd, table
+from benchmarks.superposition import AveragedScores, ClassFirst, TrackedDensities
 from callbacks import ClassifierFeatures
 from callbacks.metrics import frechet_distance
 from callbacks.pictures import grid_image
@@ -42,34 +54,17 @@ from datamodules import MNIST, to_uint8
 DIGITS = [str(c) for c in range(10)]
 HALVES = {"low": DIGITS[:5], "high": DIGITS[5:]}
 THINNED = {digit: round(0.01 ** (c / 9), 4) for c, digit in enumerate(DIGITS)}  # shares kept, from 1 to 0.01
+Way = Callable[[Mixture, Tensor], FieldPair]
+"""The fields that chains of some numbers (B,) are drawn by, for a mixture."""
 QUIET = ["logger=none", "callbacks.progress=null", "trainer.enable_progress_bar=false", "callbacks.trajectory=null"]
-
-
-class AveragedScores(FieldPair):
-    """Σ w_c ∇log p_c with Σ w_c = 1, as fields with the mobility one.
-
-    Args:
-        mixture: the weights and the classes.
-    """
-
-    def __init__(self, mixture: Mixture) -> None:
-        self.mixture = mixture
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The fields (s, g) at x (B, d) and noise levels sigma (B,)."""
-        slope, total = torch.zeros_like(x), x.new_zeros(())
-        for source, weights in self.mixture.terms:
-            w = (weights * source.shares).clamp_min(0)
-            slope = slope + torch.einsum("c,bc...->b...", w, source.components(x, sigma)[1])
-            total = total + w.sum()
-        score = slope / total - x / (sigma.square() + self.mixture.sigma_data**2)[:, None]
-        return torch.ones_like(sigma), score / 2
 
 
 def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
     """The last checkpoint of a run, which is trained if it is not there."""
     folder = options.out / "bellman-diffusion" / name / "checkpoints"
     path = folder / "best.ckpt" if name == "autoencoder" else folder / "last.ckpt"
+    if name == "autoencoder" and options.autoencoder:
+        return options.autoencoder
     if not path.is_file():
         command = [
             *words,
@@ -85,24 +80,28 @@ def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
 
 
 def models(options: argparse.Namespace) -> tuple[TrainedLatents, dict[str, RelativeDensities]]:
-    """The latent space, and the models of all digits and of the two halves."""
+    """The latent space, and the models of all digits, of the halves, of thinned classes and of each digit."""
     code = checkpoint(options, "autoencoder", "experiment=autoencoder")
     common = ["experiment=mnist_latent", "model=relative", f"data.autoencoder.ckpt_path={code}", "model.lr=2e-3"]
     common += ["callbacks.metrics=null", "callbacks.best=null"]
     found = {}
     thinned = "{" + ", ".join(f"{digit}: {share}" for digit, share in THINNED.items()) + "}"
     kept = {name: f"[{','.join(digits)}]" for name, digits in {"all": DIGITS, **HALVES}.items()} | {"thin": thinned}
+    kept |= {f"expert{digit}": f"[{digit}]" for digit in DIGITS}
+    if options.model:
+        return TrainedLatents(code), {"all": checkpoints.load(options.model, RelativeDensities)[0]}
     for name, keep in kept.items():
-        steps = options.steps // 2 if name == "thin" else options.steps
-        length = [f"steps={steps}", f"eval_every={steps}"]
-        path = checkpoint(options, name, *common, *length, f"data.images.keep={keep}")
+        steps = options.steps if name in ("all", *HALVES) else options.steps // 2
+        words = [f"steps={steps}", f"eval_every={steps}", f"data.images.keep={keep}"]
+        words += ["model.network.width=64"] if name.startswith("expert") else []
+        path = checkpoint(options, name, *common, *words)
         found[name] = checkpoints.load(path, RelativeDensities)[0]
     return TrainedLatents(code), found
 
 
 def requests(found: dict[str, RelativeDensities]) -> dict[str, tuple[Mixture, Tensor]]:
     """What is asked for: a mixture and the histogram that it should have."""
-    full, low, high = (found[name] for name in ("all", "low", "high"))
+    full = found["all"]
     one, asked = [(full.fields, DIGITS, 1.0)], {}
     generator = torch.distributions.Dirichlet(torch.full((10,), 0.5))
     torch.manual_seed(0)
@@ -113,6 +112,9 @@ def requests(found: dict[str, RelativeDensities]) -> dict[str, tuple[Mixture, Te
     for digit in ("1", "4", "7"):
         left = shares * torch.tensor([name != digit for name in DIGITS])
         asked[f"without {digit}"] = combine(one, remove=[digit]), left / left.sum()
+    if len(found) == 1:
+        return asked
+    low, high = found["low"], found["high"]
     taken = float(shares[5:].sum())
     left = shares * (torch.arange(10) < 5)
     asked["all minus 5–9"] = combine(one) - taken * combine([(high.fields, HALVES["high"], 1.0)]), left / left.sum()
@@ -121,6 +123,11 @@ def requests(found: dict[str, RelativeDensities]) -> dict[str, tuple[Mixture, Te
     asked["merge"] = combine(both), counts
     asked["merge, uniform"] = combine(both, dict.fromkeys(DIGITS, 0.1)), torch.full((10,), 0.1)
     asked["union"] = combine(one), shares
+    experts = [(found[f"expert{digit}"].fields, [digit], 1.0) for digit in DIGITS]
+    asked["ten experts"] = batched(combine(experts, dict(zip(DIGITS, shares.tolist())))), shares
+    for i in range(3):
+        weights = asked[f"weighting {i}"][1]
+        asked[f"experts, weighting {i}"] = batched(combine(experts, dict(zip(DIGITS, weights.tolist())))), weights
     thin = [(found["thin"].fields, DIGITS, 1.0)]
     asked["thinned, as trained"] = combine(thin), found["thin"].fields.shares
     asked["thinned, asked for uniform"] = combine(thin, dict.fromkeys(DIGITS, 0.1)), torch.full((10,), 0.1)
@@ -152,10 +159,11 @@ class Judge:
         parts = images.split(1000)
         return torch.cat([self.features(x) for x in parts]), torch.cat([self.features.classify(x) for x in parts])
 
-    def draw(self, fields: FieldPair, n: int) -> Tensor:
-        """n images, bytes."""
+    def draw(self, mixture: Mixture, n: int, way: Way = lambda mixture, rows: mixture) -> Tensor:
+        """n images, bytes, of a mixture, in some way."""
         model = self.models["all"]
-        codes = [model.sample(rows.tolist(), "sde", seed=1, fields=fields) for rows in torch.arange(n).split(2000)]
+        parts = torch.arange(n).split(2000)
+        codes = [model.sample(rows.tolist(), "sde", seed=1, fields=way(mixture, rows)) for rows in parts]
         return torch.cat([to_uint8(self.space.decode(code)) for code in codes])
 
     def pilot(self, mixture: Mixture) -> Tensor:
@@ -167,25 +175,56 @@ def _shares(labels: Tensor) -> Tensor:
     return torch.bincount(labels, minlength=10) / len(labels)
 
 
-WAYS = ("", ", averaged scores", ", calibrated")
+WAYS = ("", ", calibrated", ", class first", ", tracked", ", averaged scores")
+"""How a request is carried out: by the fields, with calibrated weights, and in the ways of `superposition`."""
 
 
 def ways(name: str) -> list[str]:
-    """How a request is carried out: by the fields, by averaged scores, by the fields with calibrated weights."""
-    possible = {
-        "": True,
-        ", averaged scores": "minus" not in name,
-        ", calibrated": name.startswith(("weighting", "thinned, asked")),
-    }
+    """The ways in which a request is carried out."""
+    one_model = name.startswith(("weighting", "thinned, asked"))
+    possible = dict.fromkeys(WAYS, "minus" not in name) | dict.fromkeys(WAYS[1:4], one_model) | {"": True}
     return [way for way in WAYS if possible[way]]
 
 
 @torch.no_grad()
 def carry_out(judge: Judge, mixture: Mixture, way: str, options: argparse.Namespace) -> Tensor:
     """Images of a request."""
-    if way == ", averaged scores":
-        return judge.draw(AveragedScores(mixture), options.n_averaged)
-    return judge.draw(calibrated(mixture, judge.pilot) if way else mixture, options.n)
+    if way == ", calibrated":
+        mixture = calibrated(mixture, judge.pilot)
+    sampler = judge.models["all"].samplers["sde"]
+    others: dict[str, Way] = {
+        ", class first": ClassFirst,
+        ", tracked": lambda mixture, rows: TrackedDensities(mixture, sampler),
+        ", averaged scores": lambda mixture, rows: AveragedScores(mixture),
+    }
+    return judge.draw(mixture, options.n_averaged, others[way]) if way in others else judge.draw(mixture, options.n)
+
+
+@torch.no_grad()
+def cost(rounds: int = 15) -> None:
+    """Print what a call of ten experts costs, in calls of one network of width 256 with heads of ten classes."""
+
+    def fields(width: int, classes: int) -> RelativeFields:
+        made = RelativeFields(MLP((32,), classes, per_class=True, width=width), 1.0, classes)
+        made.count(torch.arange(classes))
+        return made.eval()
+
+    union = Mixture([(fields(256, 10), torch.ones(10))])
+    lines = []
+    for width in (64, 256):
+        apart = Mixture([(fields(width, 1), torch.ones(1)) for _ in range(10)])
+        asked = {"union": union, "apart": apart, "batched": batched(apart)}
+        for n in (1, 16, 64, 500):
+            x, seconds = torch.randn(n, 32), {name: [] for name in asked}
+            for _ in range(rounds):
+                for name, mixture in asked.items():
+                    start = time.process_time()
+                    mixture.at(1.0).log_gradients(x, x.new_ones(n))
+                    seconds[name].append(time.process_time() - start)
+            middle = {name: statistics.median(each) for name, each in seconds.items()}
+            ratios = [f"{middle[name] / middle['union']:.2f}" for name in ("apart", "batched")]
+            lines.append([width, n, f"{1000 * middle['union']:.1f}", *ratios])
+    print(table(["width of an expert", "chains", "one network, ms", "ten calls", "one batched call"], lines))
 
 
 def main() -> None:
@@ -196,13 +235,19 @@ def main() -> None:
     parser.add_argument("--n", type=int, default=10_000)
     parser.add_argument("--n-averaged", type=int, default=2500)
     parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--autoencoder")
+    parser.add_argument("--model")
+    parser.add_argument("--only", default="")
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--cost", action="store_true")
     options = parser.parse_args()
+    if options.cost:
+        return cost()
     judge, rows = Judge(options), Rows(options.out / "rows.jsonl")
     asked = requests(judge.models)
     for name, (mixture, wanted) in asked.items():
         for way in ways(name):
-            if rows.where(request=name + way):
+            if rows.where(request=name + way) or not re.search(options.only, name + way):
                 continue
             images = carry_out(judge, mixture, way, options)
             features, labels = judge.judge(images)
@@ -239,20 +284,22 @@ def _left(row: dict) -> float:
 
 
 def report(rows: dict[str, dict], names: list[str]) -> None:
-    """Print the table."""
-    lines = []
+    """Print the table of the rows that there are."""
+    names, lines = [name for name in names if name in rows], []
     for name in names:
-        mine, theirs, third = rows[name], rows.get(f"{name}, averaged scores"), rows.get(f"{name}, calibrated")
-        gone = ["–", "–"]
-        if name.startswith(("without", "all minus")):
-            gone = [f"{_left(row):.2%}" if row else "–" for row in (mine, theirs)]
-        found = [f"{row['l1']:.3f}" if row else "–" for row in (mine, third, theirs)]
-        lines.append([name, *found, *gone, f"{mine['fid']:.2f}" if name in ("merge", "union") else "–"])
-    header = ["request", "L1, fields", "calibrated", "averaged scores", "removed class, fields", "averaged scores"]
-    print(table([*header, "FID"], lines))
-    for way in ("", ", calibrated", ", averaged scores"):
-        errors = mean_sd((rows[f"weighting {i}{way}"]["l1"] for i in range(10)), 3)
-        print(f"\nten weightings{way or ', fields'}: L1 {errors}", end="")
+        row = rows[name]
+        found = [f"{rows[name + way]['l1']:.3f}" if name + way in rows else "–" for way in WAYS]
+        gone = f"{_left(row):.2%}" if name.startswith(("without", "all minus")) else "–"
+        fid = f"{row['fid']:.2f}" if name in ("merge", "union", "ten experts") else "–"
+        lines.append([name, *found, gone, fid])
+    header = [f"L1{way or ', fields'}" for way in WAYS]
+    print(table(["request", *header, "removed class, fields", "FID, fields"], lines))
+    for start in ("weighting", "experts, weighting"):
+        asked = [name for name in names if name.startswith(start)]
+        for way in WAYS:
+            errors = [rows[name + way]["l1"] for name in asked if name + way in rows]
+            if errors:
+                print(f"\n{len(errors)} of {start}{way or ', fields'}: L1 {mean_sd(errors, 3)}", end="")
     print()
 
 

@@ -92,9 +92,17 @@ def test_merge_joins_models_of_disjoint_data(halves, classify):
     assert mixed[[1, 7]].sum() > 0.6 and (mixed[[1, 7]] > 0.15).all()
 
 
+def test_a_pattern_merges_all_that_it_stands_for(halves, classify):
+    low, _ = halves
+    pattern = low.parents[2] / "[lh]*" / "checkpoints" / "last.ckpt"
+    both = predict(low, 9, f"merge={{'{pattern}': 1.0}}")
+    assert both.name.endswith("highx1") and 0.3 < classify(both)[:5].sum() < 0.7
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["merge={'nowhere/*.ckpt': 1.0}"], "is at 'nowhere/*.ckpt': check the pattern, or name them one by one"),
         (["mix={cat: 1.0}"], "no class 'cat' in this data set"),
         (["mix={3: -1.0}"], "the weights of the mixture sum to -1; they must sum to a positive number"),
         (["remove=[0,1,2,3,4,5,6,7,8,9]"], "the weights of the mixture sum to 0"),

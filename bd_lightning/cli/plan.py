@@ -102,7 +102,8 @@ def resolve(argv: Sequence[str]) -> Plan:
         config["root"] = asked["root"]  # a stored config does not say where a new folder goes
     build.check(config)
     if config["merge"]:
-        config["merge"] = {addresses.local(one): weight for one, weight in config["merge"].items()}
+        named = config["merge"].items()
+        config["merge"] = {one: weight for pattern, weight in named for one in addresses.every(pattern, str(path))}
     refuse_numbers(config["trainer"])
     if request.command == "fit" and config["steps"] % config["eval_every"]:
         raise UserError(

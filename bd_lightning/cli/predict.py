@@ -129,7 +129,12 @@ def folder_name(plan: Plan, sampler: str) -> str:
     config = plan.config
     words = [f"{label}x{weight:g}" for label, weight in (config["mix"] or {}).items()]
     words += [f"without-{label}" for label in config["remove"] or []]
-    words += [f"{folder_of(path).name}x{weight:g}" for path, weight in (config["merge"] or {}).items()]
+    merged = config["merge"] or {}
+    words += (
+        [f"{folder_of(path).name}x{weight:g}" for path, weight in merged.items()]
+        if len(merged) < 4
+        else [f"merged-{len(merged) + 1}"]
+    )
     return "-".join([f"predict-{sampler}-seed{config['seed']}", *words])
 
 

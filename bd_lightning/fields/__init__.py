@@ -9,10 +9,12 @@
 | `LateGuidedFields`, `DynamicGuidedFields` | the same with another scale until a transition |
 | `RelativeFields` | learned fields of every class, relative to a base Gaussian |
 | `Mixture` | weighted sums of those |
+| `Experts` | many of those trained apart, asked in one batched call |
 """
 
 from bd_lightning.fields.analytic import AnalyticFields, AnalyticRelative, log_ratio
 from bd_lightning.fields.base import ConditionedFields, FieldPair, log_gradient
+from bd_lightning.fields.experts import Experts, batched
 from bd_lightning.fields.guided import DynamicGuidedFields, Guidance, GuidedFields, LateGuidedFields
 from bd_lightning.fields.learned import LearnedFields
 from bd_lightning.fields.mixture import Mixture, Source, calibrated, combine
@@ -24,6 +26,7 @@ __all__ = [
     "AnalyticSource",
     "ConditionedFields",
     "DynamicGuidedFields",
+    "Experts",
     "FieldPair",
     "Guidance",
     "GuidedFields",
@@ -32,6 +35,7 @@ __all__ = [
     "Mixture",
     "RelativeFields",
     "Source",
+    "batched",
     "calibrated",
     "combine",
     "log_gradient",

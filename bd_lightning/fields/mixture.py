@@ -39,7 +39,7 @@ class Source(Protocol):
         ...
 
     def components(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """log(π_c ρ_c) (B, C) and U_c (B, C, *) at x (B, *) and noise levels sigma (B,)."""
+        """log(π_c ρ_c) (B, C) and U_c (B, C, *) at x (B, *) and noise levels sigma: (B,), or (1,) for one of all."""
         ...
 
 
@@ -124,6 +124,10 @@ class Mixture(FieldPair):
         odds = bcast(share / (1 - share), x)
         return positive_log + (1 - share).log(), positive_slope + odds * (positive_slope - negative_slope)
 
+    def at(self, level: float) -> FieldPair:
+        """The same fields for points that are all at one noise level, which networks then embed once, not for each."""
+        return _AtLevel(self, level)
+
     def posterior(self, x: Tensor, sigma: Tensor) -> list[Tensor]:
         """Shares of the classes with positive weights at x (B, *) and sigma (B,): for every source, (B, C)."""
         logs = []
@@ -144,6 +148,19 @@ class Mixture(FieldPair):
         """The fields (s, g) of the sum at x (B, *) and noise levels sigma (B,); shapes (B,) and (B, *)."""
         s, S, _ = self.log_gradients(x, sigma)
         return s, bcast(s / 2, x) * S
+
+
+class _AtLevel(FieldPair):
+    """A mixture at one noise level."""
+
+    def __init__(self, mixture: Mixture, level: float) -> None:
+        self.mixture, self.level = mixture, level
+
+    def log_gradients(self, x: Tensor, sigma: Tensor, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        return self.mixture.log_gradients(x, x.new_full((1,), self.level))
+
+    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+        return self.mixture(x, x.new_full((1,), self.level))
 
 
 @torch.no_grad()

@@ -17,10 +17,11 @@ References:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bd_lightning import divergences
 from bd_lightning.checks import UserError
@@ -29,7 +30,7 @@ from bd_lightning.kernels import Kernel
 
 
 def call(
-    network: nn.Module,
+    network: Callable[..., Any],
     x: Tensor,
     sigma: Tensor,
     sigma_data: float,

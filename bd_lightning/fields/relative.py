@@ -93,6 +93,7 @@ class AnalyticSource:
 
     def components(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """log(π_c ρ_c) (B, C) and U_c (B, C, d) at x (B, d) and noise levels sigma (B,)."""
+        sigma = sigma.expand(len(x))
         parts = [log_ratio(density, x, sigma, self.sigma_data) for density in self.densities]
         logs, slopes = zip(*parts)
         return torch.stack(logs, 1) + self._shares.to(x).log(), torch.stack(slopes, 1)

@@ -64,7 +64,7 @@ class Adapted(Network):
 
     def forward(self, x: Tensor, c_noise: Tensor, label: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map x (B, *shape), c_noise (B,) and label (B,) or None to F (B, *shape) and a (B,)."""
-        told = (label,) if self.conditional else ()
+        told, c_noise = (label,) if self.conditional else (), c_noise.expand(len(x))
         out = self.module(x, self.noise_scale * c_noise, *told)
         scale, shift = self.condition(nn.functional.silu(self.embed(c_noise, label))).chunk(2, dim=1)
         seen = torch.cat([x.flatten(1), out.flatten(1)], 1) / math.sqrt(x[0].numel())

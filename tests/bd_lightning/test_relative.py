@@ -13,6 +13,7 @@ from bd_lightning.fields import (
     AnalyticSource,
     Mixture,
     RelativeFields,
+    batched,
     calibrated,
     combine,
     log_ratio,
@@ -177,6 +178,72 @@ def test_ratio_loss_is_minimised_by_the_log_ratios():
 
     assert max(slopes(1.0, 0.0)) < 4 * n**-0.5
     assert min(max(slopes(scale, shift)) for scale, shift in ((0.9, 0.0), (-1.0, 0.0), (1.0, 0.2))) > 0.01
+
+
+def learned(count, classes=2, width=16):
+    torch.manual_seed(0)
+    found = []
+    for _ in range(count):
+        fields = RelativeFields(MLP((3,), classes, per_class=True, width=width, depth=2), 1.1, classes)
+        for parameter in fields.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        fields.count(torch.randint(classes, (50,)))
+        found.append(fields.requires_grad_(False).eval())
+    return found
+
+
+@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.2, 3.0, 0.5), (1.0, 2.0, -0.1)])
+def test_experts_are_asked_in_one_call(weights):
+    members = learned(3)
+    apart = sum((w * Mixture([(one, torch.ones(2))]) for w, one in zip(weights[1:], members[1:])),
+                weights[0] * Mixture([(members[0], torch.ones(2))]))  # fmt: skip
+    together, calls = batched(apart), []
+    for one in members:
+        one.network.register_forward_hook(lambda *_: calls.append(1))
+    x, sigma = 3 * torch.randn(40, 3), torch.rand(40) + 0.1
+    found = together.log_ratio(x, sigma)
+    assert len(calls) == 1
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(apart.log_ratio(x, sigma), found))
+    assert together.mass() == pytest.approx(apart.mass())
+    assert torch.allclose(
+        torch.cat(together.posterior(x, sigma), 1), torch.cat(apart.posterior(x, sigma), 1), atol=1e-4
+    )
+
+
+def test_many_points_on_a_cpu_are_given_to_one_expert_after_the_other():
+    members, calls = learned(3), []
+    together = batched(sum((Mixture([(one, torch.ones(2))]) for one in members[1:]),
+                           Mixture([(members[0], torch.ones(2))])))  # fmt: skip
+    for one in members:
+        one.network.register_forward_hook(lambda *_: calls.append(1))
+    x, sigma = torch.randn(120, 3), torch.rand(120) + 0.1
+    many = together.log_ratio(x, sigma)
+    assert len(calls) == 3
+    for part, rows in zip(torch.arange(120).split(40), x.split(40)):
+        few = together.log_ratio(rows, sigma[part])
+        assert all(torch.allclose(a[part], b, atol=1e-4) for a, b in zip(many, few))
+    assert len(calls) == 6
+
+
+def test_an_expert_that_comes_later():
+    *first, late = learned(3)
+    both = batched(sum((Mixture([(one, torch.ones(2))]) for one in first[1:]), Mixture([(first[0], torch.ones(2))])))
+    more = both + 0.5 * Mixture([(late, torch.tensor([1.0, 0.0]))])
+    x, sigma = torch.randn(10, 3), torch.ones(10)
+    terms = [*((one, torch.ones(2)) for one in first), (late, torch.tensor([0.5, 0.0]))]
+    assert torch.allclose(more.score(x, sigma), Mixture(terms).score(x, sigma), atol=1e-4)
+    with pytest.raises(ValueError, match=r"the base Gaussians differ: sigma_data is 1\.1 and 2\.0"):
+        late.sigma_data = 2.0
+        batched(Mixture([(first[0], torch.ones(2))]) + Mixture([(late, torch.ones(2))]))
+
+
+@pytest.mark.parametrize("source", [SOURCE, learned(1)[0]], ids=["analytic", "learned"])
+def test_one_noise_level_for_all_points(source):
+    fields = Mixture([(source, torch.ones(len(source.shares)))])
+    x = torch.randn(20, 2 if source is SOURCE else 3)
+    here, there = fields.at(0.7), fields
+    for a, b in zip(here.log_gradients(x, None), there.log_gradients(x, torch.full((20,), 0.7))):
+        assert a.shape == b.shape and torch.allclose(a, b.to(a), atol=1e-5)
 
 
 def test_calibration_corrects_a_drift():
