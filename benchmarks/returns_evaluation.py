@@ -64,6 +64,7 @@ FIELDS = "bd_lightning.returns.GaussianFields"
 LEARNERS: dict[str, dict[str, Any]] = {
     "fields": {"_target_": FIELDS, "nodes": 52, "bandwidth": 0.7},
     "c51": {"_target_": "bd_lightning.returns.Categorical", "atoms": 51},
+    "qr_dqn": {"_target_": "bd_lightning.returns.Quantiles", "quantiles": 51},
     "fields, density": {"_target_": FIELDS, "nodes": 51, "learn": "density"},
     "fields, density, positive part": {"_target_": FIELDS, "nodes": 51, "learn": "density", "positive": True},
     "fields, density, mass free": {"_target_": FIELDS, "nodes": 51, "learn": "density", "mass": False},

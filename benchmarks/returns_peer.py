@@ -1,8 +1,9 @@
-"""An independent C51: cleanrl's script against ours."""
+"""Independent implementations on CartPole: cleanrl's C51, and QR-DQN of stable-baselines3-contrib, against ours."""
 
 import re
 import subprocess
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -47,8 +48,12 @@ def same_update(script: Path) -> tuple[float, float]:
     return max(float((a - b).abs().max()) for a, b in gradients), max(float(b.abs().max()) for _, b in gradients)
 
 
-def peer(script: Path, python: str, seed: int) -> list[tuple[int, float]]:
-    """(environment step, return) of the training episodes of cleanrl's c51.py on CartPole, run as it is."""
+Episodes = list[tuple[int, float]]
+"""(environment step, return) of the training episodes, at their ends."""
+
+
+def cleanrl(seed: int, script: Path, python: str) -> Episodes:
+    """Those of cleanrl's c51.py on CartPole, run as it is."""
     options = {
         "seed": seed, "total-timesteps": PEER_STEPS, "n-atoms": 51, "v-min": 0, "v-max": 100, "gamma": 0.99,
         "learning-rate": 1e-3, "batch-size": 64, "buffer-size": 20_000, "learning-starts": 1000, "train-frequency": 4,
@@ -60,17 +65,34 @@ def peer(script: Path, python: str, seed: int) -> list[tuple[int, float]]:
     return [(int(step), float(value)) for step, value in found]
 
 
-def own(seed: int) -> list[tuple[int, float]]:
-    """The same of our C51, with the same network, schedule and replay."""
-    words = ["experiment=rl_cartpole", "model=c51", "model.hidden=[120,84]", "model.lr=1e-3", "model.target_every=100"]
+def contributed(seed: int, script: Path, python: str) -> Episodes:
+    """Those of QR-DQN of stable-baselines3-contrib, with the same network, schedule and replay as ours."""
+    import gymnasium
+    from sb3_contrib import QRDQN
+    from stable_baselines3.common.monitor import Monitor
+
+    env = Monitor(gymnasium.make("CartPole-v1"))
+    model = QRDQN(
+        "MlpPolicy", env, seed=seed, device="cpu", gamma=0.99, learning_rate=1e-3, batch_size=64, buffer_size=20_000,
+        learning_starts=1000, train_freq=4, gradient_steps=1, target_update_interval=400, exploration_fraction=0.25,
+        exploration_initial_eps=1.0, exploration_final_eps=0.05,
+        policy_kwargs={"n_quantiles": 51, "net_arch": [120, 84], "optimizer_kwargs": {"eps": 1e-8}},
+    )  # fmt: skip
+    model.learn(PEER_STEPS)
+    return list(zip(np.cumsum(env.get_episode_lengths()).tolist(), env.get_episode_rewards()))
+
+
+def own(method: list[str], seed: int) -> Episodes:
+    """Those of ours, with the same network, schedule and replay."""
+    words = ["experiment=rl_cartpole", *method, "model.hidden=[120,84]", "model.lr=1e-3", "model.target_every=100"]
     words += ["data.num_envs=1", "data.collect=4", "data.n_step=1", "data.size=20000"]
-    words += ["data.epsilon=[0.81,0.05]", "data.decay=4000"]  # from step 1,000: cleanrl's line from 1 at step 0
+    words += ["data.epsilon=[0.81,0.05]", "data.decay=4000"]  # from step 1,000: their line from 1 at step 0
     _, data, models = build(words, [seed])
     runs, stream = Seeds(models), data[0].open(seed)
-    episodes: list[tuple[int, float]] = []
+    episodes: Episodes = []
     while stream.steps < PEER_STEPS:
         before = stream.episodes
-        stream.step(runs.greedy(stream.observation[None])[0] if stream.steps >= stream.warmup else None)
+        stream.step(runs.explore(stream.observation[None])[0] if stream.steps >= stream.warmup else None)
         if stream.episodes > before:
             episodes.append((stream.steps, stream.finished[-1]))
         if stream.steps > stream.warmup and stream.steps % 4 == 0:
@@ -78,7 +100,18 @@ def own(seed: int) -> list[tuple[int, float]]:
     return episodes
 
 
-def windows(episodes: list[tuple[int, float]]) -> list[float]:
+SAME_QUANTILES = ["model=qr_dqn", "data.v_max=1", "model.representation.kappa=51"]
+"""Our QR-DQN with outputs in units of reward, and the Huber loss linear from an error of 1 on, as theirs."""
+
+PEERS: dict[str, Callable[[int, Path, str], Episodes]] = {
+    "ours": lambda seed, script, python: own(["model=c51"], seed),
+    "cleanrl": cleanrl,
+    "our QR-DQN": lambda seed, script, python: own(SAME_QUANTILES, seed),
+    "QR-DQN of stable-baselines3-contrib": contributed,
+}
+
+
+def windows(episodes: Episodes) -> list[float]:
     """Mean return of the episodes that ended in each window of steps."""
     edges = range(0, PEER_STEPS, PEER_WINDOW)
     return [float(np.mean([v for step, v in episodes if e <= step < e + PEER_WINDOW] or [np.nan])) for e in edges]

@@ -1,44 +1,114 @@
 """What is asked of the rows of the returns benchmark: rates, ratios, tables and curves."""
 
-import json
 import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from benchmarks.common import Rows
 from benchmarks.returns_training import reached
 
-METHODS = ("returns", "c51")
-SEEDS, TUNING_SEEDS = range(10), range(100, 105)
+METHODS = {"returns": "fields", "c51": "C51", "qr_dqn": "QR-DQN"}
+"""Methods, as train.py's `model`, and their names in tables; the first is compared with the best of the others."""
+SEEDS, TUNING_SEEDS = 0, 100
+"""First seeds of the runs that are reported, and of those that choose rates."""
 COMMON_RATE = 2.5e-4
-ENVS: dict[str, tuple[tuple[float, ...], int, int]] = {  # thresholds, optimiser steps, steps between evaluations
-    "rl_frozen_lake": ((0.95,), 6000, 50),
-    "rl_frozen_lake_slippery": ((0.6, 0.7), 12_000, 600),
-    "rl_cartpole": ((195.0, 475.0), 30_000, 500),
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How an experiment is run.
+
+    Args:
+        thresholds: mean returns whose steps are counted.
+        steps: optimiser steps.
+        eval_every: optimiser steps between evaluations.
+        rates: learning rates that every method is tried with; more by factors of two while the best is at either end.
+        seeds: number of seeds that are reported.
+        tuning: number of seeds that choose a rate.
+        together: seeds in one job: with a small network a batched product serves them all.
+    """
+
+    thresholds: tuple[float, ...]
+    steps: int
+    eval_every: int
+    rates: tuple[float, ...]
+    seeds: int = 10
+    tuning: int = 5
+    together: int = 10
+
+    def chunks(self, first: int, count: int) -> list[range]:
+        """Seeds of the jobs of one row."""
+        last = first + count
+        return [range(k, min(k + self.together, last)) for k in range(first, last, self.together)]
+
+
+ENVS = {
+    "rl_frozen_lake": Setting((0.95,), 6000, 50, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+    "rl_frozen_lake_slippery": Setting((0.6, 0.7), 12_000, 600, (1e-3, 2e-3, 4e-3, 8e-3)),
+    "rl_cartpole": Setting((195.0, 475.0), 30_000, 500, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+    "rl_cliff": Setting((-100.0,), 20_000, 500, (1e-3, 2e-3, 4e-3, 8e-3)),
+    "rl_acrobot": Setting((-150.0, -100.0), 20_000, 500, (5e-4, 1e-3, 2e-3, 4e-3)),
+    "rl_lunar_lander": Setting((0.0, 200.0), 50_000, 1000, (2.5e-4, 5e-4, 1e-3, 2e-3), tuning=3),
+    "rl_breakout": Setting((2.0, 5.0), 100_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
+    "rl_asterix": Setting((2.0, 5.0), 100_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
 }
-RATES = {
-    "rl_frozen_lake": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2),
-    "rl_frozen_lake_slippery": (1e-3, 2e-3, 4e-3, 8e-3),
-    "rl_cartpole": (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
-}
+
+Row = dict
+"""Evaluations of several seeds: "env_steps" (E,), "returns" (R, E), "seconds" of one run."""
 
 
-def read(path: Path) -> list[dict]:
-    """Rows of a file, none if it is not there."""
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+def gathered(rows: Iterable[dict], env: str, method: str, rate: float, first: int) -> Row | None:
+    """The row of all seeds of a setting, of the rows of its jobs; None before all of them are there.
+
+    Jobs end when all their seeds are done; from there on their last evaluations count.
+    """
+    setting = ENVS[env]
+    count = setting.seeds if first == SEEDS else setting.tuning
+    jobs = {
+        row["seeds"][0]: row
+        for row in rows
+        if (row["env"], row["method"], row["rate"], row["extra"]) == (env, method, rate, [])
+        and first <= row["seeds"][0] < first + count
+    }
+    if sum(len(row["seeds"]) for row in jobs.values()) != count:
+        return None
+    longest = max((row["env_steps"] for row in jobs.values()), key=len)
+    returns = [run + run[-1:] * (len(longest) - len(run)) for _, row in sorted(jobs.items()) for run in row["returns"]]
+    seconds = sum(row["seconds"] * len(row["seeds"]) for row in jobs.values()) / count
+    steps = sum(len(row["env_steps"]) * len(row["seeds"]) for row in jobs.values()) / count * setting.eval_every
+    return {"env_steps": longest, "returns": returns, "seconds": seconds, "milliseconds": 1000 * seconds / steps}
 
 
-def score(row: dict, budget: int) -> float:
+def budget(rows: Iterable[dict], env: str) -> int:
+    """The environment steps of a whole run."""
+    return max((row["env_steps"][-1] for row in rows if row["env"] == env), default=1)
+
+
+def score(row: Row, env: str, most: int) -> float:
     """Geometric mean, over thresholds and seeds, of the steps to them; a run that fails counts twice the budget."""
-    steps = [min(reached(row["env_steps"], r, t), 2 * budget) for t in ENVS[row["env"]][0] for r in row["returns"]]
+    steps = [min(reached(row["env_steps"], r, t), 2 * most) for t in ENVS[env].thresholds for r in row["returns"]]
     return float(np.exp(np.mean(np.log(steps))))
 
 
-def best_rates(rows: list[dict], env: str) -> dict[str, float]:
-    """The rate of the tuning runs with the best score, for each method."""
-    tuning = [r for r in rows if r["env"] == env and r["seeds"] == list(TUNING_SEEDS)]
-    budget = max((r["env_steps"][-1] for r in rows if r["env"] == env), default=1)
-    return {m: min((score(r, budget), r["rate"]) for r in tuning if r["method"] == m)[1] for m in METHODS}
+def best_rate(rows: list[dict], env: str, method: str) -> tuple[float, list[float]]:
+    """The rate of the tuning runs with the best score, and all that were tried."""
+    tried = sorted({row["rate"] for row in rows if row["env"] == env and row["method"] == method})
+    found = {rate: gathered(rows, env, method, rate, TUNING_SEEDS) for rate in tried}
+    most = budget(rows, env)
+    rates = [rate for rate, row in found.items() if row is not None]
+    return min(rates, key=lambda rate: (score(found[rate] or {}, env, most), rate)), rates
+
+
+def beyond(rate: float, tried: list[float], setting: Setting, times: int = 2) -> float | None:
+    """The next rate to try if the best is the smallest or largest so far; None if not, or if that went far enough."""
+    low, high = min(setting.rates) / 2**times, max(setting.rates) * 2**times
+    for edge, following in ((min(tried), rate / 2), (max(tried), rate * 2)):
+        if rate == edge and low <= following <= high:
+            return following
+    return None
 
 
 def ratio(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[float, float, float]:
@@ -50,42 +120,51 @@ def ratio(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[
     return float(b.mean() / a.mean()), float(low), float(high)
 
 
-def table(folder: Path, figure: Path | None) -> None:
-    """Markdown tables of everything that is in the folder, and curves."""
-    rows, drawn = read(folder / "control.jsonl"), []
+def control_table(rows: list[dict]) -> list[tuple]:
+    """Print steps to thresholds, at the common rate and at each method's own; returns what curves are drawn of."""
+    drawn: list[tuple] = []
     print(
-        "| experiment | threshold | rates (fields, C51) | fields | C51 | C51 / fields (95 %) ",
-        end="",
+        "| experiment | threshold | rates | " + " | ".join(METHODS.values()) + " | best baseline / fields (95 %) | ms |"
     )
-    print("| ms per step, fields, C51 |\n|---|---|---|---|---|---|---|")
-    for env, (thresholds, _, _) in ENVS.items():
-        here = [r for r in rows if r["env"] == env and r["seeds"] == list(SEEDS)]
-        if not here:
+    print("|---|---|---|" + "---|" * len(METHODS) + "---|---|")
+    for env, setting in ENVS.items():
+        if not any(row["env"] == env for row in rows):
             continue
-        choices = [{m: COMMON_RATE for m in METHODS}]
-        if any(r["env"] == env and r["seeds"] == list(TUNING_SEEDS) for r in rows):
-            choices.append(best_rates(rows, env))
+        most, choices = budget(rows, env), [dict.fromkeys(METHODS, COMMON_RATE)]
+        tuned = [m for m in METHODS if gathered(rows, env, m, setting.rates[-1], TUNING_SEEDS)]
+        choices.append({m: best_rate(rows, env, m)[0] for m in tuned})
         for rates in choices:
-            pair = {r["method"]: r for r in here if r["rate"] == rates[r["method"]]}
-            if len(pair) < 2:
+            found = {m: gathered(rows, env, m, rate, SEEDS) for m, rate in rates.items()}
+            these = {m: row for m, row in found.items() if row is not None}
+            if len(these) < 2:
                 continue
-            drawn.append((env, rates, pair))
-            budget = max(r["env_steps"][-1] for r in here)
-            cost = [1000 * r["seconds"] / (len(r["env_steps"]) * ENVS[env][2]) for r in map(pair.get, METHODS)]
-            for threshold in thresholds:
-                cells, counted = [], []
-                for method in METHODS:
-                    found = [reached(pair[method]["env_steps"], r, threshold) for r in pair[method]["returns"]]
-                    counted.append([min(f, budget) for f in found])
-                    cells.append(f"{np.mean(counted[-1]):,.0f}, {sum(f < math.inf for f in found)}/{len(found)}")
-                value, low, high = ratio(*counted)
-                shown = ", ".join(f"{rates[m]:g}" for m in METHODS)
-                print(
-                    f"| {env} | {threshold:g} | {shown} | {' | '.join(cells)} | {value:.2f} ({low:.2f} to {high:.2f}) ",
-                    end="",
-                )
-                print(f"| {cost[0]:.2f}, {cost[1]:.2f} |")
-    rows = read(folder / "evaluate.jsonl")
+            drawn.append((env, rates, these))
+            for threshold in setting.thresholds:
+                print(line(env, threshold, rates, these, most))
+    return drawn
+
+
+def line(env: str, threshold: float, rates: dict[str, float], rows: dict[str, Row], most: int) -> str:
+    """One line of the table of steps to thresholds."""
+    counted, cells = {}, []
+    for method in METHODS:
+        if method not in rows:
+            cells.append("–")
+            continue
+        found = [reached(rows[method]["env_steps"], run, threshold) for run in rows[method]["returns"]]
+        counted[method] = [min(steps, most) for steps in found]
+        cells.append(f"{np.mean(counted[method]):,.0f}, {sum(f < math.inf for f in found)}/{len(found)}")
+    ours, *others = counted.values()
+    value, low, high = ratio(ours, min(others, key=np.mean))
+    shown = ", ".join(f"{rates[m]:g}" for m in rows)
+    costs = ", ".join(f"{row['milliseconds']:.2f}" for row in rows.values())
+    return (
+        f"| {env} | {threshold:g} | {shown} | {' | '.join(cells)} | {value:.2f} ({low:.2f} to {high:.2f}) | {costs} |"
+    )
+
+
+def evaluation_table(rows: list[dict]) -> None:
+    """Print distances to simulated returns."""
     print("\n| rewards | γ | learner | rate | W1 / sd | mean error / sd | sd / true sd | parameters |")
     print("|---|---|---|---|---|---|---|---|")
     groups: dict[tuple, dict[int, dict]] = {}  # a seed that was run twice counts once
@@ -98,27 +177,59 @@ def table(folder: Path, figure: Path | None) -> None:
             spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.3f}{spread}")
         print(f"| {rewards} | {gamma} | {learner} | {rate:g} | {' | '.join(cells)} | {group[0]['parameters']:,} |")
-    for name in ("ours", "cleanrl"):
-        values = np.array([r["windows"] for r in read(folder / "peer.jsonl") if r["name"] == name])
-        if len(values):
-            mean, error = values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5
-            print(f"\nC51 on CartPole, {name}: " + ", ".join(f"{m:.0f} ± {e:.0f}" for m, e in zip(mean, error)))
+
+
+def peer_table(rows: list[dict]) -> None:
+    """Print the returns of training episodes, ours and others'."""
+    for name in dict.fromkeys(row["name"] for row in rows):
+        values = np.array([row["windows"] for row in rows if row["name"] == name])
+        mean, error = values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 * values[0]
+        print(f"\nCartPole, {name}: " + ", ".join(f"{m:.0f} ± {e:.0f}" for m, e in zip(mean, error)))
+
+
+def linear_table(rows: list[dict]) -> None:
+    """Print what linearity gives in control: the mean ± the standard error of every number over seeds."""
+    groups: dict[tuple[str, str], list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["example"], row["way"]), []).append(row["numbers"])
+    shown = None
+    for (example, way), numbers in groups.items():
+        if example != shown:
+            print(f"\n| {example} | " + " | ".join(numbers[0]) + " | seeds |\n|---|" + "---|" * (len(numbers[0]) + 1))
+            shown = example
+        cells = []
+        for name in numbers[0]:
+            values = np.array([n[name] for n in numbers if n.get(name) is not None], dtype=float)
+            error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
+            cells.append(f"{values.mean():.4g} ± {error:.2g}" if len(values) else "–")
+        print(f"| {way} | {' | '.join(cells)} | {len(numbers)} |")
+
+
+def table(folder: Path, figure: Path | None) -> None:
+    """Markdown tables of everything that is in the folder, and curves."""
+    drawn = control_table(list(Rows(folder / "control.jsonl")))
+    parts: dict[str, Callable[[list[dict]], None]]
+    parts = {"evaluate": evaluation_table, "peer": peer_table, "linear": linear_table}
+    for name, show in parts.items():
+        rows = list(Rows(folder / f"{name}.jsonl"))
+        if rows:
+            show(rows)
     if figure and drawn:
         curves(drawn, figure)
 
 
 def curves(drawn: list[tuple], path: Path) -> None:
-    """Mean return against environment steps, a panel for each pair of rates, with the middle half of the seeds."""
+    """Mean return against environment steps, a panel for each choice of rates, with the middle half of the seeds."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(10, 2.6 * -(-len(drawn) // 2)), dpi=110, layout="constrained")
-    for axes, (env, rates, pair) in zip(picture.subplots(-(-len(drawn) // 2), 2, squeeze=False).flat, drawn):
-        for method, name in zip(METHODS, ("fields", "C51")):
-            values, steps = np.array(pair[method]["returns"]), pair[method]["env_steps"]
+    for axes, (env, rates, rows) in zip(picture.subplots(-(-len(drawn) // 2), 2, squeeze=False).flat, drawn):
+        for method, row in rows.items():
+            values, steps = np.array(row["returns"]), row["env_steps"]
             low, high = np.quantile(values, [0.25, 0.75], axis=0)
-            axes.plot(steps, values.mean(0), label=f"{name}, rate {rates[method]:g}")
+            axes.plot(steps, values.mean(0), label=f"{METHODS[method]}, rate {rates[method]:g}")
             axes.fill_between(steps, low, high, alpha=0.2)
-        for threshold in ENVS[env][0]:
+        for threshold in ENVS[env].thresholds:
             axes.axhline(threshold, color="k", lw=0.5, ls=":")
         axes.set(title=env, xlabel="environment steps", ylabel="return")
         axes.legend(fontsize=7)

@@ -2,18 +2,18 @@
 
 import math
 import time
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from bd_lightning.cli import build as builder
 from bd_lightning.cli import config as configs
 from bd_lightning.modules import ReturnLearner
-from bd_lightning.returns import bellman_target, td_loss
+from bd_lightning.returns import Preference, td_loss
 from datamodules import Environment
-from datamodules.experience import play
+from datamodules.experience import Greedy, play
 
 
 class Seeds:
@@ -25,6 +25,7 @@ class Seeds:
 
     def __init__(self, models: list[ReturnLearner]) -> None:
         self.model = models[0]
+        self.names = [name for name, _ in self.model.network.named_parameters()]
         stacked = zip(*(m.network.parameters() for m in models))
         self.parameters = [torch.stack([p.detach() for p in group]).requires_grad_() for group in stacked]
         self.copy()
@@ -38,37 +39,41 @@ class Seeds:
 
     def outputs(self, parameters: list[Tensor], x: Tensor) -> Tensor:
         """Outputs (R, B, A, outputs) at observations (R, B, *shape)."""
-        h = x.flatten(2)
-        for i in range(0, len(parameters), 2):
-            h = torch.baddbmm(parameters[i + 1][:, None], h, parameters[i].mT)
-            h = h.relu() if i + 2 < len(parameters) else h
-        return h.unflatten(2, (self.model.actions, -1))
+
+        def one(own: dict[str, Tensor], observation: Tensor) -> Tensor:
+            return functional_call(self.model.network, own, (observation.flatten(1),))
+
+        y = torch.vmap(one)(dict(zip(self.names, parameters)), x)
+        return y.unflatten(2, (self.model.actions, -1))
 
     @torch.no_grad()
-    def greedy(self, observation: np.ndarray) -> np.ndarray:
-        """Best actions (R, B) at observations (R, B, *shape)."""
+    def _best(self, preference: Preference, parameters: list[Tensor], x: np.ndarray) -> np.ndarray:
         rep = self.model.representation
-        return rep.mean(rep.read(self.outputs(self.parameters, torch.from_numpy(observation)))).argmax(-1).numpy()
+        return preference(rep, rep.read(self.outputs(parameters, torch.from_numpy(x)))).argmax(-1).numpy()
 
-    def of(self, run: int) -> Any:
+    def explore(self, observation: np.ndarray) -> np.ndarray:
+        """Actions (R, B) at observations (R, B, *shape) by which experience is collected."""
+        return self._best(self.model.exploration, self.parameters, observation)
+
+    @torch.no_grad()
+    def weights(self) -> Tensor:
+        """Distributions (R, S, A, N) of every run in all states of a finite set."""
+        states = torch.eye(*self.model.shape * 2).expand(len(self.parameters[0]), -1, -1)
+        return self.model.representation.read(self.outputs(self.parameters, states))
+
+    def of(self, run: int) -> Greedy:
         """The greedy policy of one run."""
         part = [p[run : run + 1] for p in self.parameters]
-        rep = self.model.representation
-
-        @torch.no_grad()
-        def greedy(observation: np.ndarray) -> np.ndarray:
-            y = self.outputs(part, torch.from_numpy(observation)[None])
-            return rep.mean(rep.read(y))[0].argmax(-1).numpy()
-
-        return greedy
+        return lambda observation: self._best(self.model.policy.preference, part, observation[None])[0]
 
     def step(self, batches: list[tuple[Tensor, ...]]) -> Tensor:
         """One optimiser step of every run on its batch; losses (R,)."""
         observation, action, reward, discount, following = (torch.stack(part) for part in zip(*batches))
         rep, model = self.model.representation, self.model
         with torch.no_grad():
-            y = self.outputs(self.target, following).flatten(0, 1)
-        target = bellman_target(rep, y, reward.flatten(), discount.flatten(), model.uniform_policy)
+            y = self.outputs(self.target, following.reshape(len(batches), -1, *model.shape)).flatten(0, 1)
+        each = reward.flatten(0, 1)
+        target = model.backup(y.unflatten(0, each.shape), each, discount.flatten(0, 1))
         y = self.outputs(self.parameters, observation)
         losses = td_loss(rep, y, action, target.unflatten(0, action.shape)).mean(1)
         self.optimizer.zero_grad()
@@ -91,6 +96,29 @@ def build(words: list[str], seeds: range | list[int]) -> tuple[dict, list[Enviro
     return config, data, models
 
 
+class Training:
+    """Several runs in training, each with its own experience, in the steps of train.py.
+
+    Args:
+        words: command line of train.py.
+        seeds: seeds of the runs.
+    """
+
+    def __init__(self, words: list[str], seeds: range | list[int]) -> None:
+        self.config, self.data, models = build(words, seeds)
+        self.runs, self.streams = Seeds(models), [d.open(d.seed) for d in self.data]
+        for stream in self.streams:
+            stream.fill()
+
+    def step(self) -> Tensor:
+        """Steps of the environments and one of the optimiser; losses (R,)."""
+        for _ in range(self.streams[0].collect):
+            actions = self.runs.explore(np.stack([stream.observation for stream in self.streams]))
+            for stream, action in zip(self.streams, actions):
+                stream.step(action)
+        return self.runs.step([stream.draw() for stream in self.streams])
+
+
 def learn(words: list[str], seeds: range | list[int], steps: int, eval_every: int, stop: float = math.inf) -> dict:
     """Train all seeds, with evaluations as `callbacks.EpisodeReturns` makes them.
 
@@ -105,35 +133,28 @@ def learn(words: list[str], seeds: range | list[int], steps: int, eval_every: in
         "env_steps" (E,), "returns" (R, E), "seconds" of training and collection for one run, evaluations not counted,
         and "final_loss" (R,).
     """
-    config, data, models = build(words, seeds)
-    options = config["callbacks"]["returns"]
-    evaluation = data[0].make(options["num_envs"])
-    runs = Seeds(models)
-    streams = [d.open(d.seed) for d in data]
-    for stream in streams:
-        stream.fill()
+    training = Training(words, seeds)
+    options, data = training.config["callbacks"]["returns"], training.data[0]
+    evaluation = data.make(options["num_envs"])
     env_steps: list[int] = []
-    returns: list[list[float]] = [[] for _ in streams]
-    seconds, losses = 0.0, torch.zeros(len(streams))
+    returns: list[list[float]] = [[] for _ in seeds]
+    seconds, losses = 0.0, torch.zeros(len(seeds))
     for k in range(1, steps + 1):
         start = time.process_time()
-        for _ in range(streams[0].collect):
-            greedy = runs.greedy(np.stack([stream.observation for stream in streams]))
-            for stream, action in zip(streams, greedy):
-                stream.step(action)
-        losses = runs.step([stream.draw() for stream in streams])
+        losses = training.step()
         seconds += time.process_time() - start
         if k % eval_every == 0:
-            env_steps.append(streams[0].steps)
+            env_steps.append(training.streams[0].steps)
             for i, row in enumerate(returns):
-                found, _ = play(evaluation, data[0].shape, runs.of(i), options["episodes"], options.get("seed", 1))
+                policy = training.runs.of(i)
+                found, _ = play(evaluation, data.shape, policy, options["episodes"], options.get("seed", 1))
                 row.append(float(found.mean()))
             if all(reached(env_steps, row, stop) < math.inf for row in returns):
                 break
     return {
         "env_steps": env_steps,
         "returns": returns,
-        "seconds": seconds / len(streams),
+        "seconds": seconds / len(seeds),
         "final_loss": losses.tolist(),
     }
 

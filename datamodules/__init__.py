@@ -2,7 +2,7 @@
 
 from datamodules.base import Data, DataModule
 from datamodules.digits import Digits
-from datamodules.environments import Environment
+from datamodules.environments import Environment, LambdaEnvironment
 from datamodules.folder import ImageFolder
 from datamodules.images import ImageDataModule, to_uint8
 from datamodules.latents import Latents
@@ -20,6 +20,7 @@ __all__ = [
     "Environment",
     "ImageDataModule",
     "ImageFolder",
+    "LambdaEnvironment",
     "Latents",
     "SampleRequests",
     "Synthetic",

@@ -1,5 +1,6 @@
 """Environments of gymnasium: they are stepped while the model trains, and it learns from a replay buffer."""
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -10,17 +11,45 @@ from torch.utils.data import DataLoader
 from bd_lightning.checks import UserError, in_range, positive
 from bd_lightning.facts import EnvironmentFacts
 from datamodules.base import Data, DataError
-from datamodules.experience import Experience, Transitions, encode
+from datamodules.experience import Experience, LambdaExperience, Transitions, encode
 
 LONGEST = 1000
 """Steps after which episodes are cut in environments without a limit of their own, unless `max_steps` is given."""
 
+NAMESPACES = {"MinAtar": ("minatar", "minatar.gym")}
+"""Namespaces of ids that a package adds to gymnasium: the package, and its module that has `register_envs`."""
 
-def make_envs(name: str, count: int, options: dict[str, Any] | None = None) -> Any:
-    """Environments stepped together; after the end of an episode they start the next in the same step.
+
+def register(name: str) -> None:
+    """Let the package that an id belongs to add its environments to gymnasium, if it is one of `NAMESPACES`.
 
     Raises:
-        UserError: if gymnasium is absent, the environment unknown, or its spaces not supported.
+        UserError: if the package is absent.
+    """
+    package, module = NAMESPACES.get(name.partition("/")[0], (None, ""))
+    if package is None:
+        return
+    import gymnasium
+
+    if name not in gymnasium.registry:
+        try:
+            importlib.import_module(module).register_envs()
+        except ImportError as error:
+            raise UserError(f"'{name}' needs {package}: install it with 'uv sync --group games'") from error
+
+
+def make_envs(name: str, count: int, options: dict[str, Any] | None = None, scale: float | None = None) -> Any:
+    """Environments stepped together; after the end of an episode they start the next in the same step.
+
+    Args:
+        name: id of the environment.
+        count: how many.
+        options: arguments of each.
+        scale: what observations are divided by; None leaves them, and is refused for bytes and other whole numbers.
+
+    Raises:
+        UserError: if gymnasium or the environment's package is absent, the environment unknown, or its spaces not
+            supported.
     """
     try:
         import gymnasium
@@ -32,9 +61,26 @@ def make_envs(name: str, count: int, options: dict[str, Any] | None = None) -> A
             f"cannot make the environment '{name}': an id with ':' runs the code of a module; give the id of an "
             "environment that is registered"
         )
+    register(name)
+
+    def divided(env: Any) -> Any:
+        space = env.observation_space
+        if scale is None or not isinstance(space, gymnasium.spaces.Box):
+            return env
+        low, high = (np.asarray(bound / scale, dtype=np.float32) for bound in (space.low, space.high))
+        box = gymnasium.spaces.Box(low, high, dtype=np.float32)
+        return gymnasium.wrappers.TransformObservation(env, lambda x: np.asarray(x, np.float32) / scale, box)
+
     try:
         mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
-        envs = gymnasium.make_vec(name, count, vectorization_mode="sync", vector_kwargs=mode, **(options or {}))
+        envs = gymnasium.make_vec(
+            name, count, vectorization_mode="sync", vector_kwargs=mode, wrappers=[divided], **(options or {})
+        )
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise UserError(
+            f"'{name}' needs packages that are not installed: install them with 'uv sync --group games' "
+            f"(gymnasium says: {' '.join(str(error).split())})"
+        ) from error
     except (gymnasium.error.Error, TypeError, ModuleNotFoundError) as error:
         given = f" with options {options}" if options else ""
         raise DataError(f"cannot make the environment '{name}'{given}: {' '.join(str(error).split())}") from error
@@ -45,6 +91,11 @@ def make_envs(name: str, count: int, options: dict[str, Any] | None = None) -> A
         )
     if not isinstance(states, (gymnasium.spaces.Discrete, gymnasium.spaces.Box)):
         raise DataError(f"'{name}' has observations in {states}: only Box and Discrete are supported")
+    if isinstance(states, gymnasium.spaces.Box) and np.issubdtype(states.dtype, np.integer):
+        raise DataError(
+            f"'{name}' observes whole numbers ({states.dtype}, up to {states.high.max()}), and no scale is declared: "
+            f"set data.scale to what they are divided by, e.g. data.scale={states.high.max()}"
+        )
     return envs
 
 
@@ -70,6 +121,8 @@ class Environment(Data):
         options: its arguments, e.g. {is_slippery: false}.
         options_for: id of the environment that `options` are meant for; with another id they are refused. None takes
             them to be those of `env`.
+        scale: what observations are divided by; it must be declared for pixels and other whole numbers. None leaves
+            them as they are.
         max_steps: steps after which an episode is cut, which does not end its return. None leaves the environment's own
             limit, and cuts after 1,000 steps where it has none.
         gamma: discount γ of one step, in [0, 1).
@@ -94,6 +147,8 @@ class Environment(Data):
         experience: the stream of the present training, None before it.
     """
 
+    stream: type[Experience] = Experience
+
     def __init__(
         self,
         env: str,
@@ -101,6 +156,7 @@ class Environment(Data):
         v_max: float,
         options: dict[str, Any] | None = None,
         options_for: str | None = None,
+        scale: float | None = None,
         max_steps: int | None = None,
         gamma: float = 0.99,
         num_envs: int = 4,
@@ -135,7 +191,10 @@ class Environment(Data):
                 f"the options {options} are meant for {options_for}, and env is {env}: set data.options=null, "
                 f"or data.options_for={env} if they are for it too"
             )
+        if scale is not None:
+            positive(scale=scale)
         self.env, self.options, self.gamma, self.num_envs = env, options or {}, gamma, num_envs
+        self.scale = scale
         self.name, self.root, self.batch_size, self.eval_batch_size = env, root, batch_size, eval_batch_size
         self.pin_memory = pin_memory
         self.streams: dict[str, Any] = {
@@ -170,12 +229,12 @@ class Environment(Data):
     def make(self, count: int) -> Any:
         """So many environments, stepped together, whose episodes all end."""
         limit = {} if self.cap is None else {"max_episode_steps": self.cap}
-        return make_envs(self.env, count, {**self.options, **limit})
+        return make_envs(self.env, count, {**self.options, **limit}, self.scale)
 
     def open(self, seed: int) -> Experience:
         """A fresh stream of experience."""
         envs = self.make(self.num_envs)
-        return Experience(envs, self.shape, self.gamma, seed=seed, returns_range=self.returns_range, **self.streams)
+        return self.stream(envs, self.shape, self.gamma, seed=seed, returns_range=self.returns_range, **self.streams)
 
     def _probes(self, envs: Any, count: int = 4) -> Tensor:
         """The first observation of an episode and others under random actions, all distinct."""
@@ -207,7 +266,7 @@ class Environment(Data):
         """The endless stream of batches, of which each is collected when it is asked for."""
         model: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         rank = self.trainer.global_rank  # type: ignore[union-attr]
-        self.experience = self.open(self.seed + 1000 * rank).bind(model.greedy)
+        self.experience = self.open(self.seed + 1000 * rank).bind(model.explore)
         if self.steps:  # resumed: ε goes on from there, after a new warm-up
             self.experience.steps, self.experience.warmup = self.steps, self.steps + self.experience.warmup
             self.experience.epsilon = (self.resumed_epsilon, self.experience.epsilon[1])
@@ -235,3 +294,9 @@ class Environment(Data):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from these."""
         self.steps, self.resumed_epsilon = state_dict.get("steps", 0), state_dict.get("epsilon", 1.0)
+
+
+class LambdaEnvironment(Environment):
+    """An environment whose transitions span 1 to `n_step` steps at once, for `modules.LambdaReturnLearner`."""
+
+    stream = LambdaExperience

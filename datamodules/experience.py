@@ -27,15 +27,18 @@ class Transitions(Dataset):
     Args:
         size: how many transitions are kept.
         shape: shape of an observation.
+        ends: of how many lengths each is kept: rewards, discounts and next observations get a dimension for them.
+            () keeps one length, without.
     """
 
-    def __init__(self, size: int, shape: tuple[int, ...]) -> None:
-        self.observation, self.following = (np.zeros((size, *shape), dtype=np.float32) for _ in range(2))
+    def __init__(self, size: int, shape: tuple[int, ...], ends: tuple[int, ...] = ()) -> None:
+        self.observation = np.zeros((size, *shape), dtype=np.float32)
+        self.following = np.zeros((size, *ends, *shape), dtype=np.float32)
         self.action = np.zeros(size, dtype=np.int64)
-        self.reward, self.discount = (np.zeros(size, dtype=np.float32) for _ in range(2))
+        self.reward, self.discount = (np.zeros((size, *ends), dtype=np.float32) for _ in range(2))
         self.size, self.count = size, 0
 
-    def add(self, observation: Any, action: Any, reward: float, discount: float, following: Any) -> None:
+    def add(self, observation: Any, action: Any, reward: Any, discount: Any, following: Any) -> None:
         """Keep one transition, in place of the oldest when the buffer is full."""
         i = self.count % self.size
         self.observation[i], self.following[i] = observation, following
@@ -100,7 +103,7 @@ class Experience(IterableDataset):
         self.batch_size, self.collect, self.warmup = batch_size, collect, warmup
         self.epsilon, self.decay, self.returns_range = epsilon, decay, returns_range
         self.random = np.random.default_rng(seed)
-        self.replay = Transitions(size, shape)
+        self.replay = self._memory(size)
         self.observation = encode(envs.reset(seed=seed)[0], shape)
         count = envs.num_envs
         self.pending: list[deque] = [deque() for _ in range(count)]
@@ -144,10 +147,17 @@ class Experience(IterableDataset):
         pending = self.pending[i]
         pending.append((self.observation[i], action, reward))
         while pending and (done or len(pending) == self.n_step):
-            total = sum(self.gamma**k * step[2] for k, step in enumerate(pending))
-            discount = 0.0 if terminated else self.gamma ** len(pending)
+            reward, discount, following = self._outcome(pending, terminated, last)
             observation, first, _ = pending.popleft()
-            self.replay.add(observation, first, total, discount, last)
+            self.replay.add(observation, first, reward, discount, following)
+
+    def _memory(self, size: int) -> Transitions:
+        return Transitions(size, self.shape)
+
+    def _outcome(self, steps: deque, terminated: bool, last: np.ndarray) -> tuple[Any, Any, Any]:
+        """Reward, discount and what follows after all of these steps (observation, action, reward)."""
+        total = sum(self.gamma**k * step[2] for k, step in enumerate(steps))
+        return total, 0.0 if terminated else self.gamma ** len(steps), last
 
     def _close(self, i: int, terminated: bool) -> None:
         (low, high), value = self.returns_range, float(self.discounted[i])
@@ -182,6 +192,25 @@ class Experience(IterableDataset):
             for _ in range(self.collect):
                 self.step(self.greedy(self.observation))
             yield self.draw()
+
+
+class LambdaExperience(Experience):
+    """Transitions of 1 to n steps, for λ-returns: rewards and discounts (B, n), next observations (B, n, *shape).
+
+    Near the end of an episode, those that would reach beyond it are the one that reaches it.
+    """
+
+    def _memory(self, size: int) -> Transitions:
+        return Transitions(size, self.shape, (self.n_step,))
+
+    def _outcome(self, steps: deque, terminated: bool, last: np.ndarray) -> tuple[Any, Any, Any]:
+        """The outcomes after 1, 2, … of these steps."""
+        outcomes = []
+        for k in range(1, self.n_step + 1):
+            first, whole = list(steps)[:k], k >= len(steps)
+            end = last if whole else steps[k][0]
+            outcomes.append(super()._outcome(deque(first), terminated and whole, end))
+        return tuple(map(np.stack, zip(*outcomes)))  # type: ignore[return-value]
 
 
 def play(envs: Any, shape: tuple[int, ...], greedy: Greedy, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

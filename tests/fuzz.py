@@ -34,6 +34,10 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["model=mlp", "model.network.width=16", "model.network.depth=1"]
 WRONG = ["banana", "[1, 2]", "{a: 1}", "true", "null", "1.5", "''"]
 OUTSIDE = ["-1", "0", "-7.5", ".nan", ".inf", "1.0e30"]
+ENVIRONMENTS = (
+    "returns", "c51", "qr_dqn", "rl_", "frozen_", "cart_pole", "minatar", "acrobot", "lunar_lander", "cliff_slippery",
+)  # fmt: skip
+"""How the names of configs of environments begin."""
 PATHS = ("folder", "file", "ckpt_path", "weights", "source")
 CONFLICTS = [
     "model.noise=null", "model.objective.trace=hutchinson", "model.objective.trace=sliced", "model.objective=null",
@@ -104,11 +108,12 @@ def needed(config: str, place: Path) -> list[str]:
         words.append("model.network.channels=[8, 8, 8, 8]")
     if group == "model" and name in ("points", "regression"):
         words += ["data=gaussians_2d", "callbacks=points"]
-    if name.startswith(("returns", "c51", "rl_", "frozen_lake", "cart_pole")):
+    if name.startswith(ENVIRONMENTS):
         words = [w for w in words if not w.startswith(("model", "callbacks", "data=", "data.val_size"))]
         if group != "experiment":
             words += {"model": [], "data": ["model=returns"], "callbacks": ["model=returns"]}[group]
-            words += [] if group == "data" else ["data=frozen_lake"]
+            several = "_lambda" if name == "returns_lambda" else ""
+            words += [] if group == "data" else [f"data=frozen_lake{several}"]
             words += [] if group == "callbacks" else ["callbacks=returns"]
     if name == "folder":
         words += [f"data.folder={place / 'pictures'}", "data.batch_size=20"]

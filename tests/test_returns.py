@@ -11,15 +11,16 @@ import torch
 import train
 from bd_lightning.checks import UserError
 from bd_lightning.facts import EnvironmentFacts
-from bd_lightning.modules import FreeReturnLearner, ReturnLearner
-from bd_lightning.returns import Categorical, GaussianFields
+from bd_lightning.modules import FreeReturnLearner, LambdaReturnLearner, ReturnLearner
+from bd_lightning.modules import returns as learners
+from bd_lightning.returns import Categorical, GaussianFields, UpperQuantile, normal_cdf
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
 
 from benchmarks import returns_training as benchmark
 from datamodules import Environment
 from datamodules.environments import LONGEST, make_envs
-from datamodules.experience import Experience
+from datamodules.experience import Experience, LambdaExperience
 
 QUICK = ["experiment=rl_frozen_lake", "model.lr=3e-3", "steps=600"]
 QUIET = ["callbacks.progress=null", "trainer.enable_progress_bar=false"]
@@ -55,14 +56,12 @@ def test_frozen_lake_is_learned_and_everything_is_in_the_folder(finished):
 
 def test_a_broken_target_does_not_learn(tmp_path, monkeypatch):
     """The same run with a target that forgets the next state: the level of the test above is not reached."""
-    import bd_lightning.modules.returns as module
+    whole = learners.bellman_target
 
-    whole = module.bellman_target
+    def broken(representation, y, reward, discount, policy):
+        return whole(representation, y, reward, torch.zeros_like(discount), policy)
 
-    def broken(representation, y, reward, discount, uniform_policy):
-        return whole(representation, y, reward, torch.zeros_like(discount), uniform_policy)
-
-    monkeypatch.setattr(module, "bellman_target", broken)
+    monkeypatch.setattr(learners, "bellman_target", broken)
     words = [*QUICK, "eval_every=300", "run_id=x", "logger=none", "callbacks.figures=null"]
     assert launch(tmp_path, *words) == 0
     assert max(evaluations(tmp_path / "bellman-diffusion" / "x")) < 0.5
@@ -110,7 +109,7 @@ def test_the_benchmark_trains_as_train_py_does(method, tmp_path):
     for stream in streams:
         stream.fill()
     for _ in range(60):
-        for stream, action in zip(streams, runs.greedy(np.stack([s.observation for s in streams]))):
+        for stream, action in zip(streams, runs.explore(np.stack([s.observation for s in streams]))):
             stream.step(action)
         runs.step([stream.draw() for stream in streams])
     options = ["steps=60", "eval_every=30", "seed=4", "run_id=x", "logger=none", "callbacks.figures=null"]
@@ -131,9 +130,9 @@ def test_the_benchmark_trains_as_train_py_does(method, tmp_path):
 def test_the_other_experiments_learn_and_a_broken_target_does_not(experiment, steps, level, monkeypatch):
     words = [f"experiment={experiment}", "model.lr=2e-3"]
     assert benchmark.learn(words, [0], steps, steps)["returns"][0][-1] > level
-    whole = benchmark.bellman_target
+    whole = learners.bellman_target
     monkeypatch.setattr(
-        benchmark, "bellman_target", lambda rep, y, r, discount, share: whole(rep, y, r, 0 * discount, share)
+        learners, "bellman_target", lambda rep, y, r, discount, policy: whole(rep, y, r, 0 * discount, policy)
     )
     assert benchmark.learn(words, [0], 300, 300)["returns"][0][-1] < level
 
@@ -178,6 +177,36 @@ def test_transitions_of_several_steps(n):
     assert following.argmax(1).tolist() == ([1, 2, 3] if n == 1 else [2, 3, 3])
     assert stream.episodes == 2 and stream.outside == 2  # 1 + ½ + ¼ = 1.75 each
     assert list(stream.finished) == [3.0, 3.0]
+
+
+def test_transitions_of_all_lengths_and_their_mixture():
+    stream = LambdaExperience(Corridor(), (4,), gamma=0.5, n_step=2, size=10, warmup=6)
+    stream.fill()
+    batch = stream.replay.__getitems__(np.arange(3))
+    observation, action, reward, discount, following = batch
+    assert observation.argmax(1).tolist() == [0, 1, 2]
+    assert reward.tolist() == [[1, 1.5], [1, 1.5], [1, 1]]
+    assert discount.tolist() == [[0.5, 0.25], [0.5, 0], [0, 0]]
+    assert following.argmax(2).tolist() == [[1, 2], [2, 3], [3, 3]]
+    model = LambdaReturnLearner((4,), 2, GaussianFields(0, 2), lam=0.3)
+    with torch.no_grad():
+        y = model.outputs(model.target_network, following.flatten(0, 1)).unflatten(0, (3, 2))
+    one, two = (ReturnLearner.backup(model, y[:, k], reward[:, k], discount[:, k]) for k in (0, 1))
+    assert torch.allclose(model.backup(y, reward, discount), 0.7 * one + 0.3 * two, atol=1e-6)
+    assert not torch.allclose(one[0], two[0], atol=1e-3)
+    assert model.compute(batch, None)[0]["loss"].isfinite()
+    with pytest.raises(UserError, match="λ-returns need transitions of 1 to n steps: choose data=frozen_lake_lambda"):
+        model.compute((observation, action, reward[:, 0], discount[:, 0], following[:, 0]), None)
+
+
+def test_experience_is_collected_by_exploration_and_evaluation_is_by_preference():
+    """Two actions of one state: the mean prefers the second, a high quantile the first."""
+    rep = GaussianFields(-4, 6, nodes=80)
+    model = ReturnLearner((1,), 2, rep, exploration=UpperQuantile(0.9))
+    y = torch.stack([normal_cdf((rep.points - m) / sd) - rep.start for m, sd in ((0.8, 2.0), (1.2, 0.5))])[None]
+    model.outputs = lambda network, observation: y
+    seen = np.ones((1, 1), dtype=np.float32)
+    assert model.greedy(seen).tolist() == [1] and model.explore(seen).tolist() == [0]
 
 
 def test_time_limits_do_not_end_the_return():

@@ -6,7 +6,7 @@ from bd_lightning.modules.consistency import ConsistencyModel, Gaps
 from bd_lightning.modules.distillation import DistilledModel
 from bd_lightning.modules.generator import Generator
 from bd_lightning.modules.relative import RelativeDensities
-from bd_lightning.modules.returns import FreeReturnLearner, ReturnLearner
+from bd_lightning.modules.returns import FreeReturnLearner, LambdaReturnLearner, ReturnLearner
 
 __all__ = [
     "Autoencoder",
@@ -16,6 +16,7 @@ __all__ = [
     "FreeReturnLearner",
     "Gaps",
     "Generator",
+    "LambdaReturnLearner",
     "RelativeDensities",
     "ReturnLearner",
 ]

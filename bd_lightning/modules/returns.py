@@ -10,16 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bd_lightning.checks import in_range, one_of, positive
+from bd_lightning.checks import UserError, in_range, one_of, positive
 from bd_lightning.modules.base import Module
 from bd_lightning.optimizers import AdamW
 from bd_lightning.returns import (
     SAMPLERS,
+    Features,
     FieldNetworks,
+    Flat,
     GaussianFields,
+    MeanReturn,
+    Policy,
+    Preference,
     Representation,
     bellman_target,
-    mixed_policy,
+    lambda_shares,
     normal,
     td_loss,
     trunk,
@@ -40,6 +45,8 @@ class DistributionalLearner(Module):
         representation: how distributions are represented and backed up.
         uniform_policy: share of the uniform policy in the policy whose returns are learned: 0 is greedy control, 1
             evaluates the uniform policy. Targets are taken over all actions exactly.
+        preference: what that policy is greedy in: the mean, or a risk measure (see `returns.policies`).
+        exploration: what the policy that collects experience is greedy in; None takes `preference`.
         target_every: optimiser steps between copies of the network to the target network.
         sampler: how `predict` draws returns: "inverse_cdf", or "sde" (see `returns.SAMPLERS`).
         options: arguments of `Module`; here the learning rate is constant unless they say otherwise.
@@ -62,6 +69,8 @@ class DistributionalLearner(Module):
         actions: int,
         representation: Representation,
         uniform_policy: float = 0.0,
+        preference: Preference = MeanReturn(),  # noqa: B008 (frozen)
+        exploration: Preference | None = None,
         target_every: int = 50,
         sampler: str = "inverse_cdf",
         **options: Any,
@@ -70,10 +79,10 @@ class DistributionalLearner(Module):
             **{"lr": 1e-3, "optimizer": AdamW((0.9, 0.999)), "warmup_steps": 0, "lr_decay": "none", **options}
         )
         positive(actions=actions, target_every=target_every)
-        in_range(0, 1, uniform_policy=uniform_policy)
         one_of(tuple(SAMPLERS), sampler=sampler)
         self.shape, self.actions, self.sampler = tuple(shape), actions, sampler
-        self.representation, self.uniform_policy, self.target_every = representation, uniform_policy, target_every
+        self.representation, self.target_every = representation, target_every
+        self.policy, self.exploration = Policy(preference, uniform_policy), exploration or preference
         self.register_buffer("probes", torch.zeros(1, *self.shape))
 
     def learn_with(self, network: nn.Module) -> None:
@@ -98,9 +107,17 @@ class DistributionalLearner(Module):
         return self.representation.mean(self.weights(observation))
 
     @torch.no_grad()
+    def _best(self, preference: Preference, observation: np.ndarray) -> np.ndarray:
+        w = self.weights(torch.from_numpy(observation).to(self.device))
+        return preference(self.representation, w).argmax(1).cpu().numpy()
+
     def greedy(self, observation: np.ndarray) -> np.ndarray:
         """Best actions (B,) at observations (B, *shape)."""
-        return self.values(torch.from_numpy(observation).to(self.device)).argmax(1).cpu().numpy()
+        return self._best(self.policy.preference, observation)
+
+    def explore(self, observation: np.ndarray) -> np.ndarray:
+        """Actions (B,) at observations (B, *shape) by which experience is collected."""
+        return self._best(self.exploration, observation)
 
     def on_fit_start(self) -> None:
         """Keep the states that figures and samples are for."""
@@ -150,6 +167,7 @@ class ReturnLearner(DistributionalLearner):
         actions: number of actions, from the data module.
         representation: how distributions are represented and backed up.
         hidden: widths of the network's hidden layers.
+        features: what reads an observation before them: nothing, or convolutions of a grid.
         options: arguments of `DistributionalLearner`.
     """
 
@@ -159,28 +177,76 @@ class ReturnLearner(DistributionalLearner):
         actions: int,
         representation: Representation,
         hidden: Sequence[int] = (64, 64),
+        features: Features = Flat(),  # noqa: B008 (frozen)
         **options: Any,
     ) -> None:
         super().__init__(shape, actions, representation, **options)
-        self.learn_with(trunk(math.prod(self.shape), hidden, actions * representation.outputs))
+        layers, width = features(self.shape)
+        self.learn_with(nn.Sequential(*layers, *trunk(width, hidden, actions * representation.outputs)))
 
     def outputs(self, network: nn.Module, observation: Tensor) -> Tensor:
         """Outputs (B, A, outputs) at observations (B, *shape)."""
         return network(observation.flatten(1)).unflatten(1, (self.actions, -1))
 
+    def backup(self, y: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Targets (B, outputs) for the target network's outputs (B, A, outputs) and rewards and discounts (B,)."""
+        return bellman_target(self.representation, y, reward, discount, self.policy)
+
     def compute(self, batch: Batch, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The loss of the representation against its Bellman target."""
         observation, action, reward, discount, following = batch
         with torch.no_grad():
-            y = self.outputs(self.target_network, following)
-        target = bellman_target(self.representation, y, reward, discount, self.uniform_policy)
+            y = self.outputs(self.target_network, following.reshape(-1, *self.shape)).unflatten(0, reward.shape)
+        target = self.backup(y, reward, discount)
         y = self.outputs(self.network, observation)
         loss = td_loss(self.representation, y, action, target)
         with torch.no_grad():
             w = self.representation.read(y)
-            outside = self.representation.outside(w[range(len(w)), action], reward, discount).mean()
+            longest = reward.reshape(len(w), -1)[:, -1], discount.reshape(len(w), -1)[:, -1]
+            outside = self.representation.outside(w[range(len(w)), action], *longest).mean()
             value = self.representation.mean(w).amax(1).mean()
         return {"loss": loss.mean(), "outside": outside, "value": value}, {}
+
+
+class LambdaReturnLearner(ReturnLearner):
+    """Learns from λ-returns: the target is the mixture of those of 1 to n steps, in field space their weighted sum.
+
+    Transitions come from `datamodules.LambdaEnvironment`: rewards and discounts (B, n), next observations
+    (B, n, *shape). As with n steps, the steps within a target are those of the policy that collected the experience.
+
+    Args:
+        shape: as for `ReturnLearner`.
+        actions: as for `ReturnLearner`.
+        representation: as for `ReturnLearner`.
+        lam: λ; 0 is one step, 1 is n steps.
+        options: arguments of `ReturnLearner`.
+
+    References:
+        | Sutton, Learning to Predict by the Methods of Temporal Differences, 1988 (λ-returns)
+        | Nam et al., GMAC: A Distributional Perspective on Actor-Critic Framework, arXiv 2105.11366 (as mixtures)
+    """
+
+    def __init__(
+        self, shape: Sequence[int], actions: int, representation: Representation, lam: float = 0.8, **options: Any
+    ) -> None:
+        super().__init__(shape, actions, representation, **options)
+        in_range(0, 1, lam=lam)
+        self.lam = lam
+
+    def backup(self, y: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Targets (B, outputs) for outputs (B, n, A, outputs) and rewards and discounts (B, n).
+
+        Raises:
+            UserError: for transitions of one length.
+        """
+        if reward.ndim != 2:
+            raise UserError(
+                "λ-returns need transitions of 1 to n steps: choose data=frozen_lake_lambda, or another config of "
+                "datamodules.LambdaEnvironment"
+            )
+        each = super().backup(y.flatten(0, 1), reward.flatten(), discount.flatten()).unflatten(0, reward.shape)
+        shares = lambda_shares(self.lam, reward.shape[1]).to(each)
+        return self.representation.mixture(shares.expand(reward.shape), each)
 
 
 class FreeReturnLearner(DistributionalLearner):
@@ -234,7 +300,7 @@ class FreeReturnLearner(DistributionalLearner):
         r, gamma, ended = reward[:, None], discount[:, None].clamp_min(1e-6), (discount == 0)[:, None]
         with torch.no_grad():
             y = self.outputs(self.target_network, following)
-            policy = mixed_policy(rep.mean(rep.read(y)), self.uniform_policy)
+            policy = self.policy(rep, rep.read(y))
             if rep.positive:
                 policy = policy / (y + rep.start).sum(-1).clamp_min(1e-6)
             before = (x + rep.h * (1 - discount[:, None] ** 2).sqrt() * noise - r) / gamma

@@ -17,6 +17,7 @@ n ~ N(0, 1). What is learned, by squared error, is a linear functional of it at 
   the weights are shifted back to mass one (`mass`, linear) or their positive part is rescaled (`positive`, not linear).
 
 `Categorical` is C51: probabilities of fixed atoms, whose target is projected onto the atoms, learned by cross entropy.
+`Quantiles` is QR-DQN: quantiles at fixed levels, which move without projection; their mixtures are not linear.
 
 References:
     | Li et al., Bellman Diffusion, arXiv 2410.01796, §2 and §6 (the Bellman equation of fields)
@@ -26,21 +27,35 @@ References:
 """
 
 from bd_lightning.returns.fields import ReturnFields, normal, normal_cdf
-from bd_lightning.returns.networks import FieldNetworks, trunk
-from bd_lightning.returns.representation import Categorical, GaussianFields, Representation
+from bd_lightning.returns.networks import Convolutions, Features, FieldNetworks, Flat, trunk
+from bd_lightning.returns.policies import CVaR, MeanReturn, Policy, Preference, Spread, UpperQuantile, mixed_policy
+from bd_lightning.returns.quantiles import Quantiles
+from bd_lightning.returns.representation import Categorical, GaussianFields, LinearRepresentation, Representation
 from bd_lightning.returns.risk import conditional_value_at_risk, monotone, quantile, ruin, wasserstein1
 from bd_lightning.returns.sampling import SAMPLERS, sample_by_inverse_cdf, sample_by_sde
-from bd_lightning.returns.target import bellman_target, mixed_policy, td_loss
+from bd_lightning.returns.target import bellman_target, lambda_shares, td_loss
 
 __all__ = [
     "SAMPLERS",
+    "CVaR",
     "Categorical",
+    "Convolutions",
+    "Features",
     "FieldNetworks",
+    "Flat",
     "GaussianFields",
+    "LinearRepresentation",
+    "MeanReturn",
+    "Policy",
+    "Preference",
+    "Quantiles",
     "Representation",
     "ReturnFields",
+    "Spread",
+    "UpperQuantile",
     "bellman_target",
     "conditional_value_at_risk",
+    "lambda_shares",
     "mixed_policy",
     "monotone",
     "normal",

@@ -1,7 +1,9 @@
 """Networks of return distributions."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,67 @@ def trunk(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
     for a, b in zip(sizes, sizes[1:]):
         layers += [nn.Linear(a, b), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(sizes[-1], outputs))
+
+
+class Features(ABC):
+    """What reads an observation before the hidden layers: a recipe, which makes layers for a shape."""
+
+    @abstractmethod
+    def __call__(self, shape: tuple[int, ...]) -> tuple[list[nn.Module], int]:
+        """Layers from flat observations (B, prod(shape)) to features (B, F), and F."""
+
+
+@dataclass(frozen=True)
+class Flat(Features):
+    """The numbers of an observation as they are."""
+
+    def __call__(self, shape: tuple[int, ...]) -> tuple[list[nn.Module], int]:
+        """No layers, and as many features as numbers."""
+        return [], math.prod(shape)
+
+
+class ChannelsFirst(nn.Module):
+    """(B, H, W, C) to (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same numbers, channels first."""
+        return x.movedim(-1, 1)
+
+
+@dataclass(frozen=True)
+class Convolutions(Features):
+    """Convolutions with ReLU over a grid (H, W, C), stride 1, without padding; the defaults are those of MinAtar's DQN.
+
+    Args:
+        channels: output channels of each convolution.
+        size: side of the kernels.
+
+    References:
+        | Young and Tian, MinAtar, arXiv 1903.03176 (one convolution of 16 kernels 3×3, then 128 hidden units)
+    """
+
+    channels: Sequence[int] = (16,)
+    size: int = 3
+
+    def __post_init__(self) -> None:
+        positive(size=self.size, **{f"channels[{i}]": count for i, count in enumerate(self.channels)})
+
+    def __call__(self, shape: tuple[int, ...]) -> tuple[list[nn.Module], int]:
+        """The convolutions.
+
+        Raises:
+            ValueError: for observations that are no grid, or too small a one.
+        """
+        less = len(self.channels) * (self.size - 1)
+        if len(shape) != 3 or min(shape[:2]) <= less:
+            raise ValueError(
+                f"convolutions read grids of shape (H, W, C) with sides above {less}, and observations have the shape "
+                f"{tuple(shape)}: set model.features._target_=bd_lightning.returns.Flat"
+            )
+        layers: list[nn.Module] = [nn.Unflatten(1, shape), ChannelsFirst()]
+        for a, b in zip([shape[2], *self.channels], self.channels):
+            layers += [nn.Conv2d(a, b, self.size), nn.ReLU()]
+        return [*layers, nn.Flatten()], [shape[2], *self.channels][-1] * (shape[0] - less) * (shape[1] - less)
 
 
 class FieldNetworks(nn.Module):

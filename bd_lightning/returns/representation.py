@@ -15,8 +15,8 @@ GROUP = 8  # as many transitions must share a reward and a discount on average b
 class Representation(nn.Module, ABC):
     """What a network says about a return distribution, and how it is backed up.
 
-    A network gives `outputs` numbers y for each action; `read` makes of them weights w of fixed components, of which
-    everything else is a linear function.
+    A network gives `outputs` numbers y for each action; `read` makes of them the numbers w that describe a distribution
+    of returns: weights of fixed components (`LinearRepresentation`), or quantiles.
 
     Args:
         v_min: smallest return that is expected, in units of reward.
@@ -25,7 +25,7 @@ class Representation(nn.Module, ABC):
 
     outputs: int
     x: Tensor
-    """Positions of the components, shape (N,), in units of reward."""
+    """Positions of the components, shape (N,), in units of reward; where quantiles start from."""
     spacing: float
     """Their distance."""
 
@@ -41,40 +41,44 @@ class Representation(nn.Module, ABC):
 
     @abstractmethod
     def read(self, y: Tensor) -> Tensor:
-        """Weights (*, N), summing to one, of outputs y (*, outputs)."""
+        """Distributions w (*, N) of outputs y (*, outputs)."""
 
     @abstractmethod
-    def matrix(self, reward: Tensor, discount: Tensor) -> Tensor:
-        """Matrices (B, outputs, N) from weights to targets, for rewards and discounts (B,)."""
-
-    @abstractmethod
-    def loss(self, y: Tensor, target: Tensor) -> Tensor:
-        """Loss (*,) of outputs y (*, outputs) against a target of the same shape."""
-
-    @abstractmethod
-    def fields(self, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """s = p and g = ∂p at points x (Q,), for weights (*, N); both (*, Q)."""
-
-    @abstractmethod
-    def cdf(self, w: Tensor, x: Tensor) -> Tensor:
-        """P(G ≤ x) at points x (Q,), for weights (*, N); shape (*, Q)."""
-
     def target(self, w: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """What outputs are regressed on after a transition.
 
         Args:
-            w: weights of the return from the next state on, shape (B, N).
+            w: the return from the next state on, shape (B, N).
             reward: reward r, summed and discounted over the steps of the transition, shape (B,).
             discount: γⁿ for n steps, 0 where the episode ended, shape (B,).
 
         Returns:
             Targets, shape (B, outputs).
         """
-        pairs, place = torch.stack([reward, discount], 1).unique(dim=0, return_inverse=True)
-        matrices = self.matrix(pairs[:, 0], pairs[:, 1])
-        if GROUP * len(pairs) <= len(w):  # few distinct rewards: one product for each
-            return (w @ matrices.mT)[place, torch.arange(len(w), device=w.device)]
-        return (matrices[place] @ w[..., None])[..., 0]
+
+    @abstractmethod
+    def mixture(self, shares: Tensor, w: Tensor) -> Tensor:
+        """The mixture (*, N) of K distributions w (*, K, N), or of K targets, with shares (*, K) that sum to one."""
+
+    @abstractmethod
+    def loss(self, y: Tensor, target: Tensor) -> Tensor:
+        """Loss (*,) of outputs y (*, outputs) against a target of the same shape."""
+
+    @abstractmethod
+    def mean(self, w: Tensor) -> Tensor:
+        """Expected returns (*,) of distributions w (*, N): the values of actions."""
+
+    @abstractmethod
+    def fields(self, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """s = p and g = ∂p at points x (Q,), for distributions (*, N); both (*, Q)."""
+
+    @abstractmethod
+    def cdf(self, w: Tensor, x: Tensor) -> Tensor:
+        """P(G ≤ x) at points x (Q,), for distributions (*, N); shape (*, Q)."""
+
+    @abstractmethod
+    def outside(self, w: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Share (B,) of the mass of r + γG, G of distributions w (B, N), that lies outside [v_min, v_max]."""
 
     def field_pair(self, w: Tensor, origin: float = 0.0) -> ReturnFields:
         """The fields of one distribution w (N,) at all noise levels, for samplers; points are counted from `origin`.
@@ -84,23 +88,43 @@ class Representation(nn.Module, ABC):
         """
         raise UserError("the sde needs fields: sample with model.sampler=inverse_cdf, or train GaussianFields")
 
-    def mean(self, w: Tensor) -> Tensor:
-        """Expected returns (*,) of weights (*, N): the values of actions."""
-        return w @ self.x
-
-    def outside(self, w: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """Share (B,) of the mass of r + γG, G of weights w (B, N), that lies outside [v_min, v_max]."""
-        moved = reward[:, None] + discount[:, None] * self.x
-        out = (moved < self.v_min - 0.5 * self.spacing) | (moved > self.v_max + 0.5 * self.spacing)
-        return (w.clamp_min(0) * out).sum(1) / w.clamp_min(0).sum(1)
-
     def grid(self, points: int = 2001) -> Tensor:
         """Points (Q,) that reach well beyond every component, for quadratures and inverse functions."""
         pad = 4 * self.spacing
         return torch.linspace(float(self.x[0]) - pad, float(self.x[-1]) + pad, points, device=self.x.device)
 
 
-class GaussianFields(Representation):
+class LinearRepresentation(Representation):
+    """Distributions as weights w of fixed components, in which backups, mixtures and values are linear."""
+
+    @abstractmethod
+    def matrix(self, reward: Tensor, discount: Tensor) -> Tensor:
+        """Matrices (B, outputs, N) from weights to targets, for rewards and discounts (B,)."""
+
+    def target(self, w: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """A matrix for each reward and discount, times the weights."""
+        pairs, place = torch.stack([reward, discount], 1).unique(dim=0, return_inverse=True)
+        matrices = self.matrix(pairs[:, 0], pairs[:, 1])
+        if GROUP * len(pairs) <= len(w):  # few distinct rewards: one product for each
+            return (w @ matrices.mT)[place, torch.arange(len(w), device=w.device)]
+        return (matrices[place] @ w[..., None])[..., 0]
+
+    def mixture(self, shares: Tensor, w: Tensor) -> Tensor:
+        """The weighted sum."""
+        return (shares[..., None] * w).sum(-2)
+
+    def mean(self, w: Tensor) -> Tensor:
+        """The weighted sum of the components' positions."""
+        return w @ self.x
+
+    def outside(self, w: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
+        """Of positive weights."""
+        moved = reward[:, None] + discount[:, None] * self.x
+        out = (moved < self.v_min - 0.5 * self.spacing) | (moved > self.v_max + 0.5 * self.spacing)
+        return (w.clamp_min(0) * out).sum(1) / w.clamp_min(0).sum(1)
+
+
+class GaussianFields(LinearRepresentation):
     """Fields as sums of Gaussians over fixed nodes; see the text of `bd_lightning.returns`.
 
     Outputs are deviations from the uniform distribution over [v_min, v_max], with which learning therefore starts.
@@ -200,7 +224,7 @@ class GaussianFields(Representation):
         return w @ normal_cdf((x - self.x[:, None]) / self.h)
 
 
-class Categorical(Representation):
+class Categorical(LinearRepresentation):
     """C51: probabilities of atoms, by softmax.
 
     As a density an atom is spread evenly over the spacing around it, which makes its distribution function continuous

@@ -1,39 +1,43 @@
 """Bellman targets of return distributions, and the loss against them."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from bd_lightning.returns.policies import Policy
 from bd_lightning.returns.representation import Representation
 
 
-def mixed_policy(values: Tensor, uniform_policy: float = 0.0) -> Tensor:
-    """Probabilities (B, A) of actions of these values (B, A): a share of the uniform policy, the rest the best one."""
-    actions = values.shape[-1]
-    best = nn.functional.one_hot(values.argmax(-1), actions).to(values.dtype)
-    return (1 - uniform_policy) * best + uniform_policy / actions
-
-
 def bellman_target(
-    representation: Representation, y: Tensor, reward: Tensor, discount: Tensor, uniform_policy: float = 0.0
+    representation: Representation, y: Tensor, reward: Tensor, discount: Tensor, policy: Policy
 ) -> Tensor:
-    """The distributional Bellman target for a policy that is greedy, uniform, or a mixture of the two.
+    """The distributional Bellman target for a policy.
 
-    The return under a policy is the mixture of the returns of its actions; it is taken over all actions exactly.
+    The return under a policy is the mixture of the returns of its actions; it is taken over all actions exactly, as
+    expected SARSA does for means.
 
     Args:
         representation: how distributions are represented.
         y: outputs of the target network at the next state, shape (B, A, outputs).
         reward: shape (B,).
         discount: shape (B,), 0 where the episode ended.
-        uniform_policy: share of the uniform policy: 0 is control, 1 evaluates the uniform policy.
+        policy: whose returns are learned.
 
     Returns:
         Targets, shape (B, outputs), without gradient.
+
+    References:
+        | van Seijen et al., A Theoretical and Empirical Analysis of Expected Sarsa, 2009
     """
     with torch.no_grad():
         w = representation.read(y)
-        policy = mixed_policy(representation.mean(w), uniform_policy)
-        return representation.target((policy[..., None] * w).sum(-2), reward, discount)
+        return representation.target(representation.mixture(policy(representation, w), w), reward, discount)
+
+
+def lambda_shares(lam: float, steps: int) -> Tensor:
+    """Shares (steps,) of the targets of 1 … n steps in a λ-return cut after n: (1 − λ)λᵏ, the rest for the last."""
+    shares = (1 - lam) * lam ** torch.arange(steps, dtype=torch.float64)
+    shares[-1] = lam ** (steps - 1)
+    return shares.float()
 
 
 def td_loss(representation: Representation, y: Tensor, action: Tensor, target: Tensor) -> Tensor:

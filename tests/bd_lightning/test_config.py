@@ -111,6 +111,8 @@ def test_interpolations_are_resolved():
     assert composed("logger.name=${data.root}-${steps}")["logger"]["name"] == "data-1000"
 
 
+GAMES = {"rl_breakout": "minatar", "rl_asterix": "minatar", "rl_lunar_lander": "Box2D"}
+"""What the environments of some experiments need besides gymnasium."""
 LATENT = {"digits_latent": ((1, 8, 8), "Digits"), "mnist_latent": ((1, 28, 28), "MNIST")}
 LATENT["cifar10_latent"] = ((3, 32, 32), "CIFAR10", (4, 8, 8), (8, 8))
 LATENT |= dict.fromkeys(("paper_mnist_latent", "mnist_latent_cond", "mnist_latent_few"), LATENT["mnist_latent"])
@@ -130,6 +132,8 @@ def needed(name: str, folder) -> list[str]:
 def test_every_experiment_is_valid_and_builds_its_model(name, tmp_path):
     if name.startswith("rl_"):
         pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
+    if name in GAMES:
+        pytest.importorskip(GAMES[name], reason=f"{GAMES[name]} is not installed: uv sync --group games")
     config = composed(f"experiment={name}", *needed(name, tmp_path))
     data = instantiate(config["data"], "data")
     model = instantiate(config["model"], "model", data.facts.arguments)

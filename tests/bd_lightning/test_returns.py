@@ -9,6 +9,7 @@ from bd_lightning.dynamics import BellmanDynamics, SampleNoise
 from bd_lightning.returns import (
     Categorical,
     GaussianFields,
+    Policy,
     bellman_target,
     conditional_value_at_risk,
     mixed_policy,
@@ -170,7 +171,7 @@ def test_policies_mix_and_targets_follow():
     rep = GaussianFields(-1, 2)
     y = 0.05 * torch.randn(4, 3, rep.outputs, generator=torch.Generator().manual_seed(0))
     r, gamma = torch.full((4,), 0.1), torch.full((4,), 0.9)
-    greedy, uniform, mixed = (bellman_target(rep, y, r, gamma, share) for share in (0.0, 1.0, 0.25))
+    greedy, uniform, mixed = (bellman_target(rep, y, r, gamma, Policy(uniform=share)) for share in (0.0, 1.0, 0.25))
     assert torch.allclose(mixed, 0.75 * greedy + 0.25 * uniform, atol=1e-5)
     best = rep.mean(rep.read(y)).argmax(1)
     assert torch.allclose(greedy, rep.target(rep.read(y)[range(4), best], r, gamma), atol=1e-6)

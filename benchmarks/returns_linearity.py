@@ -1,0 +1,228 @@
+"""What linearity gives in control: expected updates, λ-returns, exploration, caution, transfer between dynamics.
+
+Each example trains small models with the steps of train.py (`benchmarks.returns_training`) and compares with exact
+backups in field space (`bd_lightning.returns.finite`) or with episodes that are played.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bd_lightning.returns import CVaR, GaussianFields, MeanReturn, Policy, Preference, Representation
+from bd_lightning.returns.finite import Outcomes, backup, mixed, remembered, tabulated
+from benchmarks.returns_training import Training, build, learn, reached
+from datamodules import Environment
+from datamodules.experience import play
+
+Found = Iterator[tuple[str, int, dict[str, float | None]]]
+"""What was done, the seed, and numbers by their names."""
+
+
+@dataclass(frozen=True)
+class DrawnAction(Policy):
+    """The same policy, by one action drawn from it instead of the mixture over all: SARSA beside expected SARSA."""
+
+    def __call__(self, representation: Representation, w: Tensor) -> Tensor:
+        """One-hot, shape (B, A)."""
+        p = super().__call__(representation, w)
+        return nn.functional.one_hot(torch.multinomial(p, 1)[:, 0], p.shape[1]).to(p)
+
+
+def outcomes_of(data: Environment) -> Outcomes:
+    """The true outcomes of an environment of gymnasium's toy text."""
+    return tabulated(data.make(1).envs[0].unwrapped.P, data.gamma)
+
+
+def solved(
+    rep: GaussianFields, outcomes: Outcomes, policy: Policy, w: Tensor | None = None, backups: int = 600
+) -> Tensor:
+    """Returns (S, A, N) after so many backups from w, or from the uniform distribution."""
+    if w is None:
+        w = rep.read(torch.zeros(outcomes.states, outcomes.actions, rep.outputs))
+    for _ in range(backups):
+        w = backup(rep, outcomes, w, policy)
+    return w
+
+
+def value_of(outcomes: Outcomes, action: Tensor, start: int = 0) -> float:
+    """The expected discounted return of a policy with these actions (S,), solved exactly, from a state."""
+    chosen = (outcomes.pair // outcomes.actions, outcomes.pair % outcomes.actions)
+    own = chosen[1] == action[chosen[0]]
+    states, share = chosen[0][own], outcomes.share[own].double()
+    rewards = torch.zeros(outcomes.states, dtype=torch.float64).index_add(0, states, share * outcomes.reward[own])
+    moves = torch.zeros(outcomes.states, outcomes.states, dtype=torch.float64)
+    moves.index_put_((states, outcomes.following[own]), share * outcomes.discount[own], accumulate=True)
+    return float(torch.linalg.solve(torch.eye(outcomes.states, dtype=torch.float64) - moves, rewards)[start])
+
+
+def expected_updates(policy: str, seeds: range) -> Found:
+    """The uniform policy on the slippery lake: targets over all actions, or by one that is drawn."""
+    words = ["experiment=rl_frozen_lake_slippery", "model.uniform_policy=1", "data.epsilon=[1.0,1.0]"]
+    training = Training(words, seeds)
+    model, outcomes = training.runs.model, outcomes_of(training.data[0])
+    rep, x = model.representation, model.representation.grid(500)
+    exact = solved(rep, outcomes, Policy(uniform=1.0))
+    alive = outcomes.discount.new_zeros(outcomes.states * outcomes.actions).index_add(
+        0, outcomes.pair, outcomes.discount
+    )
+    alive = (alive > 0).reshape(outcomes.states, -1)
+    model.policy = {"all actions": Policy, "one drawn": DrawnAction}[policy](uniform=1.0)
+    torch.manual_seed(seeds[0])
+    numbers: list[dict[str, float | None]] = [{} for _ in seeds]
+    for k in range(1, 2001):
+        training.step()
+        if k in (500, 1000, 2000):
+            w = training.runs.weights()
+            for row, own in zip(numbers, w):
+                gap = rep.cdf((own - exact)[alive], x).abs().sum(1) * (x[1] - x[0])
+                row[f"W1, {k} steps"] = 1000 * float(gap.mean())
+                row[f"error of values, {k} steps"] = 1000 * float((rep.mean(own) - rep.mean(exact))[alive].abs().mean())
+    for seed, row in zip(seeds, numbers):
+        yield policy, seed, row
+
+
+STEPS = {
+    "1 step": ["data.n_step=1"],
+    "3 steps": ["data.n_step=3"],
+    "5 steps": ["data.n_step=5"],
+    "λ = 0.5 of 5 steps": ["data=frozen_lake_lambda", "model=returns_lambda", "model.lam=0.5"],
+    "λ = 0.8 of 5 steps": ["data=frozen_lake_lambda", "model=returns_lambda", "model.lam=0.8"],
+}
+
+
+def until(words: list[str], seeds: range, steps: int, threshold: float) -> Iterator[tuple[int, dict]]:
+    """Environment steps of every seed to a threshold, the whole budget where it is not reached, and whether it is."""
+    found = learn(words, seeds, steps, 100, stop=threshold)
+    most = 500.0 + 4 * steps
+    for seed, returns in zip(seeds, found["returns"]):
+        at = reached(found["env_steps"], returns, threshold)
+        yield seed, {"environment steps": min(at, most), "share of seeds there": float(at <= most)}
+
+
+def several_steps(way: str, seeds: range) -> Found:
+    """FrozenLake without slipping, with targets of several lengths and their mixtures, to 0.95."""
+    for seed, numbers in until(["experiment=rl_frozen_lake", *STEPS[way]], seeds, 4000, 0.95):
+        yield way, seed, numbers
+
+
+PREFER = "model.exploration={_target_: bd_lightning.returns."
+EXPLORE = {
+    "ε from 1 to 0.05": [],
+    "ε = 0.05": ["data.epsilon=[0.05,0.05]"],
+    "0.9-quantile, ε from 1 to 0.05": [PREFER + "UpperQuantile, level: 0.9}"],
+    "0.9-quantile, ε = 0.05": [PREFER + "UpperQuantile, level: 0.9}", "data.epsilon=[0.05,0.05]"],
+    "mean + sd, ε = 0.05": [PREFER + "Spread, weight: 1.0}", "data.epsilon=[0.05,0.05]"],
+}
+
+
+def exploration(way: str, seeds: range) -> Found:
+    """The 8×8 lake without slipping, to 0.95: random steps hardly ever find the goal."""
+    words = ["experiment=rl_frozen_lake", "data.options.map_name=8x8", *EXPLORE[way]]
+    for seed, numbers in until(words, seeds, 8000, 0.95):
+        yield way, seed, numbers
+
+
+RISK: dict[str, Preference] = {"mean": MeanReturn(), "CVaR, worst 25 %": CVaR(0.25), "CVaR, worst 10 %": CVaR(0.1)}
+"""What a policy along the cliff is greedy in; each by exact backups and learned."""
+
+
+def caution(way: str, seeds: range) -> Found:
+    """Policies that are greedy in the mean or in CVaR along a cliff on ice, in 1,000 episodes of each."""
+    name, _, how = way.partition(": ")
+    policy = Policy(RISK[name])
+    if how == "learned":
+        training = Training(["experiment=rl_frozen_cliff"], seeds)
+        data, model = training.data[0], training.runs.model
+        model.policy, model.exploration = policy, policy.preference
+        for _ in range(4000):
+            training.step()
+        found = list(training.runs.weights())
+    else:
+        _, (data,), (model,) = build(["experiment=rl_frozen_cliff"], [0])
+        found = [solved(model.representation, outcomes_of(data), policy, backups=150)]
+    envs = data.make(20)
+    for seed, w in zip(seeds, found):
+        action = policy.preference(model.representation, w).argmax(-1).numpy()
+        returns, _ = play(envs, data.shape, lambda seen, action=action: action[seen.argmax(1)], 1000, 1)
+        worst = np.sort(returns)[: len(returns) // 10].mean()
+        falls = 100 * (returns <= -15).mean()
+        yield way, seed, {"mean return": returns.mean(), "mean of the worst 10 %": worst, "falls, %": falls}
+
+
+TRANSFER = {
+    "no slipping and always aside, to 1/3 ahead": (1.0, 0.0, 1 / 3),
+    "1 and 1/3 ahead, to 2/3": (1.0, 1 / 3, 2 / 3),
+}
+"""Probabilities of going where one wants to go: of the two models, and after the change."""
+
+
+def transfer(way: str, seeds: range, steps: int = 4000) -> Found:
+    """Two models of other dynamics of FrozenLake, mixed at no environment steps, beside one trained on the new ones."""
+    first, second, changed = TRANSFER[way]
+    share = (changed - second) / (first - second)
+
+    def trained(ahead: float) -> Training:
+        words = ["experiment=rl_frozen_lake_slippery", f"data.options.success_rate={ahead}"]
+        training = Training(words, seeds)
+        for _ in range(steps):
+            training.step()
+        return training
+
+    sources, there = (trained(first), trained(second)), trained(changed)
+    rep, policy = there.runs.model.representation, Policy()
+    truth = outcomes_of(there.data[0])
+    best = solved(rep, truth, policy)
+    x, reference = rep.grid(500), [value_of(truth, rep.mean(w).argmax(1)) for w in there.runs.weights()]
+
+    def judged(w: Tensor, trained_there: float) -> dict[str, float | None]:
+        value = value_of(truth, rep.mean(w).argmax(1))
+        gap = rep.cdf(w[0, rep.mean(w[0]).argmax()] - best[0, rep.mean(best[0]).argmax()], x).abs().sum() * (
+            x[1] - x[0]
+        )
+        return {
+            "value of its policy": value,
+            "of that trained there": value / trained_there,
+            "W1 of the start": float(gap),
+        }
+
+    for i, seed in enumerate(seeds):
+        yield (
+            f"{way}: trained there, {there.streams[i].steps} steps",
+            seed,
+            judged(there.runs.weights()[i], reference[i]),
+        )
+        yield f"{way}: exact backups", seed, judged(best, reference[i])
+        replays = [training.streams[i].replay for training in sources]
+        seen = [remembered(replay[np.arange(len(replay))], truth.actions) for replay in replays]
+        both = mixed([(share, seen[0]), (1 - share, seen[1])])
+        w = share * sources[0].runs.weights()[i] + (1 - share) * sources[1].runs.weights()[i]
+        for source, training in zip(("first", "second"), sources):
+            yield f"{way}: the {source} model as it is", seed, judged(training.runs.weights()[i], reference[i])
+        done = 0
+        for backups in (0, 1, 3, 10, 30, 100, 300):
+            w = solved(rep, both, policy, w, backups - done)
+            done = backups
+            yield f"{way}: mixed, {backups} backups", seed, judged(w, reference[i])
+
+
+EXAMPLES: dict[str, tuple[Callable[[str, range], Found], list[str]]] = {
+    "expected updates": (expected_updates, ["all actions", "one drawn"]),
+    "several steps": (several_steps, list(STEPS)),
+    "exploration": (exploration, list(EXPLORE)),
+    "caution": (caution, [f"{name}: {how}" for how in ("exact backups", "learned") for name in RISK]),
+    "transfer": (transfer, list(TRANSFER)),
+}
+
+
+def jobs(names: list[str], seeds: range) -> list[tuple]:
+    """Every way of these examples."""
+    return [(name, way, seeds) for name in names for way in EXAMPLES[name][1]]
+
+
+def example(name: str, way: str, seeds: range) -> list[dict]:
+    """Rows of one way of an example, one for each seed and thing that was tried."""
+    rows = EXAMPLES[name][0](way, seeds)
+    return [{"example": name, "way": done, "seed": seed, "numbers": numbers} for done, seed, numbers in rows]

@@ -1,0 +1,179 @@
+"""Harder environments: what they need, grids and bytes, and that each of their experiments trains."""
+
+import csv
+import dataclasses
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from bd_lightning.checks import UserError
+from bd_lightning.modules import ReturnLearner
+from bd_lightning.returns import Convolutions, CVaR, Flat, GaussianFields, MeanReturn, Policy
+
+pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
+
+import gymnasium
+
+from benchmarks import returns_linearity as linearity
+from benchmarks import returns_training as benchmark
+from datamodules import Environment
+from datamodules.base import DataError
+from datamodules.environments import make_envs
+
+
+def falls(outcomes, action, cost, start):
+    """Expected number of falls until the end, exactly."""
+    counted = dataclasses.replace(
+        outcomes, reward=(outcomes.reward <= cost).float(), discount=0.9999 * (outcomes.discount > 0).float()
+    )
+    return linearity.value_of(counted, action, start)
+
+
+def test_caution_keeps_away_from_a_cliff_where_the_mean_does_not():
+    """By exact backups. On gymnasium's slipping CliffWalking the best mean never risks a fall: no more can be done."""
+    _, (data,), (model,) = benchmark.build(["experiment=rl_frozen_cliff"], [0])
+    outcomes, rep = linearity.outcomes_of(data), model.representation
+    chances = []
+    for preference in (MeanReturn(), CVaR(0.25)):
+        w = linearity.solved(rep, outcomes, Policy(preference), backups=60)
+        chances.append(falls(outcomes, preference(rep, w).argmax(-1), -15, start=12))
+    assert 0.08 < chances[0] < 0.16 and chances[1] < 0.01
+    _, (data,), (model,) = benchmark.build(["experiment=rl_cliff"], [0])
+    outcomes = linearity.outcomes_of(data)
+    w = linearity.solved(model.representation, outcomes, Policy(), backups=150)
+    assert falls(outcomes, model.representation.mean(w).argmax(-1), -100, start=36) < 0.01
+
+
+class Pixels(gymnasium.Env):
+    """Bytes that tell how many steps were taken."""
+
+    observation_space = gymnasium.spaces.Box(0, 255, (4, 5, 3), np.uint8)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.taken = 0
+        return np.zeros((4, 5, 3), np.uint8), {}
+
+    def step(self, action):
+        self.taken += 1
+        return np.full((4, 5, 3), 51 * self.taken, np.uint8), 1.0, self.taken == 5, False, {}
+
+
+@pytest.fixture
+def pixels(monkeypatch):
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    gymnasium.register("BytePixels-v0", entry_point=Pixels)
+    return "BytePixels-v0"
+
+
+def test_bytes_need_a_scale(pixels):
+    with pytest.raises(DataError, match="uint8, up to 255.*no scale is declared: set data.scale .*data.scale=255$"):
+        Environment(pixels, 0, 5)
+    with pytest.raises(ValueError, match="scale must be positive, got 0"):
+        Environment(pixels, 0, 5, scale=0)
+    data = Environment(pixels, 0, 5, scale=255, num_envs=2, warmup=20)
+    stream = data.open(0)
+    stream.fill()
+    observation, _, _, discount, following = stream.replay[np.arange(20)]
+    assert data.shape == (4, 5, 3)
+    assert observation[:, 0, 0, 0].unique().tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
+    assert (following - observation).allclose(torch.tensor(0.2))  # that of the last step is 1, not the next episode's 0
+    assert (discount == 0).sum() == 4
+
+
+def test_packages_of_environments_that_are_missing_are_named(monkeypatch):
+    registry = {name: spec for name, spec in gymnasium.registry.items() if not name.startswith("MinAtar/")}
+    monkeypatch.setattr(gymnasium, "registry", registry)
+    monkeypatch.setitem(sys.modules, "minatar", None)
+    monkeypatch.setitem(sys.modules, "minatar.gym", None)
+    with pytest.raises(
+        UserError, match="^'MinAtar/Breakout-v1' needs minatar: install it with 'uv sync --group games'$"
+    ):
+        make_envs("MinAtar/Breakout-v1", 1)
+    monkeypatch.setitem(sys.modules, "Box2D", None)
+    monkeypatch.delitem(sys.modules, "gymnasium.envs.box2d.lunar_lander", raising=False)
+    monkeypatch.delitem(sys.modules, "gymnasium.envs.box2d", raising=False)
+    with pytest.raises(UserError, match="^'LunarLander-v3' needs packages .* 'uv sync --group games' "):
+        make_envs("LunarLander-v3", 1)
+
+
+def test_convolutions_read_grids_with_channels_last():
+    layers, width = Convolutions(channels=[2, 3], size=3)((6, 5, 4))
+    network = torch.nn.Sequential(*layers)
+    observation = torch.rand(7, 6, 5, 4)
+    assert network(observation.flatten(1)).shape == (7, width) and width == 3 * 2 * 1
+    layers, width = Convolutions(channels=[1])((4, 5, 3))
+    network = torch.nn.Sequential(*layers)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.zero_()
+        next(network.parameters())[0, 2, 0, 1] = 1.0  # the last channel, one cell up
+    observation = torch.rand(7, 4, 5, 3)
+    assert torch.equal(network(observation.flatten(1)), observation[:, :2, 1:4, 2].flatten(1)) and width == 6
+    assert Flat()((4, 5)) == ([], 20)
+
+
+@pytest.mark.parametrize("shape", [(16,), (10, 10), (2, 10, 3)])
+def test_convolutions_of_what_is_no_grid_are_refused(shape):
+    with pytest.raises(ValueError, match=r"convolutions read grids of shape \(H, W, C\) with sides above 2"):
+        ReturnLearner(shape, 2, GaussianFields(0, 1), features=Convolutions())
+
+
+def test_refusals_reach_the_command_line(tmp_path, capsys):
+    words = ["experiment=rl_frozen_lake", "logger=none", f"root={tmp_path}"]
+    assert train.main([*words, "model.features._target_=bd_lightning.returns.Convolutions"]) == 2
+    assert train.main([*words, "model.features={_target_: bd_lightning.returns.Convolutions, channels: [0]}"]) == 2
+    printed = capsys.readouterr().err
+    assert "convolutions read grids of shape (H, W, C)" in printed and "channels[0] must be positive" in printed
+    assert "Traceback" not in printed
+
+
+EXPERIMENTS = {  # the package that it needs, and what makes it quick
+    "rl_acrobot": ("gymnasium", ("data.max_steps=50",)),
+    "rl_cliff": ("gymnasium", ("data.max_steps=30",)),
+    "rl_frozen_cliff": ("gymnasium", ()),
+    "rl_breakout": ("minatar", ("data.size=2000", "data.max_steps=30")),
+    "rl_asterix": ("minatar", ("data.size=2000", "data.max_steps=30")),
+    "rl_lunar_lander": ("Box2D", ("data.max_steps=50",)),
+}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_train(name, tmp_path):
+    """300 steps towards the targets of a target network that stays: the loss on held-out transitions falls."""
+    package, more = EXPERIMENTS[name]
+    pytest.importorskip(package, reason=f"{package} is not installed: uv sync --group games")
+    words = [f"experiment={name}", "steps=300", "eval_every=100", "data.warmup=300", "logger=none", "run_id=x", *more]
+    words += ["callbacks.returns.episodes=2", "callbacks.returns.num_envs=2", "callbacks.figures=null"]
+    words += [
+        "model.target_every=1000",
+        "callbacks.progress=null",
+        "trainer.enable_progress_bar=false",
+        f"root={tmp_path}",
+        "model.lr=1e-3",
+    ]
+    assert train.main(words) == 0
+    folder = tmp_path / "bellman-diffusion" / "x"
+    rows = [row for row in csv.DictReader((folder / "metrics.csv").open()) if row.get("val/loss")]
+    losses = [float(row["val/loss"]) for row in rows]
+    assert len(losses) == 3 and losses[2] < losses[0]
+    assert len(json.loads((folder / "returns.json").read_text())) == 3  # episodes were played
+
+
+def test_convolutions_of_several_runs_are_those_of_each():
+    """The benchmark's batched networks against the models that they were stacked from."""
+    pytest.importorskip("minatar", reason="minatar is not installed: uv sync --group games")
+    _, data, models = benchmark.build(["experiment=rl_breakout", "data.warmup=64"], [0, 1])
+    runs = benchmark.Seeds(models)
+    rows = [d.held_out_transitions("val")[np.arange(8)] for d in data]
+    y = runs.outputs(runs.parameters, torch.stack([row[0] for row in rows]))
+    for i, model in enumerate(models):
+        assert torch.allclose(y[i], model.outputs(model.network, rows[i][0]), atol=1e-5)
+    losses = runs.step(rows)
+    for i, model in enumerate(models):
+        assert float(losses[i]) == pytest.approx(float(model.compute(rows[i], None)[0]["loss"]), rel=1e-4)
