@@ -38,7 +38,7 @@ from benchmarks.common import Rows, optional, run
 from benchmarks.returns_evaluation import LEARNERS, evaluate, examples
 from benchmarks.returns_peer import PEERS, same_update, windows
 from benchmarks.returns_tables import COMMON_RATE, ENVS, METHODS, SEEDS, TUNING_SEEDS, best_rate, beyond, table
-from benchmarks.returns_training import learn
+from benchmarks.returns_training import build, learn
 
 
 def work(job: tuple) -> tuple[tuple, list[dict]]:
@@ -124,6 +124,9 @@ def main() -> None:
     parser.add_argument("--figure", type=Path)
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
+    if options.part in ("night", "control"):
+        for env in options.envs:
+            build([f"experiment={env}"], [0])  # a package that is missing is said now, not in the middle of the night
     if options.part in ("night", "linear"):
         jobs = [("linear", job) for job in returns_linearity.jobs(options.examples, range(options.seeds))]
         carry_out(jobs, options.out / "linear.jsonl", options.jobs)

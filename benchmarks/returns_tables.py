@@ -52,8 +52,8 @@ ENVS = {
     "rl_cliff": Setting((-100.0,), 20_000, 500, (1e-3, 2e-3, 4e-3, 8e-3)),
     "rl_acrobot": Setting((-150.0, -100.0), 20_000, 500, (5e-4, 1e-3, 2e-3, 4e-3)),
     "rl_lunar_lander": Setting((0.0, 200.0), 50_000, 1000, (2.5e-4, 5e-4, 1e-3, 2e-3), tuning=3),
-    "rl_breakout": Setting((2.0, 5.0), 100_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
-    "rl_asterix": Setting((2.0, 5.0), 100_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
+    "rl_breakout": Setting((2.0, 5.0), 60_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
+    "rl_asterix": Setting((2.0, 5.0), 60_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
 }
 
 Row = dict
@@ -136,7 +136,7 @@ def control_table(rows: list[dict]) -> list[tuple]:
         for rates in choices:
             found = {m: gathered(rows, env, m, rate, SEEDS) for m, rate in rates.items()}
             these = {m: row for m, row in found.items() if row is not None}
-            if len(these) < 2:
+            if len(these) < 2 or next(iter(METHODS)) not in these:
                 continue
             drawn.append((env, rates, these))
             for threshold in setting.thresholds:

@@ -9,7 +9,7 @@ import torch
 
 from bd_lightning.checks import UserError
 from bd_lightning.modules.base import learning_rate
-from benchmarks import common, copies, peers
+from benchmarks import common, copies, peers, returns_tables
 
 NAMES = (
     "copies",
@@ -20,6 +20,7 @@ NAMES = (
     "kernels",
     "linearity",
     "mode_weights",
+    "returns",
     "scaling",
     "soak",
     "trace",
@@ -66,6 +67,35 @@ def test_rows_are_kept_and_a_torn_line_is_dropped(tmp_path):
     assert not again.where(name="b") and len(again.where(name="a")) == 2
     again.add(name="b", seed=0)
     assert list(common.Rows(path)) == [*rows, {"name": "b", "seed": 0}]
+
+
+def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyond_the_ends():
+    """Two jobs of a row of synthetic evaluations, of which the second ended early."""
+    env, method = "rl_lunar_lander", "c51"
+    setting = returns_tables.ENVS[env]
+    assert [list(chunk) for chunk in returns_tables.Setting((), 1, 1, (), together=2).chunks(100, 3)] == [
+        [100, 101],
+        [102],
+    ]
+
+    def row(rate, seeds, steps, returns):
+        return {"env": env, "method": method, "rate": rate, "extra": [], "seeds": seeds, "seconds": 1.0,
+                "env_steps": [1000 * k for k in range(1, steps + 1)], "returns": returns}  # fmt: skip
+
+    slow = row(5e-4, [100, 101, 102], 5, [[-9, -9, 0, 250, 250]] * 3)
+    first, second = row(1e-3, [100, 101], 5, [[-9, 0, 0, 250, 250]] * 2), row(1e-3, [102], 3, [[0, 250, 250]])
+    assert returns_tables.gathered([slow, second], env, method, 1e-3, returns_tables.TUNING_SEEDS) is None
+    found = returns_tables.gathered([second, first], env, method, 1e-3, returns_tables.TUNING_SEEDS)
+    assert found["env_steps"][-1] == 5000 and found["returns"][2] == [0, 250, 250, 250, 250]
+    assert returns_tables.score(found, env, 5000) == pytest.approx((2000 * 2000 * 1000 * 4000 * 4000 * 2000) ** (1 / 6))
+    best, tried = returns_tables.best_rate([slow, first, second], env, method)
+    assert best == 1e-3 and tried == [5e-4, 1e-3]
+    assert (
+        returns_tables.beyond(best, tried, setting) == 2e-3
+        and returns_tables.beyond(8e-3, [1e-3, 8e-3], setting) is None
+    )
+    assert returns_tables.beyond(1e-3, [5e-4, 1e-3, 2e-3], setting) is None
+    assert returns_tables.ratio([1.0, 1.0], [2.0, 2.0]) == pytest.approx((2.0, 2.0, 2.0))
 
 
 def test_tables():

@@ -58,9 +58,9 @@ def tabulated(table: Mapping[int, Mapping[int, Sequence[Any]]], gamma: float) ->
         for a, outcomes in choices.items()
         for share, following, reward, ended in outcomes
     ]
-    pair, share, reward, discount, following = zip(*rows)
-    numbers = (torch.tensor(values, dtype=torch.float32) for values in (share, reward, discount))
-    return Outcomes(len(table), actions, torch.tensor(pair), *numbers, torch.tensor(following))
+    pair, *numbers, following = zip(*rows)
+    share, reward, discount = (torch.tensor(values, dtype=torch.float32) for values in numbers)
+    return Outcomes(len(table), actions, torch.tensor(pair), share, reward, discount, torch.tensor(following))
 
 
 def remembered(batch: Sequence[Tensor], actions: int) -> Outcomes:
