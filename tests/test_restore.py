@@ -8,6 +8,7 @@ from PIL import Image
 
 import train
 from datamodules import Digits
+from small_run import WORDS
 from tiny_data import write_autoencoder
 
 
@@ -85,6 +86,17 @@ def test_codes_are_filled_through_their_decoder(run, digits):
     codes = run.parent / "codes"
     assert predict(codes, f"images={digits / 'images'}", f"inpaint={digits / 'mask.png'}", "n=2") == 0
     assert (codes / "predict-inpaint-ode-seed0" / "000001.png").is_file()
+
+
+def test_a_model_that_is_told_the_class_fills_too(digits):
+    words = [*WORDS, "model.network.conditional=true", f"root={digits}", f"data.root={digits}", "run_id=told"]
+    assert train.main(words) == 0
+    run = digits / "bellman-diffusion" / "told"
+    given = [f"images={digits / 'images'}", f"inpaint={digits / 'mask.png'}", "n=2"]
+    assert predict(run, *given, "labels=[3,8]", "model.samplers.ode.steps=4") == 0
+    folder = run / "predict-inpaint-ode-seed0"
+    for i in range(2):
+        assert (pixels(folder / f"{i:06d}.png")[4:] != pixels(digits / "images" / f"{i}.png")[4:]).any()
 
 
 def test_mistakes_are_one_sentence(run, digits, capsys):

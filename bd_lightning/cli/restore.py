@@ -211,9 +211,10 @@ class Restoring(L.LightningModule):
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Images (B, C, H, W) in [−1, 1] for requests "index", "seed" and, if classes are asked for, "label", (B,)."""
         given = self.given[batch["index"].cpu()].to(self.device)
-        with torch.inference_mode(False):
+        label = batch.get("label")
+        with torch.inference_mode(False):  # clones of what was made in it are ordinary, and can be differentiated
             y = self.task.measured(given.clone())
-            fields = self.model.asked(batch.get("label"))
+            fields = self.model.asked(None if label is None else label.clone())
             noise = self.task.pixel_noise if self.latents is None else self.task.decoder_noise
             posterior = PosteriorFields(fields, y, lambda x: self.task.operator(self.decode(x)), noise)
         indices, seed = batch["index"].tolist(), int(batch["seed"][0])
