@@ -119,7 +119,7 @@ def test_mistakes_are_one_sentence(run, digits, capsys):
         ([images, "upscale=0"], "'upscale' must be 2 or more, got 0"),
         ([f"images={digits / 'mixed'}", "upscale=2"], "has 4 × 4 pixels, and what is asked for takes 8 × 8"),
         ([f"images={digits / 'odd'}", "upscale=2"], "has 5 × 4 pixels, and what is asked for takes 4 × 4 or 8 × 8"),
-        ([images, "upscale=2", "draws=1"], "'draws' must lie between 2 and 1,000, got 1"),
+        ([images, "upscale=2", "draws=0"], "'draws' must lie between 1 and 1,000, got 0"),
         (["draws=4"], "inpaint and upscale need images=FOLDER"),
     ]:
         assert predict(run, *words) == 2

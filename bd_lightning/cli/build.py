@@ -105,8 +105,8 @@ def check_keys(config: Mapping[str, Any]) -> None:
         raise ConfigError(f"'calls' are numbers of network calls, from 1 to {MOST_CALLS:,}, got {config['calls']}")
     if config["upscale"] is not None and config["upscale"] < 2:
         raise ConfigError(f"'upscale' must be 2 or more, got {config['upscale']}")
-    if config["draws"] is not None and not 2 <= config["draws"] <= MOST_DRAWS:
-        raise ConfigError(f"'draws' must lie between 2 and {MOST_DRAWS:,}, got {config['draws']}")
+    if config["draws"] is not None and not 1 <= config["draws"] <= MOST_DRAWS:
+        raise ConfigError(f"'draws' must lie between 1 and {MOST_DRAWS:,}, got {config['draws']}")
     if config["likelihood"] not in (None, "ode", "fields"):
         raise ConfigError(
             f"'likelihood' is ode, by the probability flow, or fields, in one call; got {config['likelihood']!r}"

@@ -96,7 +96,7 @@ def restore(plan: Plan, facts: Facts, model: Any, labels: Sequence[int]) -> None
     drawing = tasks.Restoring(model, task, given, latents, config["draws"] or 1)
     settings = settings_of(plan, "n", "labels", "inpaint", "upscale", "images", "draws")
     name = "inpaint" if config["inpaint"] else f"upscale{config['upscale']}"
-    name += f"-mean{config['draws']}" if config["draws"] else ""
+    name += f"-mean{drawing.draws}" if drawing.draws > 1 else ""
     folder = folder_for(settings, plan.run_dir, f"predict-{name}-{model.sampler}-seed{config['seed']}")
     writer = ImageWriter(folder)
     trainer = objects.trainer(plan, logger=False, callbacks=[writer, *progress_bars(plan)])
