@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,23 @@ def every(pattern: str, but: str) -> list[str]:
     found = [path for path in sorted(glob.glob(pattern)) if not Path(but).exists() or not os.path.samefile(path, but)]
     if not found:
         raise UserError(f"no checkpoint but {but} is at '{pattern}': check the pattern, or name them one by one")
+    return found
+
+
+def each(weights: Mapping[str, float], but: str) -> dict[str, float]:
+    """The checkpoints that patterns, paths and addresses stand for (see `every`), with their weights.
+
+    Raises:
+        UserError: for a checkpoint that is named twice, and as `every` does.
+    """
+    found: dict[str, float] = {}
+    places: set[Path] = set()
+    for pattern, weight in weights.items():
+        for path in every(pattern, but):
+            if Path(path).resolve() in places:
+                raise UserError(f"merge names {path} twice: leave it out of one of the patterns")
+            places.add(Path(path).resolve())
+            found[path] = weight
     return found
 
 

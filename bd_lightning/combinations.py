@@ -13,16 +13,18 @@ PILOT_SEED = 2**32
 
 
 def class_name(label: int | str, names: Sequence[str]) -> str:
-    """The class that a label means, given by name or by index.
+    """The class that a label means, given by name or by index. Where names are numbers, a number is a name.
 
     Raises:
         UserError: for a label that does not exist.
     """
     if str(label) in names:
         return str(label)
-    if isinstance(label, int) and 0 <= label < len(names):
+    numbers = any(name.isdecimal() for name in names)
+    if isinstance(label, int) and 0 <= label < len(names) and not numbers:
         return names[label]
-    raise UserError(f"no class '{label}' in this data set.{suggest(str(label), names)}")
+    known = f" The classes are {', '.join(names)}." if numbers else suggest(str(label), names)
+    raise UserError(f"no class '{label}' in this data set.{known}")
 
 
 def choose_labels(asked: Sequence[int | str], facts: Facts, model: Any) -> list[int]:
@@ -64,6 +66,10 @@ def combined(
         UserError: for models without classes, checkpoints that do not fit each other, and weights without a meaning.
     """
     sources = [(model.mixture_source(), facts.class_names, 1.0)]
+    if mix and any(weight != 1 for weight in (merge or {}).values()):
+        raise UserError(
+            "mix says the weights of all classes, of merged models too: give the models in merge the weight 1"
+        )
     if model.guidance.acts:
         raise UserError("guidance goes from all the data towards a class, a mixture has none: add model.guidance=1")
     mine, others = identity(model, facts), []

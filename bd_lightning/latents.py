@@ -5,7 +5,9 @@ autoencoder's weights.
 """
 
 import hashlib
+import warnings
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -39,6 +41,33 @@ class LatentSpace(ABC):
     def decoded(self, z: Tensor) -> Tensor:
         """The same with a derivative, which inverse problems need; those of `decode` if it has one."""
         return self.decode(z)
+
+
+def check_codes(latents: LatentSpace, shape: Sequence[int], space: str | None) -> None:
+    """Refuse an autoencoder of other codes than a model learned in, and warn of one that may be another.
+
+    Args:
+        latents: the autoencoder.
+        shape: shape of the model's samples.
+        space: what the samples are codes of, as the facts of the model's data have it; None if that is not known.
+
+    Raises:
+        UserError: if the codes have another shape.
+    """
+    if latents.image_shape is None:
+        return
+    found = tuple(latents.encode(torch.zeros(1, *latents.image_shape)).shape[1:])
+    if found != tuple(shape):
+        raise UserError(
+            f"this autoencoder has codes of shape {list(found)}, and the model's samples have {list(shape)}: give "
+            "data.autoencoder the one that it learned in, or leave it out"
+        )
+    if space is not None and space != str(latents.key):
+        warnings.warn(
+            "this autoencoder is not the file that the model learned in: unless its weights are the same, what it "
+            "decodes are no images",
+            stacklevel=2,
+        )
 
 
 class TrainedLatents(LatentSpace):

@@ -15,7 +15,7 @@ from bd_lightning.combinations import choose_labels
 from bd_lightning.dynamics import Sampler
 from bd_lightning.facts import Facts
 from bd_lightning.fields import FieldPair
-from bd_lightning.latents import LatentSpace
+from bd_lightning.latents import LatentSpace, check_codes
 from bd_lightning.modules.generator import Generator
 
 
@@ -110,4 +110,7 @@ def load(place: str | Path) -> Pretrained:
         build.refuse_strangers(node, str(place))
         build.check_kind(node, "data.autoencoder", "bd_lightning.latents.LatentSpace")
         latents = build.instantiate(node, "data.autoencoder")
-    return Pretrained(model, facts_of.read(stored["facts"]), latents)
+    facts = facts_of.read(stored["facts"])
+    if latents:
+        check_codes(latents, facts.shape, facts.space)
+    return Pretrained(model, facts, latents)

@@ -109,10 +109,14 @@ def load(
             raise UserError(f"{path} cannot be guided: it was trained with label_dropout=0")
     model.guidance = Guidance(guidance, student.guidance.interval)  # from the beginning: its steps are of no chain
     if mix or remove or merge:
+        if student.conditional:
+            raise UserError("a mixture has no classes to be told: set model.network.conditional=false")
         if labels:
             raise UserError("labels asks for classes one by one, mix and remove for a mixture: give one of the two")
         mixture, others = combinations.combined(model, facts, path, mix, remove, merge)
         return Teacher(model, combinations.corrected(model, mixture, calibrate), others)
+    if student.conditional and not model.takes_labels:
+        raise UserError(f"{path} knows no classes: set model.network.conditional=false")
     if model.conditional and not student.conditional:
         raise UserError(f"{path} is told the class: set model.network.conditional=true here too")
     return Teacher(model, labels=chosen if labels else ())

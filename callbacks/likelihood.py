@@ -30,7 +30,7 @@ CELL_SPREAD = 12**0.5
 """Width of a uniform distribution over its standard deviation."""
 
 
-class _Likelihood(Evaluation):
+class Likelihood(Evaluation):
     """Base of both: rows of the test split, computed on all ranks together."""
 
     stages = ("test",)
@@ -78,7 +78,7 @@ def together(
     return shares.transpose(0, 1).flatten(0, 1)[:n].cpu()
 
 
-class FlowLikelihood(_Likelihood):
+class FlowLikelihood(Likelihood):
     """Log density of the test split by the probability flow (see `likelihood.flow_log_density`), at every test.
 
     Images are bytes: each value is spread evenly over its cell, and the number is bits per dimension. Other data is
@@ -192,7 +192,7 @@ def standard_error(values: Tensor) -> float:
     return float(values.std(correction=min(1, len(values) - 1)) / len(values) ** 0.5)
 
 
-class FieldLikelihood(_Likelihood):
+class FieldLikelihood(Likelihood):
     """Log density of the test split in one network call, from fields relative to a base Gaussian, at every test.
 
     It is log p_σ(x + σn), n standard normal, once for each sample: p_σ is the density of noised data, and fields are

@@ -375,6 +375,9 @@ def test_mistakes(root, teacher, relative, tuned, capsys):
     assert "guidance needs a teacher with classes" in refused(f"model.teacher={teacher}", "model.guidance=2")
     assert "mix says what a teacher's flow is made of" in refused("model.mix={3: 1.0}")
     assert "calibrate corrects the weights of a mixture" in refused(f"model.teacher={relative}", "model.calibrate=9")
+    told = ["model.network.conditional=true", "model.mix={3: 1.0}"]
+    assert "a mixture has no classes to be told" in refused(f"model.teacher={relative}", *told)
+    assert "knows no classes" in refused(f"model.teacher={teacher}", "model.network.conditional=true")
     assert "no class 'cat'" in refused(f"model.teacher={relative}", "model.mix={cat: 1.0}")
     for word in ("model.sampler=ode", "model.samplers.sde={_target_: bd_lightning.dynamics.MultistepDynamics}"):
         message = refused(word)

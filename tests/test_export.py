@@ -118,6 +118,14 @@ def test_a_latent_model_takes_its_autoencoder_along(tmp_path):
     assert train.main([*words, f"data.root={tmp_path}", f"data.images.root={tmp_path}"]) == 0  # the codes are its own
 
 
+def test_an_autoencoder_of_other_codes_is_refused(tmp_path, capsys):
+    folder = Path(__file__).resolve().parents[1] / "pretrained" / "mnist"
+    other = write_autoencoder(tmp_path / "ae.ckpt", (1, 28, 28), "MNIST")
+    words = [f"data.autoencoder.ckpt_path={other}", f"root={tmp_path}", "run_id=drawn", "n=2", *QUIET]
+    assert train.main(["predict", f"ckpt_path={folder}", *words]) == 2
+    assert "and the model's samples have [32]: give data.autoencoder the one" in capsys.readouterr().err
+
+
 def test_the_model_of_this_repository_draws_classes_in_codes():
     folder = Path(__file__).resolve().parents[1] / "pretrained" / "mnist"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 6e6

@@ -119,6 +119,12 @@ def test_what_has_no_density_is_refused(run, capsys, words, sentence):
     assert sentence in capsys.readouterr().err
 
 
+def test_two_of_them_would_log_under_one_name(mixture, capsys):
+    words = ["likelihood=fields", "callbacks.likelihood._target_=callbacks.FlowLikelihood"]
+    assert command("test", mixture, *words) == 2
+    assert "leave likelihood= or that callback out" in capsys.readouterr().err
+
+
 def test_other_commands_and_models_are_refused(run, tmp_path, capsys):
     for name in ("predict", "validate"):
         assert command(name, run, "likelihood=ode") == 2

@@ -8,12 +8,17 @@ from PIL import Image
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 import train
+from bd_lightning.checks import UserError
+from bd_lightning.combinations import class_name
 from callbacks import ClassifierFeatures
 from datamodules import Digits
 
 WORDS = ["model=relative", "model.network.width=128", "model.network.depth=2", "data.batch_size=256", "trainer=cpu"]
 WORDS += ["model.samplers.sde.levels=40", "callbacks.metrics=null", "callbacks.best=null", "callbacks.trajectory=null"]
 WORDS += ["callbacks.grid=null", "logger=none", "model.lr=4e-3"]
+
+
+FK = "model.samplers.fk={_target_: bd_lightning.dynamics.FeynmanKac, levels: 3}"
 
 
 @pytest.fixture(scope="session")
@@ -112,12 +117,39 @@ def test_a_pattern_merges_all_that_it_stands_for(halves, classify):
         (["merge={nowhere.ckpt: 1.0}"], "checkpoint not found: nowhere.ckpt"),
         (["mix={3: 1.0}", "labels=[3]"], "give one of the two"),
         (["mix={3: 1.0}", "model.guidance=2"], "a mixture has none: add model.guidance=1"),
+        (["model.guidance=2"], "guidance acts where classes are asked for: give labels=[3], say"),
+        (["labels=[3,8]", "model.sampler=fk", FK], "resamples chains of one class among each other: give one"),
+        (["calls=[5]"], "'calls' is for train.py test"),
         (["data=mnist"], "predict draws what the checkpoint has learned: leave data= out"),
     ],
 )
 def test_mistakes(words, sentence, whole, capsys):
     assert train.main(["predict", f"ckpt_path={whole}", *words]) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_merged_models_are_named_once_and_mix_says_the_weights(halves, capsys):
+    low, high = halves
+    pattern = high.parents[2] / "hig*" / "checkpoints" / "last.ckpt"
+    for words, sentence in (
+        ([f"merge={{{high}: -1.0, '{pattern}': 1.0}}"], "merge names "),
+        ([f"merge={{{high}: -1.0}}", "mix={1: 0.5, 7: 0.5}"], "mix says the weights of all classes"),
+    ):
+        assert train.main(["predict", f"ckpt_path={low}", *words]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_number_is_the_name_of_a_class_where_names_are_numbers():
+    assert class_name(1, ["cat", "dog"]) == "dog" and class_name(8, ["3", "8"]) == "8"
+    with pytest.raises(UserError, match="no class '0' in this data set. The classes are 3, 8."):
+        class_name(0, ["3", "8"])
+
+
+@pytest.mark.parametrize("command", ["test", "export"])
+@pytest.mark.parametrize("word", ["mix={3: 1.0}", "labels=[3]", "remove=[3]"])
+def test_what_is_asked_of_samples_is_for_predict(command, word, whole, capsys):
+    assert train.main([command, f"ckpt_path={whole}", word]) == 2
+    assert f"'{word.partition('=')[0]}' is for train.py predict" in capsys.readouterr().err
 
 
 def test_models_that_do_not_fit_each_other(whole, root, capsys):

@@ -29,6 +29,9 @@ def save(path, pixels):
     Image.fromarray(pixels).save(path)
 
 
+FK = "model.samplers.fk={_target_: bd_lightning.dynamics.FeynmanKac, levels: 3}"
+
+
 def predict(run, *words):
     return train.main(["predict", f"ckpt_path={run}/checkpoints/last.ckpt", *words])
 
@@ -88,6 +91,15 @@ def test_codes_are_filled_through_their_decoder(run, digits):
     assert (codes / "predict-inpaint-ode-seed0" / "000001.png").is_file()
 
 
+def test_results_of_other_images_lie_elsewhere(run, digits):
+    words = [f"images={digits / 'images'}", "upscale=2", "n=2", "model.samplers.ode.steps=4"]
+    assert predict(run, *words) == 0 == predict(run, *words)
+    before = len(list(run.glob("predict-upscale2-*")))
+    save(digits / "images" / "0.png", np.full((8, 8), 255, dtype=np.uint8))
+    assert predict(run, *words) == 0
+    assert len(list(run.glob("predict-upscale2-*"))) == before + 1
+
+
 def test_a_model_that_is_told_the_class_fills_too(digits):
     words = [*WORDS, "model.network.conditional=true", f"root={digits}", f"data.root={digits}", "run_id=told"]
     assert train.main(words) == 0
@@ -120,6 +132,7 @@ def test_mistakes_are_one_sentence(run, digits, capsys):
         ([f"images={digits / 'mixed'}", "upscale=2"], "has 4 × 4 pixels, and what is asked for takes 8 × 8"),
         ([f"images={digits / 'odd'}", "upscale=2"], "has 5 × 4 pixels, and what is asked for takes 4 × 4 or 8 × 8"),
         ([images, "upscale=2", "draws=0"], "'draws' must lie between 1 and 1,000, got 0"),
+        ([images, "upscale=2", "model.sampler=fk", FK], "FeynmanKac are those of guidance alone"),
         (["draws=4"], "inpaint and upscale need images=FOLDER"),
     ]:
         assert predict(run, *words) == 2

@@ -24,6 +24,7 @@ from bd_lightning.cli.plan import Plan, settings_of
 from bd_lightning.facts import Facts
 from bd_lightning.loggers import MetricsCSV, WandB
 from callbacks import CallsCurve, Evaluation, FieldLikelihood, FlowLikelihood, Report
+from callbacks.likelihood import Likelihood
 from callbacks.records import read_record
 
 
@@ -77,6 +78,7 @@ def _run(plan: Plan, run_dir: Path) -> None:
     if plan.config["calls"]:
         callbacks.append(calls_curve(plan, callbacks, model))
     if plan.config["likelihood"]:
+        refuse_two(callbacks)
         callbacks.append(likelihood(plan, model))
     loggers = build_loggers(plan, callbacks, run_dir)
     trainer = build_trainer(plan, loggers, callbacks)
@@ -170,6 +172,16 @@ def likelihood(plan: Plan, model: Any) -> Evaluation:
     """
     model.check_likelihood()
     return FlowLikelihood() if plan.config["likelihood"] == "ode" else FieldLikelihood()
+
+
+def refuse_two(callbacks: list[Any]) -> None:
+    """Refuse a likelihood beside another one: both would log numbers of one name.
+
+    Raises:
+        UserError: saying which to leave out.
+    """
+    if any(isinstance(one, Likelihood) for one in callbacks):
+        raise UserError("a callback of this config says how likely the data is: leave likelihood= or that callback out")
 
 
 def refuse_other_optimizer(plan: Plan, model: Any) -> None:

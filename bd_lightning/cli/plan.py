@@ -17,7 +17,8 @@ from bd_lightning.upgrade import FORMAT
 ONCE = {
     "to": "export", "precision": "export", "length": "average", "score": "average",
     "likelihood": "test", "inpaint": "predict", "upscale": "predict", "draws": "predict",
-    "images": "predict",
+    "images": "predict", "labels": "predict", "mix": "predict", "remove": "predict", "merge": "predict",
+    "calls": "test",
 }  # fmt: skip
 """Keys that say what one command does, and no run keeps."""
 
@@ -102,8 +103,7 @@ def resolve(argv: Sequence[str]) -> Plan:
         config["root"] = asked["root"]  # a stored config does not say where a new folder goes
     build.check(config)
     if config["merge"]:
-        named = config["merge"].items()
-        config["merge"] = {one: weight for pattern, weight in named for one in addresses.every(pattern, str(path))}
+        config["merge"] = addresses.each(config["merge"], str(path))
     refuse_numbers(config["trainer"])
     if request.command == "fit" and config["steps"] % config["eval_every"]:
         raise UserError(

@@ -1,5 +1,6 @@
 """predict: samples of a checkpoint, or of a mixture of what it has learned."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bd_lightning.cli.folders import folder_for, folder_of, keep_settings, made,
 from bd_lightning.cli.plan import Plan, settings_of
 from bd_lightning.combinations import choose_labels, combined, corrected
 from bd_lightning.facts import Facts
+from bd_lightning.latents import LatentSpace, check_codes
 from callbacks import ImageWriter, TableWriter
 from datamodules import SampleRequests
 
@@ -54,11 +56,9 @@ def run(plan: Plan) -> None:
     assert facts is not None  # a plan to predict has a checkpoint
     objects.prepare(config)
     model = objects.model(plan, facts)
-    model.check_predict()
-    if config["calls"]:
-        raise UserError("calls is for test: a sampler's own are set by model.samplers.NAME.levels or .steps")
-    labels = choose_labels(config["labels"] or [], facts, model)
     mixed = any(config[key] for key in ("mix", "remove", "merge"))
+    model.check_predict(told=bool(config["labels"]) or mixed)
+    labels = choose_labels(config["labels"] or [], facts, model)
     if config["calibrate"] and not mixed:
         raise UserError("calibrate corrects the weights of a mixture: give mix, remove or merge too")
     if any(config[key] for key in ("inpaint", "upscale", "images", "draws")):
@@ -86,15 +86,18 @@ def restore(plan: Plan, facts: Facts, model: Any, labels: Sequence[int]) -> None
     from bd_lightning.cli import restore as tasks
 
     config = plan.config
-    latents = build.instantiate(config["data"].get("autoencoder"), "data.autoencoder")
+    latents = latents_of(plan, facts)
     task = tasks.task_of(config, latents.image_shape if latents else facts.shape)
     given = tasks.read_images(config["images"], config["n"], task.shapes)
     if any(config[key] for key in ("mix", "remove", "merge")):
         raise UserError("inpaint and upscale draw from the model itself: leave mix, remove and merge out")
     if model.conditional and not (model.guidable or labels):
         raise UserError("this model has to be told the class: give labels=[3], say, one after the other for the images")
+    if model.samplers[model.sampler].interacting:
+        raise UserError("the weights of FeynmanKac are those of guidance alone: take another model.sampler for this")
     drawing = tasks.Restoring(model, task, given, latents, config["draws"] or 1)
     settings = settings_of(plan, "n", "labels", "inpaint", "upscale", "images", "draws")
+    settings["given"] = hashlib.sha256(given.numpy().tobytes() + task.mask).hexdigest()
     name = "inpaint" if config["inpaint"] else f"upscale{config['upscale']}"
     name += f"-mean{drawing.draws}" if drawing.draws > 1 else ""
     folder = folder_for(settings, plan.run_dir, f"predict-{name}-{model.sampler}-seed{config['seed']}")
@@ -138,9 +141,21 @@ def folder_name(plan: Plan, sampler: str) -> str:
     return "-".join([f"predict-{sampler}-seed{config['seed']}", *words])
 
 
+def latents_of(plan: Plan, facts: Facts) -> LatentSpace | None:
+    """The autoencoder that samples are decoded by, if they are codes.
+
+    Raises:
+        UserError: for one of other codes.
+    """
+    latents: LatentSpace | None = build.instantiate(plan.config["data"].get("autoencoder"), "data.autoencoder")
+    if latents:
+        check_codes(latents, facts.shape, facts.space)
+    return latents
+
+
 def build_writer(plan: Plan, facts: Facts, folder: Path) -> ImageWriter | TableWriter:
     """Writes images for samples that are images or codes of images, rows of a table for others."""
-    latents = build.instantiate(plan.config["data"].get("autoencoder"), "data.autoencoder")
+    latents = latents_of(plan, facts)
     if latents or len(facts.shape) == 3:
         return ImageWriter(folder, latents.decode if latents else None)
     columns = facts.columns or [f"x{k}" for k in range(facts.shape[0])]

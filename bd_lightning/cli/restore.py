@@ -28,10 +28,12 @@ class Task(ABC):
         shapes: shapes that images which are read may have, all of them the same.
         pixel_noise: standard deviation of what is given, in the units of images, for a model of images.
         decoder_noise: the same for a model of codes, whose decoder errs more.
+        mask: what the result depends on besides, as bytes.
     """
 
     pixel_noise: float = 0.05
     decoder_noise: float = 0.1
+    mask: bytes = b""
 
     operator: Operator
     shape: tuple[int, int, int]
@@ -76,6 +78,7 @@ class Inpaint(Task):
             size, wanted = (" × ".join(map(str, one)) for one in (pixels.shape, shape[1:]))
             raise UserError(f"the mask {path} has {size} pixels, and this model's images {wanted}: give it that size")
         self.hole, self.shape, self.shapes = pixels >= 128, shape, (shape,)
+        self.mask = self.hole.numpy().tobytes()
         try:
             self.operator = Outside(self.hole)
         except ValueError as error:

@@ -20,7 +20,9 @@ References:
 """
 
 import math
+import warnings
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -40,6 +42,16 @@ def systematic(weights: Tensor, place: Tensor) -> Tensor:
     count = len(weights)
     marks = (torch.arange(count, device=weights.device) + place) / count
     return torch.searchsorted(weights.double().cumsum(0), marks.double()).clamp_max(count - 1)
+
+
+def _warn_of_few(ancestors: int, count: int) -> None:
+    """Say when samples descend from few of the chains that were begun, and are alike."""
+    if ancestors < count / 10:
+        warnings.warn(
+            f"Feynman–Kac: these {count} samples descend from {ancestors} of the chains that were begun, so that many "
+            "are alike: take less guidance, more samples at once, or another model.sampler",
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,7 @@ class FeynmanKac(MultiScaleSampler):
     levels: int = 100
     relaxation: float = 1.0
     threshold: float = 0.5
+    interacting: ClassVar[bool] = True
 
     def __post_init__(self):
         super().__post_init__()
@@ -81,7 +94,7 @@ class FeynmanKac(MultiScaleSampler):
         yield x
         ladder = geometric_ladder(self.sigma_max, self.sigma_min, self.levels).tolist()
         h, kappa = math.log(ladder[0] / ladder[-1]) / max(1, self.levels - 1), 1 + self.relaxation
-        log_weight = x.new_zeros(len(x), dtype=torch.float64)
+        log_weight, ancestor = x.new_zeros(len(x), dtype=torch.float64), torch.arange(len(x), device=x.device)
         last: tuple[Tensor, Tensor] | None = None  # the rate and the target of the last level
         for here, there in zip(ladder, [*ladder[1:], 0.0]):
             score, rate = fields.weighted_score(x, x.new_full((len(x),), here), self.exact_score)
@@ -91,9 +104,11 @@ class FeynmanKac(MultiScaleSampler):
             if there == 0 or 1 / weights.square().sum() < self.threshold * len(x):
                 taken = systematic(weights, noise.uniform().flatten()[0] / math.sqrt(12) + 0.5)
                 x, score, rate, behind = x[taken], score[taken], rate[taken], behind[taken]
+                ancestor = ancestor[taken]
                 log_weight = torch.zeros_like(log_weight)
             target = x + here**2 * score
             if there == 0:
+                _warn_of_few(len(ancestor.unique()), len(x))
                 yield target
                 return
             aim, spread = target + (target - behind) / 2, -math.expm1(-2 * self.relaxation * h)

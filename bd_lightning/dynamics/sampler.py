@@ -52,12 +52,14 @@ class Sampler(ABC):
     Attributes:
         noise_levels: whether it asks for fields at noise levels above zero, which single-scale fields do not have.
         consistency: whether it takes the fields for a consistency function, not for a score.
+        interacting: whether the chains of a batch depend on each other.
     """
 
     bound: float = 20.0
     start: str = "gaussian"
     noise_levels: ClassVar[bool] = False
     consistency: ClassVar[bool] = False
+    interacting: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         positive(bound=self.bound)

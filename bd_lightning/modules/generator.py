@@ -119,6 +119,13 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         if not self.multi_scale:
             raise UserError("likelihood needs fields of every noise level, and this model was trained with noise=null")
 
+    def check_predict(self, told: bool = True) -> None:
+        """Refuse guidance where no class is asked for, which would change nothing."""
+        if self.guidance.scale != 1 and not (told or self.conditional):
+            raise UserError(
+                "guidance acts where classes are asked for: give labels=[3], say, or leave model.guidance out"
+            )
+
     @torch.inference_mode(False)  # as losses are evaluated, so that a compiled network is compiled once for both
     @torch.no_grad()
     def sample(
@@ -147,10 +154,12 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
 
         Raises:
             SamplingDiverged: when chains are lost.
+            UserError: for several classes by a sampler whose chains depend on each other.
         """
-        noise = SampleNoise(indices, self.shape, seed, self.device)
-        fields = self.asked(label) if fields is None else fields
-        return self.samplers[sampler or self.sampler](fields, noise, watch, finite_part)
+        noise, by = SampleNoise(indices, self.shape, seed, self.device), self.samplers[sampler or self.sampler]
+        if by.interacting and label is not None and bool((label != label[0]).any()):
+            raise UserError("FeynmanKac resamples chains of one class among each other: give one, labels=[3], say")
+        return by(self.asked(label) if fields is None else fields, noise, watch, finite_part)
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Samples for a batch of requests: "index", "seed" and, if classes are asked for, "label"; each (B,)."""

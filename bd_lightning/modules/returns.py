@@ -189,7 +189,16 @@ class ReturnLearner(DistributionalLearner):
         return network(observation.flatten(1)).unflatten(1, (self.actions, -1))
 
     def backup(self, y: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """Targets (B, outputs) for the target network's outputs (B, A, outputs) and rewards and discounts (B,)."""
+        """Targets (B, outputs) for the target network's outputs (B, A, outputs) and rewards and discounts (B,).
+
+        Raises:
+            UserError: for transitions of several lengths.
+        """
+        if reward.ndim != 1:
+            raise UserError(
+                "these transitions are of 1 to n steps, for λ-returns: choose model=returns_lambda, or data that is no "
+                "datamodules.LambdaEnvironment, such as data=frozen_lake"
+            )
         return bellman_target(self.representation, y, reward, discount, self.policy)
 
     def compute(self, batch: Batch, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

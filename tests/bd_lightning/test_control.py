@@ -5,6 +5,8 @@ import math
 import pytest
 import torch
 
+from bd_lightning.checks import UserError
+from bd_lightning.modules import ReturnLearner
 from bd_lightning.returns import (
     Categorical,
     CVaR,
@@ -27,6 +29,12 @@ def gaussian(rep: GaussianFields, mean: float, sd: float) -> torch.Tensor:
 
 
 # ---- QR-DQN
+
+
+def test_transitions_of_several_lengths_are_for_lambda_returns():
+    y = torch.zeros(3, 2, 5)
+    with pytest.raises(UserError, match="choose model=returns_lambda"):
+        ReturnLearner.backup(None, y, torch.zeros(3, 5), torch.zeros(3, 5))
 
 
 def test_quantiles_minimise_their_loss():

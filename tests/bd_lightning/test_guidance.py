@@ -203,6 +203,12 @@ def test_without_guidance_weights_are_equal():
     torch.testing.assert_close(x.sort(0).values, plain.sort(0).values)
 
 
+def test_samples_of_few_ancestors_are_said_to_be():
+    fields = GuidedFields(CLASS, ALL, 40.0)
+    with pytest.warns(UserWarning, match=r"these 200 samples descend from \d+ of the chains"):
+        FeynmanKac(levels=30, sigma_max=5.0)(fields, SampleNoise(range(200), (2,)))
+
+
 @pytest.mark.parametrize(
     "fields, sentence",
     [
