@@ -410,8 +410,8 @@ def test_metrics_against_calls(root, teacher, tuned, capsys):
             "'calls' are numbers of network calls, from 1 to 10,000, got [0]",
         ),
         (["test", f"ckpt_path={teacher}", "calls=[5]", "callbacks.metrics=null"], "calls needs callbacks.metrics"),
-        (["validate", f"ckpt_path={teacher}", "calls=[5]"], "calls is for test"),
-        (["predict", f"ckpt_path={teacher}", "calls=[5]"], "calls is for test"),
+        (["validate", f"ckpt_path={teacher}", "calls=[5]"], "'calls' is for train.py test"),
+        (["predict", f"ckpt_path={teacher}", "calls=[5]"], "'calls' is for train.py test"),
         (["test", f"ckpt_path={teacher}", "calls=[100000000000]"], "from 1 to 10,000"),
     ]:
         assert train.main(words) == 2
