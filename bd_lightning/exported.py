@@ -156,7 +156,7 @@ def _at(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     node = data.get("autoencoder") if isinstance(data, dict) else None
     if not isinstance(data, dict) or not isinstance(node, dict) or "ckpt_path" not in node:
         return config
-    if node["ckpt_path"] != AUTOENCODER:
+    if node["ckpt_path"] != AUTOENCODER or (folder / AUTOENCODER).is_symlink():
         raise UserError(f"{folder / CONFIG} names an autoencoder outside its folder: it is not whole, export it again")
     return {**config, "data": {**data, "autoencoder": {**node, "ckpt_path": str(folder / AUTOENCODER)}}}
 

@@ -126,6 +126,17 @@ def test_an_autoencoder_of_other_codes_is_refused(tmp_path, capsys):
     assert "and the model's samples have [32]: give data.autoencoder the one" in capsys.readouterr().err
 
 
+def test_an_autoencoder_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
+    source = Path(__file__).resolve().parents[1] / "pretrained" / "mnist"
+    folder = tmp_path / "linked"
+    folder.mkdir()
+    for name in ("model.safetensors", "config.yaml"):
+        (folder / name).write_bytes((source / name).read_bytes())
+    (folder / "autoencoder").symlink_to(source / "autoencoder")
+    with pytest.raises(UserError, match="names an autoencoder outside its folder"):
+        bd_lightning.load(folder)
+
+
 def test_the_model_of_this_repository_draws_classes_in_codes():
     folder = Path(__file__).resolve().parents[1] / "pretrained" / "mnist"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 6e6
