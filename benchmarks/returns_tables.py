@@ -189,19 +189,20 @@ def peer_table(rows: list[dict]) -> None:
 
 def linear_table(rows: list[dict]) -> None:
     """Print what linearity gives in control: the mean ± the standard error of every number over seeds."""
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups: dict[tuple[str, str], dict[int, dict]] = {}  # a seed that was run twice counts once
     for row in rows:
-        groups.setdefault((row["example"], row["way"]), []).append(row["numbers"])
+        groups.setdefault((row["example"], row["way"]), {})[row["seed"]] = row["numbers"]
     shown = None
-    for (example, way), numbers in groups.items():
+    for (example, way), seeds in groups.items():
+        numbers = list(seeds.values())
         if example != shown:
             print(f"\n| {example} | " + " | ".join(numbers[0]) + " | seeds |\n|---|" + "---|" * (len(numbers[0]) + 1))
             shown = example
         cells = []
         for name in numbers[0]:
             values = np.array([n[name] for n in numbers if n.get(name) is not None], dtype=float)
-            error = values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else math.nan
-            cells.append(f"{values.mean():.4g} ± {error:.2g}" if len(values) else "–")
+            error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.2g}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.4g}{error}" if len(values) else "–")
         print(f"| {way} | {' | '.join(cells)} | {len(numbers)} |")
 
 

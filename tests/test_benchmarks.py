@@ -98,6 +98,15 @@ def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyon
     assert returns_tables.ratio([1.0, 1.0], [2.0, 2.0]) == pytest.approx((2.0, 2.0, 2.0))
 
 
+def test_a_seed_that_was_run_twice_counts_once(capsys):
+    rows = [(0, 0.0), (0, 0.0), (1, 10.0)]
+    returns_tables.linear_table(
+        [{"example": "caution", "way": way, "seed": s, "numbers": {"mean": v}} for way in "ab" for s, v in rows][:4]
+    )
+    said = capsys.readouterr().out
+    assert "| a | 5 ± 5 | 2 |" in said and "| b | 0 | 1 |" in said
+
+
 def test_tables():
     cells = [common.mean_sd([1.0, 2.0, 3.0], 1), common.mean_sd([0.5]), common.mean_sd([])]
     assert cells == ["2.0 ± 1.0", "0.50", "–"]

@@ -15,6 +15,7 @@ import bd_lightning
 import train
 from bd_lightning import checkpoints
 from bd_lightning.checks import UserError
+from bd_lightning.latents import TrainedLatents, check_codes
 from conftest import ROOT
 from small_run import contents
 from tiny_data import write_autoencoder
@@ -124,6 +125,9 @@ def test_an_autoencoder_of_other_codes_is_refused(tmp_path, capsys):
     words = [f"data.autoencoder.ckpt_path={other}", f"root={tmp_path}", "run_id=drawn", "n=2", *QUIET]
     assert train.main(["predict", f"ckpt_path={folder}", *words]) == 2
     assert "and the model's samples have [32]: give data.autoencoder the one" in capsys.readouterr().err
+    fits = write_autoencoder(tmp_path / "fits.ckpt", (1, 28, 28), "MNIST", (32,))
+    with pytest.warns(UserWarning, match="this autoencoder is not the file that the model learned in"):
+        check_codes(TrainedLatents(str(fits)), [32], "another")
 
 
 def test_an_autoencoder_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
