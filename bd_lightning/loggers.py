@@ -170,6 +170,11 @@ class WandB(WandbLogger):
             return wandb.init(**self._wandb_init, mode=mode, settings=settings)
         except (wandb.errors.UsageError, ValueError, TypeError) as error:
             raise UserError(f"'logger': {' '.join(str(error).split())[:300]}") from error
+        except Exception as error:  # W&B's background process, named by a parent process that has ended since
+            if isinstance(error, wandb.errors.CommError) or os.environ.pop("WANDB_SERVICE", None) is None:
+                raise
+            wandb.teardown()
+            return self._start(mode)
 
     @property
     @rank_zero_experiment

@@ -20,6 +20,7 @@ torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTE
 @pytest.fixture(autouse=True)
 def clean_environment(monkeypatch):
     """No W&B key, login or run of the machine may reach a test, and no test may leak into the next."""
+    os.environ.pop("WANDB_SERVICE", None)  # for good: put back, it may name a process that the test has ended
     for name in list(os.environ):
         if name.startswith(("WANDB_", "BD_", "TORCHELASTIC_", "SLURM_")):
             monkeypatch.delenv(name)

@@ -3,6 +3,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import wandb
 
 from bd_lightning.loggers import MetricsCSV, WandB
 from wandb_records import read_records
@@ -66,3 +67,11 @@ def test_metrics_are_summed_up_as_the_callbacks_say(tmp_path):
     (path,) = (tmp_path / "run-11").glob("wandb/offline-run-*/run-run-11.wandb")
     metrics = read_records(path).metrics
     assert metrics["val/fid"] == "min" and metrics["val/return"] == "max"
+
+
+def test_a_background_process_that_has_ended_is_replaced(tmp_path, monkeypatch):
+    """What a child of a notebook inherits when the notebook's own W&B has ended."""
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_SERVICE", f"3-1-unix-{tmp_path / 'socket'}")
+    log_one(WandB(tmp_path / "run-12"))
+    assert list((tmp_path / "run-12").glob("wandb/offline-run-*/run-run-12.wandb"))
