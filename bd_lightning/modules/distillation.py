@@ -22,7 +22,7 @@ from torch import Tensor
 from bd_lightning.checks import in_range, positive
 from bd_lightning.distances import energy_distance
 from bd_lightning.dynamics import MultistepDynamics, SampleNoise
-from bd_lightning.modules.consistency import ConsistencyModel
+from bd_lightning.modules.few_steps import FewStepGenerator
 from bd_lightning.objectives import Losses
 
 FLOW = MultistepDynamics(levels=12, order=3, corrector=True, relaxation=0.0, sigma_min=0.1)
@@ -45,7 +45,7 @@ class Chains:
     label: Tensor | None
 
 
-class DistilledModel(ConsistencyModel):
+class DistilledModel(FewStepGenerator):
     r"""Learns the map from the states of a teacher's chains to their ends.
 
     With x_σ a state of a chain at its noise level σ, and y the chain's end,
@@ -65,7 +65,7 @@ class DistilledModel(ConsistencyModel):
         every: steps between.
         first: share of the pairs at the first noise level; the other levels have equal shares.
         energy: weight of the energy distance; 0 leaves it out.
-        options: arguments of `ConsistencyModel`; `noise` and `gaps` have no say here.
+        options: arguments of `FewStepGenerator`.
 
     Raises:
         ValueError: without a teacher, and for values out of range.
@@ -86,8 +86,6 @@ class DistilledModel(ConsistencyModel):
         in_range(0, math.inf, energy=energy)
         if self.teacher_path is None:
             raise ValueError("a distilled model learns from another one alone: give teacher=<checkpoint>")
-        if self.coupling is not None:
-            raise ValueError("coupling learns the noise of data, and here no data is learned from: leave it out")
         if flow.levels < 2:
             raise ValueError("flow.levels must be 2 at least")
         if flow.relaxation:

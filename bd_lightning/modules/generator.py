@@ -68,14 +68,15 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         if not self.samplers:
             raise ValueError("samplers are all null: at least one is needed")
         one_of(tuple(self.samplers), sampler=sampler)
-        for name, one in self.samplers.items() if noise is None else ():
+        self.noise = noise
+        for name, one in self.samplers.items() if not self.multi_scale else ():
             if one.noise_levels:
                 raise ValueError(
                     f"samplers.{name} goes down noise levels, and with noise=null the fields have none: take "
                     "bd_lightning.dynamics.BellmanDynamics, or null; model=paper has all that a single scale needs"
                 )
         self.shape, self.num_classes, self.dim = tuple(shape), num_classes, math.prod(shape)
-        self.sampler, self.noise = sampler, noise
+        self.sampler = sampler
         self.guidance = Guidance.read(guidance, guidance_interval)
 
     @property

@@ -1,0 +1,163 @@
+"""What generators of one or two network calls share: their function, their teacher, and what they refuse.
+
+A function f(x, σ) = x + σ²S(x, σ) takes every point of the flow dx/dσ = −σ ∇log p_σ to its end at σ = 0.
+f(x, 0) = x holds however S is. Training may begin where S is the score of a trained model.
+
+References:
+    | Song et al., Consistency Models, arXiv 2303.01469
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bd_lightning.checks import in_range
+from bd_lightning.divergences import bcast
+from bd_lightning.dynamics import Sampler
+from bd_lightning.fields import AnalyticFields, FieldPair, LearnedFields
+from bd_lightning.kernels import Constant
+from bd_lightning.modules.generator import Generator
+from bd_lightning.networks.base import Network
+from bd_lightning.objectives import NoiseLevels
+from bd_lightning.targets import Density
+
+
+class FewStepGenerator(Generator):
+    r"""Base of the models whose samples cost one or two network calls.
+
+    Args:
+        network: trunk, as in `BellmanDiffusion`; its scalar head is not used.
+        shape: shape of one sample, from the data module.
+        num_classes: number of classes, from the data module.
+        sigma_data: standard deviation σ_d of the data, from the data module.
+        samplers: samplers by name, None where there is none.
+        sampler: name of the one that prediction and metrics use.
+        noise: noise levels of the data that it learns from; None if it learns from none.
+        huber: c of the loss √(‖error‖² + c²) − c, in units of √d · σ_d.
+        init: checkpoint of the same network, whose weights a new run begins with; None begins anew.
+        teacher: checkpoint whose flow is learned; None is none.
+        mix: of a teacher by model=relative, weights of classes.
+        remove: classes left out.
+        merge: further checkpoints and their weights.
+        calibrate: pilot samples of the teacher that correct the weights of a mixture.
+        labels: classes of a conditional teacher that a conditional network learns; None takes all.
+        guidance: scale of the teacher's guidance.
+        guidance_interval: noise levels between which it acts.
+        options: arguments of `Module`.
+
+    Raises:
+        ValueError: for values out of range, and for samplers that need a score.
+    """
+
+    fields: LearnedFields
+    has_score = False
+    multi_scale = True
+
+    def __init__(
+        self,
+        network: Network,
+        shape: Sequence[int],
+        num_classes: int,
+        sigma_data: float,
+        samplers: dict[str, Sampler | None],
+        sampler: str = "two",
+        noise: NoiseLevels | None = None,
+        huber: float = 0.03,
+        init: str | None = None,
+        teacher: str | None = None,
+        mix: dict[int | str, float] | None = None,
+        remove: list[int | str] | None = None,
+        merge: dict[str, float] | None = None,
+        calibrate: int = 0,
+        labels: list[int | str] | None = None,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] = (0.0, math.inf),
+        **options: Any,
+    ) -> None:
+        refuse_scores(samplers, sampler)
+        super().__init__(shape, num_classes, samplers, sampler, noise, 1.0, guidance_interval, **options)
+        in_range(0, math.inf, huber=huber, guidance=guidance, calibrate=calibrate)
+        if network.head_shape:
+            raise ValueError("network.per_class=true is for model=relative, which can be a teacher")
+        given: dict[str, Any] = {"mix": mix, "remove": remove, "merge": merge, "labels": labels}
+        for name, value in given.items():
+            if value and teacher is None:
+                raise ValueError(f"{name} says what a teacher's flow is made of: give teacher=<checkpoint> too")
+        if guidance != 1 and teacher is None:
+            raise ValueError("guidance is that of a teacher: give teacher=<checkpoint> too")
+        if calibrate and not (mix or remove or merge):
+            raise ValueError("calibrate corrects the weights of a mixture: give mix, remove or merge too")
+        if labels and not network.conditional:
+            raise ValueError("labels need a network that is told the class: network.conditional=true")
+        self.conditional = self.takes_labels = network.conditional
+        self.fields = LearnedFields(network, Constant(), sigma_data, self.dim)
+        network.scalar_head.requires_grad_(False)  # no loss reaches it, and DDP would wait for its gradient
+        self.huber = huber
+        self.init, self.teacher_path, self.asked_of = init, teacher, given | {"calibrate": calibrate}
+        self.teacher_guidance = guidance
+        self.sigma_max = max(one.start_scale for one in self.samplers.values())
+        self.frozen: tuple[Any, ...] = ()
+
+    def prepare(self, fresh: bool) -> None:
+        """Take the weights of `init`, if the run is new, and load the teacher.
+
+        Raises:
+            UserError: for checkpoints that do not fit this model.
+        """
+        from bd_lightning import teachers  # which builds models
+
+        if fresh and self.init is not None:
+            teachers.begin_from(self, self.init)
+        if self.teacher_path is not None:
+            self.frozen = (teachers.load(self, self.teacher_path, self.teacher_guidance, **self.asked_of),)
+
+    def on_fit_start(self) -> None:
+        """Move the teacher, which is no part of this module, to its device."""
+        for teacher in self.frozen:
+            teacher.to(self.device)
+
+    def analytic(self, density: Density) -> FieldPair:
+        """The fields that training begins at: after it S is no score."""
+        return AnalyticFields(density, self.fields.kernel, self.fields.sigma_data)
+
+    def function(self, x: Tensor, sigma: Tensor, label: Tensor | None = None) -> Tensor:
+        """f(x, σ), of the shape of x, for x (B, *), σ (B,) from 0 on, and label (B,) where the network is told it."""
+        S, _ = self.fields.outputs(x, sigma.clamp_min(1e-6), label)
+        return x + bcast(sigma.square(), x) * S
+
+    def distance(self, error: Tensor) -> Tensor:
+        """√(‖error‖² + c²) − c, shape (B,), of errors (B, *)."""
+        c = self.huber * math.sqrt(self.dim) * self.fields.sigma_data
+        return (error.square().flatten(1).sum(1) + max(c, 1e-6) ** 2).sqrt() - c
+
+    def classes(self, label: Tensor | None, count: int, device: torch.device) -> Tensor | None:
+        """The classes (B,) that a batch is of: its own, or those that are asked for, one after the other."""
+        if not self.conditional or label is None:
+            return None
+        for teacher in self.frozen:
+            if teacher.labels:
+                return torch.tensor(teacher.labels, device=device)[
+                    torch.arange(count, device=device) % len(teacher.labels)
+                ]
+        return label
+
+
+def refuse_scores(samplers: Mapping[str, Sampler | None], sampler: str) -> None:
+    """Refuse samplers that follow a score.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    asked = {name: one for name, one in samplers.items() if one is not None}
+    wrong = next((name for name, one in asked.items() if not one.consistency), None)
+    if wrong is None and sampler not in asked and sampler in ("ode", "sde"):
+        wrong = sampler  # what every other model has
+    if wrong is not None:
+        others = " or ".join(name for name, one in asked.items() if one.consistency) or "ConsistencySteps"
+        raise ValueError(
+            f"a consistency model is no score that '{wrong}' could follow: take {others}, or sample the checkpoint "
+            "that it was tuned from"
+        )
