@@ -1,6 +1,6 @@
 """Copies of training images against guidance: its scale, where it begins, and what acts before.
 
-    uv run benchmarks/copies.py --autoencoder CKPT [--data data] [--out runs/copies] [--n 1000] [--steps 3000]
+    uv run benchmarks/copies.py --autoencoder CKPT [--data data] [--out runs/copies] [--n 1000] [--steps 10000]
 
 Trains, where OUT does not have it yet, a class-conditional model in codes of MNIST whose training set has 200 images a
 hundredfold. These, with 5,000 other images that come once, are a class of their own, `prints`; the rest of the training
@@ -110,10 +110,11 @@ def main() -> None:
     parser.add_argument("--data", default="data")
     parser.add_argument("--out", type=Path, default=Path("runs/copies"))
     parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=10000)
     options = parser.parse_args()
     words = [f"data.autoencoder.ckpt_path={options.autoencoder}", f"data.root={options.data}"]
     words += ["model.network.width=256", "model.kernel={_target_: bd_lightning.kernels.Constant}"]
+    words += ["model.optimizer={_target_: bd_lightning.optimizers.Muon}", "model.lr=5e-3"]
     config = common.compose("experiment=mnist_latent_cond", *words)
     data = common.make_data(config)
     model = trained(options.out, config, data, options.steps)

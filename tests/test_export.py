@@ -80,6 +80,37 @@ def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path):
     assert json.loads((again / "fid.json").read_text()) == rows[1:]
 
 
+def test_the_card_leaves_out_numbers_of_another_sampler_or_guidance(run, tmp_path):
+    (run / "fid.json").write_text(json.dumps([{"step": 4, "val/fid": 40.0, "protocol": "as trained"}]))
+    stored = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    steps = {**stored, "samplers": {"ode": {**stored["samplers"]["ode"], "steps": 7}}}
+    for k, node in enumerate([stored, steps]):
+        folder = run / f"test-last-0000004-{k}"
+        folder.mkdir()
+        (folder / "settings.json").write_text(json.dumps({"model": node}))
+        (folder / "fid.json").write_text(json.dumps([{"step": 4, "test/fid": 41.0 + k, "protocol": "a test"}]))
+
+    def quoted(source, name, *words):
+        assert train.main(["export", f"ckpt_path={source}", f"to={tmp_path / name}", *words, *QUIET]) == 0
+        file = tmp_path / name / "fid.json"
+        rows = json.loads(file.read_text()) if file.exists() else []
+        return [row.get("val/fid", row.get("test/fid")) for row in rows], (tmp_path / name / "README.md").read_text()
+
+    last = run / "checkpoints" / "last.ckpt"
+    assert quoted(last, "own")[0] == [40.0, 41.0]
+    assert quoted(last, "few", "model.samplers.ode.steps=7")[0] == [42.0]
+    rows, card = quoted(tmp_path / "own", "other", "model.samplers.ode.steps=5")
+    assert rows == [] and "None were measured with the sampler and guidance of this folder." in card
+
+
+def test_a_place_that_cannot_be_written_is_said_by_its_key(run, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    message = refused(
+        capsys, "export", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"to={tmp_path / 'file' / 'a'}"
+    )
+    assert "give to= another place" in message
+
+
 def test_a_folder_whose_facts_ask_for_too_much_or_are_missing_is_refused_in_a_sentence(exported, capsys):
     config = yaml.safe_load((exported / "config.yaml").read_text())
     for change, sentence in (

@@ -87,6 +87,15 @@ def test_labels_ask_for_classes_one_by_one(whole, classify):
     assert shares[2] > 0.8
 
 
+def test_guidance_without_labels_asks_for_all_classes_in_turn(whole, classify):
+    """At predict as in a test and for the card of an export."""
+    folder = predict(whole, 10, "model.guidance=2")
+    images = torch.stack([pil_to_tensor(Image.open(path)) for path in sorted(folder.glob("0*.png"))])
+    features = ClassifierFeatures()
+    features.prepare(Digits(root=str(whole.parents[4] / "data")))
+    assert (features.classify(images) == torch.arange(200) % 10).float().mean() > 0.8
+
+
 def test_merge_joins_models_of_disjoint_data(halves, classify):
     low, high = halves
     alone = classify(predict(low, 5))
@@ -117,7 +126,6 @@ def test_a_pattern_merges_all_that_it_stands_for(halves, classify):
         (["merge={nowhere.ckpt: 1.0}"], "checkpoint not found: nowhere.ckpt"),
         (["mix={3: 1.0}", "labels=[3]"], "give one of the two"),
         (["mix={3: 1.0}", "model.guidance=2"], "a mixture has none: add model.guidance=1"),
-        (["model.guidance=2"], "guidance acts where classes are asked for: give labels=[3], say"),
         (["labels=[3,8]", "model.sampler=fk", FK], "resamples chains of one class among each other: give one"),
         (["calls=[5]"], "'calls' is for train.py test"),
         (["data=mnist"], "predict draws what the checkpoint has learned: leave data= out"),

@@ -49,7 +49,7 @@ def test_names_of_samplers_are_names_of_files(tmp_path, capsys):
 def test_a_root_that_cannot_be_written(root, reason, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     said = refused(tmp_path / "root", capsys, f"root={root.replace('{file}', str(tmp_path / 'file'))}", "run_id=x")
-    assert reason in said and "set root to another place" in said
+    assert reason in said and "give root= another place" in said
 
 
 @pytest.mark.parametrize(

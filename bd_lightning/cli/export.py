@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from bd_lightning import addresses, checkpoints, exported, report
 from bd_lightning.checks import UserError, one_of
 from bd_lightning.cli import objects, predict
-from bd_lightning.cli.folders import made, short, writing
+from bd_lightning.cli.folders import SETTINGS, made, short, writing
 from bd_lightning.cli.plan import Plan
 from bd_lightning.combinations import choose_labels
 from bd_lightning.facts import Facts
@@ -74,7 +74,7 @@ def free_place(to: str | None) -> Path:
 def placed(target: Path) -> Iterator[Path]:
     """A folder beside its place, moved there when all in it is written, and removed if it is not."""
     part = target.with_name(f".{target.name}.part")
-    with writing(target), made(target.parent, target.exists):
+    with writing(target, "to"), made(target.parent, target.exists, "to"):
         shutil.rmtree(part, ignore_errors=True)  # what a killed process left
         try:
             part.mkdir()
@@ -137,7 +137,7 @@ def draw(plan: Plan, folder: Path) -> str | None:
 
 def write_card(plan: Plan, folder: Path, module: Module, name: str, precision: str, product: str | None) -> None:
     """Write README.md, and fid.json with the rows that it quotes."""
-    rows = measured(plan)
+    rows, others = measured(plan)
     if rows:
         (folder / "fid.json").write_text(json.dumps(rows, indent=1))
     facts: Any = plan.facts
@@ -148,7 +148,7 @@ def write_card(plan: Plan, folder: Path, module: Module, name: str, precision: s
         what=what(plan, facts),
         weights=f"averaged weights of step {plan.step}, in {precision}",
         shown=shown(product),
-        numbers=numbers(rows, precision),
+        numbers=numbers(rows, others, precision),
     )
     (folder / "README.md").write_text(card)
 
@@ -204,23 +204,42 @@ def shown(product: str | None) -> str:
     return f"{text}*`{product}`: the first {SHOWN} samples of seed 0 by the default sampler.*\n\n"
 
 
-def measured(plan: Plan) -> list[dict[str, Any]]:
-    """Rows of fid.json, of an exported folder or of the run and its evaluations, of the step of the weights."""
+def measured(plan: Plan) -> tuple[list[dict[str, Any]], int]:
+    """Rows of fid.json, of an exported folder or of the run and its evaluations, of the step of the weights.
+
+    Returns:
+        Those of samples drawn as this export draws, and the number of others.
+    """
     own = Path(addresses.local(plan.config["ckpt_path"]))
     folder = own if own.is_dir() else plan.run_dir  # an exported folder has its numbers with it
     if not (folder / "config.yaml").is_file():
-        return []
+        return [], 0
     run = report.read(folder)
-    records = {**run.records, **{name: rows for name, rows in run.evaluations.items()}}
-    found = [row for name, rows in records.items() if Path(name).name == "fid.json" for row in rows]
-    unique = {json.dumps(row, sort_keys=True): row for row in found if row["step"] == plan.step}
-    return list(unique.values())
+    found: dict[str, bool] = {}
+    for name, rows in {**run.records, **run.evaluations}.items():
+        if Path(name).name == "fid.json":
+            source = run.config if name in run.records else json.loads((folder / name).with_name(SETTINGS).read_text())
+            alike = drawing(source["model"]) == drawing(plan.config["model"])
+            found |= {json.dumps(row, sort_keys=True): alike for row in rows if row["step"] == plan.step}
+    return [json.loads(row) for row, alike in found.items() if alike], sum(not alike for alike in found.values())
 
 
-def numbers(rows: list[dict[str, Any]], precision: str) -> str:
+def drawing(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What samples of a model depend on beside its weights, of the node of its config: sampler and guidance."""
+    name = model.get("sampler")
+    keys = {"guidance": 1.0, "guidance_interval": None}
+    return {
+        "name": name,
+        "sampler": model.get("samplers", {}).get(name),
+        **{k: model.get(k, v) for k, v in keys.items()},
+    }
+
+
+def numbers(rows: list[dict[str, Any]], others: int, precision: str) -> str:
     """The rows as a table, or that there are none."""
     if not rows:
-        return "None were measured where this was exported from."
+        how = "with the sampler and guidance of this folder" if others else "where this was exported from"
+        return f"None were measured {how}."
     lines = ["| numbers | how |", "|---|---|"]
     for row in rows:
         values = {key: value for key, value in row.items() if "/" in key and isinstance(value, (int, float))}

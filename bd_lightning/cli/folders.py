@@ -208,8 +208,12 @@ def claimed(folder: Path, new: bool) -> Iterator[None]:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, key: str = "root") -> Iterator[None]:
     """Says in a sentence what cannot be written inside.
+
+    Args:
+        folder: where it is written.
+        key: the key of the command line that says so.
 
     Raises:
         UserError: with the system's reason.
@@ -221,14 +225,17 @@ def writing(folder: Path) -> Iterator[None]:
             raise
         place = short(Path(os.fsdecode(error.filename))) if isinstance(error.filename, (str, bytes)) else short(folder)
         reason = os.strerror(error.errno)
-        raise UserError(
-            f"cannot write {place} ({reason}): make room there, or set root to another place (of an export, to)"
-        ) from error
+        raise UserError(f"cannot write {place} ({reason}): make room there, or give {key}= another place") from error
 
 
 @contextmanager
-def made(folder: Path, begun: Callable[[], bool]) -> Iterator[None]:
+def made(folder: Path, begun: Callable[[], bool], key: str = "root") -> Iterator[None]:
     """A folder, made if it is not there, and removed again if an exception comes before anything has begun.
+
+    Args:
+        folder: the folder.
+        begun: whether anything has.
+        key: the key of the command line that says where it is.
 
     Raises:
         UserError: if it cannot be made.
@@ -240,7 +247,7 @@ def made(folder: Path, begun: Callable[[], bool]) -> Iterator[None]:
         except OSError as error:
             file = next((place for place in (folder, *folder.parents) if place.is_file()), None)
             reason = f"{short(file)} is a file" if file else os.strerror(error.errno or 0)
-            raise UserError(f"cannot make the folder {short(folder)} ({reason}): set root to another place") from error
+            raise UserError(f"cannot make the folder {short(folder)} ({reason}): give {key}= another place") from error
         yield
     except BaseException:
         if folder in missing and not begun():

@@ -57,7 +57,7 @@ def run(plan: Plan) -> None:
     objects.prepare(config)
     model = objects.model(plan, facts)
     mixed = any(config[key] for key in ("mix", "remove", "merge"))
-    model.check_predict(told=bool(config["labels"]) or mixed)
+    model.check_predict()
     labels = choose_labels(config["labels"] or [], facts, model)
     if config["calibrate"] and not mixed:
         raise UserError("calibrate corrects the weights of a mixture: give mix, remove or merge too")
@@ -93,6 +93,8 @@ def restore(plan: Plan, facts: Facts, model: Any, labels: Sequence[int]) -> None
         raise UserError("inpaint and upscale draw from the model itself: leave mix, remove and merge out")
     if model.conditional and not (model.guidable or labels):
         raise UserError("this model has to be told the class: give labels=[3], say, one after the other for the images")
+    if model.guidance.acts and not labels:
+        raise UserError("guidance acts on classes: give labels=[3], say, or leave model.guidance out")
     if model.samplers[model.sampler].interacting:
         raise UserError("the weights of FeynmanKac are those of guidance alone: take another model.sampler for this")
     drawing = tasks.Restoring(model, task, given, latents, config["draws"] or 1)

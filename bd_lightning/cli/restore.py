@@ -197,7 +197,8 @@ class Restoring(L.LightningModule):
         task: what is to be done.
         given: the images, (N, *shape of the task), in [−1, 1].
         latents: decodes what the model draws; None if it draws images.
-        draws: draws of each image, of seeds one after the other.
+        draws: draws of each image; draw k of image i has the noise of sample i + 2³² k, so that no other image or seed
+            shares it.
     """
 
     def __init__(self, model: Any, task: Task, given: Tensor, latents: Any, draws: int = 1) -> None:
@@ -223,7 +224,7 @@ class Restoring(L.LightningModule):
         indices, seed = batch["index"].tolist(), int(batch["seed"][0])
         total = torch.zeros(len(indices), *self.task.shape, device=self.device)
         for k in range(self.draws):
-            x = self.model.sample(indices, seed=seed + k, fields=posterior)
+            x = self.model.sample([i + (k << 32) for i in indices], seed=seed, fields=posterior)
             with torch.no_grad():
                 total += self.decode(x).clamp(-1, 1)
         return self.task.finished(total / self.draws, given)

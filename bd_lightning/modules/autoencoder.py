@@ -75,7 +75,7 @@ codes = latents.encode(images)  # (B, C, H, W) in [−1, 1]; latents.decode(code
         loss = error + self.kl_weight * kl
         return {"loss": loss.mean(), "squared_error": error.mean(), "kl": kl.mean()}, {}
 
-    def check_predict(self, told: bool = True) -> None:
+    def check_predict(self) -> None:
         """An autoencoder has no samples of its own."""
         raise UserError(
             "an autoencoder draws no samples: learn in its codes, with experiment=mnist_latent (cifar10_latent, or "

@@ -92,11 +92,8 @@ class Module(L.LightningModule):
             UserError: for what does not fit.
         """
 
-    def check_predict(self, told: bool = True) -> None:
+    def check_predict(self) -> None:
         """Refuse to draw samples, where the model has none of its own.
-
-        Args:
-            told: whether classes are asked for.
 
         Raises:
             UserError: saying what it is for.

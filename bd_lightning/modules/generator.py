@@ -35,7 +35,8 @@ class Generator(Module):
     Attributes:
         fields: the pair of fields that is learned.
         objective: what it is trained by.
-        conditional: whether samples are drawn class by class unless something else is asked for.
+        conditional: whether samples are drawn class by class, one after the other, unless something else is asked for:
+            where the network is told the class, and where classes are guided.
         has_score: whether S is the score of the noised data, which a flow or a student can follow.
         guidable: whether it knows all the data beside the classes, which guidance needs.
     """
@@ -119,13 +120,6 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
             )
         if not self.multi_scale:
             raise UserError("likelihood needs fields of every noise level, and this model was trained with noise=null")
-
-    def check_predict(self, told: bool = True) -> None:
-        """Refuse guidance where no class is asked for, which would change nothing."""
-        if self.guidance.scale != 1 and not (told or self.conditional):
-            raise UserError(
-                "guidance acts where classes are asked for: give labels=[3], say, or leave model.guidance out"
-            )
 
     @torch.inference_mode(False)  # as losses are evaluated, so that a compiled network is compiled once for both
     @torch.no_grad()

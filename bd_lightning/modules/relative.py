@@ -63,6 +63,7 @@ class RelativeDensities(Generator):
         self.takes_labels = self.guidable = bool(network.head_shape)
         if self.guidance.acts and not self.takes_labels:
             raise ValueError("guidance needs fields of the classes: train with network.per_class=true")
+        self.conditional = self.guidance.acts
         self.fields = RelativeFields(network, sigma_data, num_classes if self.takes_labels else 1)
         self.objective.check(self.fields, noise)
         if compile:

@@ -21,6 +21,7 @@ from bd_lightning.kernels import Constant
 from bd_lightning.modules import BellmanDiffusion, RelativeDensities
 from bd_lightning.networks import MLP
 from bd_lightning.targets import GaussianMixture
+from callbacks.drawing import classes_of
 
 CLASS = AnalyticFields(GaussianMixture([[1.0, 1.0]], sd=0.3), Constant())
 ALL = AnalyticFields(GaussianMixture([[1.0, 1.0], [-1.0, -1.0]], sd=0.3), Constant())
@@ -136,6 +137,8 @@ def test_conditional_and_relative_models_take_it():
         assert isinstance(model.asked(label), DynamicGuidedFields)
         assert model.sample([0, 1], label=label).shape == (2, 2)
         assert not isinstance(model.asked(None), GuidedFields)
+        assert classes_of(model, range(3)).tolist() == [0, 1, 0]
+    assert classes_of(RelativeDensities(every, (2,), 2, 1.0, samplers, "ode"), range(3)) is None
 
 
 def test_zero_before_draws_from_all_the_data_first():
