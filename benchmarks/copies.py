@@ -1,21 +1,22 @@
 """Copies of training images against guidance: its scale, where it begins, and what acts before.
 
     uv run benchmarks/copies.py --autoencoder CKPT [--data data] [--out runs/copies] [--n 1000] [--steps 10000]
+        [--seeds 3]
 
 Trains, where OUT does not have it yet, a class-conditional model in codes of MNIST whose training set has 200 images a
 hundredfold. These, with 5,000 other images that come once, are a class of their own, `prints`; the rest of the training
 split, once each, has its digits as classes. So 80 % of `prints` and 28 % of all are duplicates, and to ask for `prints`
 is to ask for digits of any kind, with a word that copies come with. Recipe: `experiment=mnist_latent_cond` with 256
-units, the constant kernel and as many steps as are given.
+units, the constant kernel, Muon at 5e-3, and as many steps as are given.
 
-For each way of guidance n samples of `prints` (seed 1, the flow by second-order multistep, 40 levels):
+For each way of guidance and each seed from 1 on, n samples of `prints` (the flow by second-order multistep, 40 levels):
 
 - drawn to a duplicate: the nearest image of the training set, in codes, is one of the 200;
 - copies: nearer to one image of the training set (each once) than a third of the distance to the next, the ratio test
   of `callbacks.memorisation`. Both are printed of test images too;
 - FID to the test split, in features of the classifier that metrics use.
 
-A finished row is kept in OUT/rows.jsonl and not computed again. Prints a Markdown table.
+A finished row is kept in OUT/rows.jsonl and not computed again. Prints a Markdown table, means over the seeds.
 """
 
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from torch.utils.data import DataLoader
 from bd_lightning.dynamics import MultistepDynamics, SampleNoise
 from bd_lightning.fields import Guidance
 from benchmarks import common
-from benchmarks.common import Recipe, Rows, Training, table
+from benchmarks.common import Recipe, Rows, Training, mean_sd, table
 from callbacks import ClassifierFeatures
 from callbacks.memorisation import memorisation
 from callbacks.metrics import frechet_distance
@@ -59,9 +60,11 @@ def ways() -> Iterator[Guidance]:
     yield Guidance(1.0)
     for scale in (2.0, 4.0, 8.0):
         yield Guidance(scale)
-        for transition in ("dynamic", 1.6):
-            for before in (0.0, -2.0):
-                yield Guidance(scale, before=before, transition=transition)
+        for before in (0.0, -0.5):
+            yield Guidance(scale, before=before, transition="dynamic")
+    yield Guidance(4.0, before=-2.0, transition="dynamic")
+    for transition in (0.5, 1.6):
+        yield Guidance(4.0, before=-0.5, transition=transition)
 
 
 def two_nearest(x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,14 +95,14 @@ def trained(out: Path, config: Any, data: Any, steps: int) -> Any:
     return training.averaged
 
 
-def draw(model: Any, guidance: Guidance, n: int) -> Tensor:
+def draw(model: Any, guidance: Guidance, n: int, seed: int) -> Tensor:
     """n codes of the class `prints`."""
     drawn = []
     for part in torch.arange(n).split(500):
         label = torch.full_like(part, PRINTS)
         fields = guidance.guided(model.fields.conditioned(label), model.fields.conditioned(None))
         with torch.no_grad():
-            drawn.append(SAMPLER(fields, SampleNoise(part.tolist(), model.shape, seed=1)))
+            drawn.append(SAMPLER(fields, SampleNoise(part.tolist(), model.shape, seed)))
     return torch.cat(drawn)
 
 
@@ -111,6 +114,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/copies"))
     parser.add_argument("--n", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     words = [f"data.autoencoder.ckpt_path={options.autoencoder}", f"data.root={options.data}"]
     words += ["model.network.width=256", "model.kernel={_target_: bd_lightning.kernels.Constant}"]
@@ -130,21 +134,20 @@ def main() -> None:
     for guidance in ways():
         key = {"scale": guidance.scale, "before": guidance.before, "transition": guidance.transition}
         key |= {"n": options.n, "steps": options.steps}
-        found = rows.where(**key)
-        if not found:
-            x = draw(model, guidance, options.n)
+        for seed in range(1, options.seeds + 1):
+            if rows.where(**key, seed=seed):
+                continue
+            x = draw(model, guidance, options.n, seed)
             ours, nearest = two_nearest(x.flatten(1), known.flatten(1))
             values = {**memorisation(ours, theirs), "duplicates": float(often[nearest].mean())}
             images = torch.cat([features(to_uint8(data.decode(part))) for part in x.split(500)])
             values["fid"] = frechet_distance(images, embedded)
-            found = [rows.add(**key, **values)]
-            print(found[0], flush=True)
-        row = found[0]
-        late = (f"{row['before']:g}", row["transition"]) if row["transition"] else ("–", "–")
-        lines.append(
-            [f"{row['scale']:g}", *late, f"{row['duplicates']:.1%}", f"{row['copies']:.1%}", f"{row['fid']:.1f}"]
-        )
-    print(table(["scale", "before", "transition", "drawn to a duplicate", "copies", "FID"], lines))
+            print(rows.add(**key, seed=seed, **values), flush=True)
+        found = [row for row in rows.where(**key) if row["seed"] <= options.seeds]
+        late = (f"{guidance.before:g}", guidance.transition) if guidance.transition else ("–", "–")
+        shares = [mean_sd((100 * row[name] for row in found), 1) for name in ("duplicates", "copies")]
+        lines.append([f"{guidance.scale:g}", *late, *shares, mean_sd((row["fid"] for row in found), 1)])
+    print(table(["scale", "before", "transition", "drawn to a duplicate, %", "copies, %", "FID"], lines))
     print(
         f"\nof test images {chance:.1%} are nearest to a duplicate, and the ratio test finds "
         f"{rows[0]['copies_held_out']:.1%}"

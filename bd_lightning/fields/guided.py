@@ -170,10 +170,12 @@ class LateGuidedFields(_Begun):
 
 
 class DynamicGuidedFields(_Begun):
-    """Guidance with another scale until the first local minimum of d = σ‖S_c − S₀‖ along a chain, each for itself.
+    """Guidance with another scale until d = σ‖S_c − S₀‖ has risen, fallen and rises again, along each chain for itself.
 
-    The chains are those of one batch on its way down the noise levels: the fields remember d of the last level, and
-    begin anew with another batch or at a first level. A level that is asked for twice counts once.
+    This is the first local minimum of d. In noise so large that classes are alike d is the error of the networks: that
+    it falls there before it has risen counts for nothing. The chains are those of one batch on its way down the noise
+    levels: the fields remember d of the last level, and begin anew with another batch or at a first level. A level that
+    is asked for twice counts once.
 
     Args:
         fields: fields of the class.
@@ -196,17 +198,18 @@ class DynamicGuidedFields(_Begun):
     ) -> None:
         super().__init__(fields, base, scale, before, interval)
         self.first = self.level = math.inf
-        self.last, self.falling, self.passed = (torch.zeros(0) for _ in range(3))
+        self.last, self.risen, self.falling, self.passed = (torch.zeros(0) for _ in range(4))
 
     def scales(self, sigma: Tensor, difference: Tensor, level: float) -> Tensor:
         """The scale of each chain by what it has passed, (B,)."""
         d = sigma * difference.flatten(1).norm(dim=1)
         if len(d) != len(self.last) or level >= self.first:
             self.first, never = level, torch.zeros_like(d, dtype=torch.bool)
-            self.level, self.last, self.falling, self.passed = level, d, never, never
+            self.level, self.last, self.risen, self.falling, self.passed = level, d, never, never, never
         elif level < self.level:
-            self.passed = self.passed | self.falling & (d > self.last)
-            self.level, self.last, self.falling = level, d, d < self.last
+            rises = d > self.last
+            self.passed, self.risen = self.passed | self.falling & rises, self.risen | rises
+            self.level, self.last, self.falling = level, d, self.risen & (d < self.last)
         return torch.where(self.passed, self.scale, self.before)
 
 
@@ -218,8 +221,8 @@ class Guidance:
         scale: w; 1 is none.
         interval: noise levels, in data units, between which guidance acts.
         before: w until the transition.
-        transition: noise level, in data units, or "dynamic", the first local minimum of d along a chain; None guides
-            from the beginning.
+        transition: noise level, in data units, or "dynamic", the first local minimum of d after it has risen, along a
+            chain; None guides from the beginning.
 
     Raises:
         ValueError: for values out of range, and for `before` without a transition.

@@ -69,12 +69,13 @@ def run(fields, levels, count):
 
 
 def test_each_chain_passes_the_first_minimum_of_its_own():
+    """That of the first chain at 8 is none: it has not risen before."""
     levels = [16.0, 8.0, 4.0, 2.0, 1.0]
     lengths = [
         dict(zip(levels, one)) for one in ([5, 4, 6, 2, 3], [1, 2, 3, 2, 1], [1, 2, 1, 2, 1], [3.0, 3.0, 3.0, 3.0, 3.0])
     ]
     fields = DynamicGuidedFields(Planned(lengths), Nothing(), 4.0, 0.0)
-    expected = [[0, 0, 0, 0], [0, 0, 0, 0], [4, 0, 0, 0], [4, 0, 4, 0], [4, 0, 4, 0]]
+    expected = [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 4, 0], [4, 0, 4, 0]]
     assert run(fields, levels, 4) == expected
     assert run(fields, levels, 4) == expected  # the next batch begins anew
     twice = [level for level in levels for _ in range(2)]  # Heun's method asks twice
