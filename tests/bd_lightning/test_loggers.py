@@ -63,7 +63,7 @@ def test_steps_that_the_server_has_are_not_sent_twice(tmp_path, monkeypatch):
 
 
 def test_metrics_are_summed_up_as_the_callbacks_say(tmp_path):
-    log_one(WandB(tmp_path / "run-11", summaries={"val/fid": "min", "val/return": "max"}))
+    log_one(WandB(tmp_path / "run-11", mode="offline", summaries={"val/fid": "min", "val/return": "max"}))
     (path,) = (tmp_path / "run-11").glob("wandb/offline-run-*/run-run-11.wandb")
     metrics = read_records(path).metrics
     assert metrics["val/fid"] == "min" and metrics["val/return"] == "max"
