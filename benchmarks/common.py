@@ -32,12 +32,15 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a benchmark; a mistake of the user is one sentence and the exit status 2."""
+    """Run a benchmark; a mistake of the user is one sentence and the exit status 2, Ctrl-C one and 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt as stop:
+        print(f"\nstopped{f': {stop}' if stop.args else ''}", file=sys.stderr)
+        sys.exit(130)
 
 
 def optional(package: str) -> Any:

@@ -1,7 +1,8 @@
 """Fields of return distributions against C51 and QR-DQN: environment steps to a threshold, distance to true returns.
 
     uv run --group games benchmarks/returns.py night [--jobs 2] [--out runs/returns]     everything below but the peers
-    uv run --group games benchmarks/returns.py control [--envs …] [--jobs 2] [--out runs/returns]
+    uv run --group games benchmarks/returns.py night --smoke       a rehearsal of it, in OUT/smoke
+    uv run --group games benchmarks/returns.py control [--envs …] [--rates …] [--seeds …] [--jobs 2] [--out …]
     uv run benchmarks/returns.py linear [--examples …] [--seeds 5] [--jobs 2] [--out runs/returns]
     uv run benchmarks/returns.py evaluate [--seeds 5] [--jobs 2] [--out runs/returns]
     uv run --group benchmarks benchmarks/returns.py peer [--script FOLDER/c51.py] [--python …] [--out runs/returns]
@@ -10,9 +11,9 @@
 
 `control` trains `train.py experiment=rl_… model=returns|c51|qr_dqn`, at the common rate of 2.5e-4 and at the rate that
 took each method the fewest steps on other seeds: all are tried with the same rates, and with more by factors of two
-while the best is the smallest or largest. Seeds of one job are trained at once, with one batched product for each
-layer; the steps are those of train.py, and `tests/test_returns.py` compares the two. `linear` is what linearity gives
-in control (`benchmarks/returns_linearity.py`).
+while the best is the smallest or largest (with --rates, with these alone). Seeds of one job are trained at once, with
+one batched product for each layer; the steps are those of train.py, and `tests/test_returns_benchmark.py` compares the
+two. `linear` is what linearity gives in control (`benchmarks/returns_linearity.py`).
 
 `evaluate` learns the returns of Markov reward processes and measures the 1-Wasserstein distance to 20,000 simulated
 returns of each state, the mean over states, in units of the mean standard deviation of a state's return.
@@ -20,29 +21,49 @@ returns of each state, the mean over states, in units of the mean standard devia
 `peer` trains on CartPole: our QR-DQN and stable-baselines3-contrib's, our C51 and, with its script, cleanrl's as it is;
 it compares the returns of the training episodes.
 
-A job that is finished is kept in OUT/*.jsonl and not done again, so that the command can be stopped and repeated. At
-most `--jobs` processes work at once, each with one thread.
+A line of OUT/*.jsonl is a finished job with all its rows, which is not done again, so that the command can be stopped
+and repeated; a job that was cut short leaves nothing and is done anew. At most `--jobs` processes work at once, each
+with one thread; with one it is this one. `table` takes the same --envs, --rates, --seeds and --smoke as the runs.
 """
 
 import argparse
 import os
+import signal
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
+from bd_lightning.checks import UserError, regular_file, suggest
 from benchmarks import returns_linearity
-from benchmarks.common import Rows, optional, run
+from benchmarks.common import Rows, optional, parser, run
 from benchmarks.returns_evaluation import LEARNERS, evaluate, examples
 from benchmarks.returns_peer import PEERS, same_update, windows
-from benchmarks.returns_tables import COMMON_RATE, ENVS, METHODS, SEEDS, TUNING_SEEDS, best_rate, beyond, table
+from benchmarks.returns_tables import (
+    COMMON_RATE,
+    ENVS,
+    METHODS,
+    SEEDS,
+    TUNING_SEEDS,
+    Setting,
+    best_rate,
+    beyond,
+    finished,
+    table,
+)
 from benchmarks.returns_training import build, learn
 
+SMOKE = 20
+"""Optimiser steps of a training in a rehearsal."""
 
-def work(job: tuple) -> tuple[tuple, list[dict]]:
-    """The rows of one job, in a process of one thread."""
+
+def work(job: tuple) -> tuple[tuple, list[dict], float]:
+    """The job, its rows and the seconds that it took, with one thread."""
     torch.set_num_threads(1)
     kind, arguments = job
     start = time.time()
@@ -55,100 +76,173 @@ def work(job: tuple) -> tuple[tuple, list[dict]]:
     elif kind == "linear":
         rows = returns_linearity.example(*arguments)
     else:
-        env, method, rate, seeds, extra = arguments
-        setting = ENVS[env]
-        words = [f"experiment={env}", f"model={method}", f"model.lr={rate}", *extra]
-        found = learn(words, seeds, setting.steps, setting.eval_every, stop=max(setting.thresholds))
-        rows = [{"env": env, "method": method, "rate": rate, "seeds": list(seeds), "extra": list(extra), **found}]
-    return job, [{**row, "wall": time.time() - start} for row in rows]
+        env, method, rate, seeds, steps, eval_every = arguments
+        words = [f"experiment={env}", f"model={method}", f"model.lr={rate}"]
+        found = learn(words, seeds, steps, eval_every, stop=max(ENVS[env].thresholds))
+        rows = [{"env": env, "method": method, "rate": rate, "seeds": list(seeds), **found}]
+    return job, rows, time.time() - start
 
 
-def carry_out(jobs: list[tuple], path: Path, processes: int) -> None:
-    """Carry out the jobs that have no rows yet, and keep theirs as soon as they are there."""
+Work = Callable[[Callable, Iterable[tuple]], Iterable[tuple[tuple, list[dict], float]]]
+"""Maps jobs to what they give, in any order."""
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Work]:
+    """What carries out jobs: this process for one, else as many others, which leave Ctrl-C to this one."""
+    if count == 1:
+        yield map
+        return
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with get_context("spawn").Pool(count) as pool:
+        signal.signal(signal.SIGINT, usual)
+        yield pool.imap_unordered
+
+
+def carry_out(jobs: list[tuple], path: Path, do: Work) -> None:
+    """Carry out the jobs that are not in the file yet, and keep each as soon as it is finished."""
+    finished(path)  # refuses a file of another format before anything is done
     kept = Rows(path)
     done = {row["job"] for row in kept}
     todo = [job for job in jobs if repr(job) not in done]
-    if not todo:
-        return
-    with get_context("spawn").Pool(processes) as pool:
-        for job, rows in pool.imap_unordered(work, todo):
-            for row in rows:
-                kept.add(job=repr(job), **row)
-            print(f"done: {job}", flush=True)
+    left = len(todo)
+    try:
+        for job, rows, seconds in do(work, todo):
+            kept.add(job=repr(job), seconds=seconds, rows=rows)
+            left -= 1
+            print(f"done: {job}, {left} left in {path}", flush=True)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"{len(jobs) - left} of {len(jobs)} jobs of {path} are finished and kept; the same command does the others"
+        ) from None
 
 
-def evaluation_jobs(seeds: range) -> list[tuple]:
+def evaluation_jobs(seeds: range, smoke: bool) -> list[tuple]:
     """All methods everywhere; the other ways of learning fields at the longest horizon."""
-    steps = 5000
+    steps, simulated, gammas = (SMOKE, 500, (0.9,)) if smoke else (5000, 20_000, (0.97, 0.95, 0.9))
+    longest = gammas[0]
     jobs = [
-        ("evaluate", (rewards, gamma, learner, seeds, rate, steps))
-        for gamma in (0.97, 0.95, 0.9)
+        ("evaluate", (rewards, gamma, learner, seeds, rate, steps, simulated))
+        for gamma in gammas
         for rewards in ("continuous", "discrete")
         for learner in ("fields", "c51", "qr_dqn")
-        for rate in ((1e-3, 3e-3) if (rewards, gamma) == ("continuous", 0.97) else (1e-3,))
+        for rate in ((1e-3, 3e-3) if (rewards, gamma) == ("continuous", longest) else (1e-3,))
     ]
-    return jobs + [("evaluate", ("continuous", 0.97, learner, seeds, 1e-3, steps)) for learner in list(LEARNERS)[3:]]
+    others = list(LEARNERS)[3:]
+    return jobs + [("evaluate", ("continuous", longest, other, seeds, 1e-3, steps, simulated)) for other in others]
 
 
-def control(env: str, path: Path, processes: int) -> None:
+def control(setting: Setting, path: Path, do: Work) -> None:
     """Common rate, tuning on other seeds, tuned rates."""
-    setting = ENVS[env]
 
     def row(method: str, rate: float, first: int) -> list[tuple]:
         count = setting.seeds if first == SEEDS else setting.tuning
-        return [("control", (env, method, rate, chunk, ())) for chunk in setting.chunks(first, count)]
+        chunks = setting.chunks(first, count)
+        return [("control", (setting.name, method, rate, c, setting.steps, setting.eval_every)) for c in chunks]
 
     jobs = [job for rate in setting.rates for method in METHODS for job in row(method, rate, TUNING_SEEDS)]
     while jobs:
-        carry_out(jobs, path, processes)
-        found = {method: best_rate(list(Rows(path)), env, method) for method in METHODS}
+        carry_out(jobs, path, do)
+        found = {method: best_rate(finished(path), setting, method) for method in METHODS}
         more = {method: beyond(*best, setting) for method, best in found.items()}
         jobs = [job for method, rate in more.items() if rate is not None for job in row(method, rate, TUNING_SEEDS)]
     rates = {method: dict.fromkeys((best, COMMON_RATE)) for method, (best, _) in found.items()}
-    carry_out([job for m in METHODS for rate in rates[m] for job in row(m, rate, SEEDS)], path, processes)
+    carry_out([job for m in METHODS for rate in rates[m] for job in row(m, rate, SEEDS)], path, do)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse what cannot be run.
+
+    Raises:
+        UserError: in one sentence.
+    """
+    for name, known in (("envs", list(ENVS)), ("examples", list(returns_linearity.EXAMPLES))):
+        for one in getattr(options, name):
+            if one not in known:
+                raise UserError(f"--{name}: there is no {one!r}.{suggest(one, known)}")
+    for name in ("jobs", "seeds"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    for rate in options.rates or []:
+        if not 0 < rate < 1:
+            raise UserError(f"--rates must lie between 0 and 1, got {rate:g}")
+    if options.script:
+        regular_file(options.script, "cleanrl's c51.py")
+    if options.out.exists() and not options.out.is_dir():
+        raise UserError(f"--out must be a folder, and {options.out} is a file")
+
+
+def asked(options: argparse.Namespace) -> list[Setting]:
+    """The settings of `control`, with the seeds and rates that were asked for, or as in a rehearsal."""
+    settings = [ENVS[name] for name in dict.fromkeys(options.envs)]
+    if options.smoke:
+        settings = [replace(s, steps=SMOKE, eval_every=SMOKE // 2, rates=(1e-3,), wider=0) for s in settings]
+    if options.rates:
+        settings = [replace(s, rates=tuple(sorted(set(options.rates))), wider=0) for s in settings]
+    if options.seeds:
+        settings = [replace(s, seeds=options.seeds, tuning=min(s.tuning, options.seeds)) for s in settings]
+    return settings
 
 
 def main() -> None:
     """Run and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words = parser(__doc__)
     parts = ("night", "control", "linear", "evaluate", "peer", "examples", "table")
-    parser.add_argument("part", choices=parts)
-    parser.add_argument("--script", type=Path, help="peer: cleanrl's c51.py, beside its cleanrl_utils")
-    parser.add_argument("--python", default=sys.executable, help="peer: an interpreter that has what the script needs")
-    parser.add_argument("--envs", nargs="+", default=list(ENVS), choices=list(ENVS))
+    words.add_argument("part", choices=parts)
+    words.add_argument("--smoke", action="store_true", help=f"{SMOKE} optimiser steps, one seed, one rate: a rehearsal")
+    words.add_argument("--script", type=Path, help="peer: cleanrl's c51.py, beside its cleanrl_utils")
+    words.add_argument("--python", default=sys.executable, help="peer: an interpreter that has what the script needs")
+    words.add_argument("--envs", nargs="+", default=list(ENVS), help=f"control: which of {', '.join(ENVS)}")
     known = list(returns_linearity.EXAMPLES)
-    parser.add_argument("--examples", nargs="+", default=known, choices=known, help="linear: which")
-    parser.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
-    parser.add_argument("--seeds", type=int, default=5, help="evaluate, linear: number of seeds, from 0 on")
-    parser.add_argument("--out", type=Path, default=Path("runs/returns"))
-    parser.add_argument("--figure", type=Path)
-    options = parser.parse_args()
+    words.add_argument("--examples", nargs="+", default=known, help=f"linear: which of {', '.join(known)}")
+    words.add_argument("--rates", nargs="+", type=float, help="control: the rates that all methods are tried with")
+    words.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    words.add_argument(
+        "--seeds", type=int, help="seeds from 0 on; 5, but for control, where experiments have their own"
+    )
+    words.add_argument("--out", type=Path, default=Path("runs/returns"))
+    words.add_argument("--figure", type=Path)
+    options = words.parse_args()
+    check(options)
     os.environ["OMP_NUM_THREADS"] = "1"
-    if options.part in ("night", "control"):
-        for env in options.envs:
-            build([f"experiment={env}"], [0])  # a package that is missing is said now, not in the middle of the night
-    if options.part in ("night", "linear"):
-        jobs = [("linear", job) for job in returns_linearity.jobs(options.examples, range(options.seeds))]
-        carry_out(jobs, options.out / "linear.jsonl", options.jobs)
-    if options.part in ("night", "evaluate"):
-        carry_out(evaluation_jobs(range(options.seeds)), options.out / "evaluate.jsonl", options.jobs)
-    if options.part in ("night", "control"):
-        for env in options.envs:
-            control(env, options.out / "control.jsonl", options.jobs)
+    if options.smoke:
+        options.seeds, options.out = 1, options.out / "smoke"
+    settings, seeds = asked(options), range(options.seeds or 5)
     if options.part == "examples":
         torch.set_num_threads(1)
         examples()
+        return
+    if options.part in ("night", "control"):
+        for setting in settings:
+            build([f"experiment={setting.name}"], [0])  # a package that is missing is said now, not in the night
     if options.part == "peer":
         optional("sb3_contrib")
-        names = list(PEERS) if options.script else [name for name in PEERS if "cleanrl" not in name]
         if options.script:
             print(
                 "gradients of one update differ by {:.1e}, the largest is {:.1e}".format(*same_update(options.script))
             )
-        jobs = [("peer", (name, seed, str(options.script), options.python)) for seed in range(5) for name in names]
-        carry_out(jobs, options.out / "peer.jsonl", options.jobs)
+    if options.part != "table":
+        with workers(options.jobs) as do:
+            carry_out_parts(options, settings, seeds, do)
     if options.part in ("night", "table"):
-        table(options.out, options.figure)
+        table(options.out, settings, options.figure)
+
+
+def carry_out_parts(options: argparse.Namespace, settings: list[Setting], seeds: range, do: Work) -> None:
+    """The jobs of the part that was asked for, or of all but the peers'."""
+    if options.part in ("night", "linear"):
+        jobs = returns_linearity.jobs(options.examples, seeds, SMOKE if options.smoke else None)
+        carry_out([("linear", job) for job in jobs], options.out / "linear.jsonl", do)
+    if options.part in ("night", "evaluate"):
+        carry_out(evaluation_jobs(seeds, options.smoke), options.out / "evaluate.jsonl", do)
+    if options.part in ("night", "control"):
+        for setting in settings:
+            control(setting, options.out / "control.jsonl", do)
+    if options.part == "peer":
+        names = list(PEERS) if options.script else [name for name in PEERS if "cleanrl" not in name]
+        jobs = [("peer", (name, seed, str(options.script), options.python)) for seed in seeds for name in names]
+        carry_out(jobs, options.out / "peer.jsonl", do)
 
 
 if __name__ == "__main__":

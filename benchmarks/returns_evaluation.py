@@ -71,10 +71,12 @@ LEARNERS: dict[str, dict[str, Any]] = {
 }
 
 
-def evaluate(rewards: str, gamma: float, learner: str, seeds: range, rate: float, steps: int) -> list[dict]:
+def evaluate(
+    rewards: str, gamma: float, learner: str, seeds: range, rate: float, steps: int, simulated: int = 20_000
+) -> list[dict]:
     """Learn the returns of a process from fresh transitions; a row for each seed (two for C51)."""
     process = RewardProcess(rewards, gamma)
-    truth = process.simulate(20_000, seed=99)
+    truth = process.simulate(simulated, seed=99)
     center, reach = float(truth.mean()), 4.5 * float(truth.std())
     node = {**LEARNERS[learner], "v_min": center - reach, "v_max": center + reach}
     models = []

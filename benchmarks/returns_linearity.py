@@ -58,7 +58,7 @@ def value_of(outcomes: Outcomes, action: Tensor, start: int = 0) -> float:
     return float(torch.linalg.solve(torch.eye(outcomes.states, dtype=torch.float64) - moves, rewards)[start])
 
 
-def expected_updates(policy: str, seeds: range) -> Found:
+def expected_updates(policy: str, seeds: range, steps: int) -> Found:
     """The uniform policy on the slippery lake: targets over all actions, or by one that is drawn."""
     words = ["experiment=rl_frozen_lake_slippery", "model.uniform_policy=1", "data.epsilon=[1.0,1.0]"]
     training = Training(words, seeds)
@@ -72,9 +72,9 @@ def expected_updates(policy: str, seeds: range) -> Found:
     model.policy = {"all actions": Policy, "one drawn": DrawnAction}[policy](uniform=1.0)
     torch.manual_seed(seeds[0])
     numbers: list[dict[str, float | None]] = [{} for _ in seeds]
-    for k in range(1, 2001):
+    for k in range(1, steps + 1):
         training.step()
-        if k in (500, 1000, 2000):
+        if k in (steps // 4, steps // 2, steps):
             w = training.runs.weights()
             for row, own in zip(numbers, w):
                 gap = rep.cdf((own - exact)[alive], x).abs().sum(1) * (x[1] - x[0])
@@ -95,16 +95,16 @@ STEPS = {
 
 def until(words: list[str], seeds: range, steps: int, threshold: float) -> Iterator[tuple[int, dict]]:
     """Environment steps of every seed to a threshold, the whole budget where it is not reached, and whether it is."""
-    found = learn(words, seeds, steps, 100, stop=threshold)
+    found = learn(words, seeds, steps, min(100, steps), stop=threshold)
     most = 500.0 + 4 * steps
     for seed, returns in zip(seeds, found["returns"]):
         at = reached(found["env_steps"], returns, threshold)
         yield seed, {"environment steps": min(at, most), "share of seeds there": float(at <= most)}
 
 
-def several_steps(way: str, seeds: range) -> Found:
+def several_steps(way: str, seeds: range, steps: int) -> Found:
     """FrozenLake without slipping, with targets of several lengths and their mixtures, to 0.95."""
-    for seed, numbers in until(["experiment=rl_frozen_lake", *STEPS[way]], seeds, 4000, 0.95):
+    for seed, numbers in until(["experiment=rl_frozen_lake", *STEPS[way]], seeds, steps, 0.95):
         yield way, seed, numbers
 
 
@@ -118,10 +118,10 @@ EXPLORE = {
 }
 
 
-def exploration(way: str, seeds: range) -> Found:
+def exploration(way: str, seeds: range, steps: int) -> Found:
     """The 8×8 lake without slipping, to 0.95: random steps hardly ever find the goal."""
     words = ["experiment=rl_frozen_lake", "data.options.map_name=8x8", *EXPLORE[way]]
-    for seed, numbers in until(words, seeds, 8000, 0.95):
+    for seed, numbers in until(words, seeds, steps, 0.95):
         yield way, seed, numbers
 
 
@@ -129,7 +129,7 @@ RISK: dict[str, Preference] = {"mean": MeanReturn(), "CVaR, worst 25 %": CVaR(0.
 """What a policy along the cliff is greedy in; each by exact backups and learned."""
 
 
-def caution(way: str, seeds: range) -> Found:
+def caution(way: str, seeds: range, steps: int) -> Found:
     """Policies that are greedy in the mean or in CVaR along a cliff on ice, in 1,000 episodes of each."""
     name, _, how = way.partition(": ")
     policy = Policy(RISK[name])
@@ -137,7 +137,7 @@ def caution(way: str, seeds: range) -> Found:
         training = Training(["experiment=rl_frozen_cliff"], seeds)
         data, model = training.data[0], training.runs.model
         model.policy, model.exploration = policy, policy.preference
-        for _ in range(4000):
+        for _ in range(steps):
             training.step()
         found = list(training.runs.weights())
     else:
@@ -159,7 +159,7 @@ TRANSFER = {
 """Probabilities of going where one wants to go: of the two models, and after the change."""
 
 
-def transfer(way: str, seeds: range, steps: int = 4000) -> Found:
+def transfer(way: str, seeds: range, steps: int) -> Found:
     """Two models of other dynamics of FrozenLake, mixed at no environment steps, beside one trained on the new ones."""
     first, second, changed = TRANSFER[way]
     share = (changed - second) / (first - second)
@@ -208,21 +208,36 @@ def transfer(way: str, seeds: range, steps: int = 4000) -> Found:
             yield f"{way}: mixed, {backups} backups", seed, judged(w, reference[i])
 
 
-EXAMPLES: dict[str, tuple[Callable[[str, range], Found], list[str]]] = {
-    "expected updates": (expected_updates, ["all actions", "one drawn"]),
-    "several steps": (several_steps, list(STEPS)),
-    "exploration": (exploration, list(EXPLORE)),
-    "caution": (caution, [f"{name}: {how}" for how in ("exact backups", "learned") for name in RISK]),
-    "transfer": (transfer, list(TRANSFER)),
+@dataclass(frozen=True)
+class Example:
+    """What is tried, in which ways.
+
+    Args:
+        rows: what is found in one way, for seeds and a number of optimiser steps.
+        ways: their names.
+        steps: optimiser steps of a training.
+    """
+
+    rows: Callable[[str, range, int], Found]
+    ways: list[str]
+    steps: int
+
+
+EXAMPLES = {
+    "expected updates": Example(expected_updates, ["all actions", "one drawn"], 2000),
+    "several steps": Example(several_steps, list(STEPS), 4000),
+    "exploration": Example(exploration, list(EXPLORE), 8000),
+    "caution": Example(caution, [f"{name}: {how}" for how in ("exact backups", "learned") for name in RISK], 4000),
+    "transfer": Example(transfer, list(TRANSFER), 4000),
 }
 
 
-def jobs(names: list[str], seeds: range) -> list[tuple]:
-    """Every way of these examples."""
-    return [(name, way, seeds) for name in names for way in EXAMPLES[name][1]]
+def jobs(names: list[str], seeds: range, steps: int | None = None) -> list[tuple]:
+    """Every way of these examples, with steps of its own if they are None."""
+    return [(name, way, seeds, steps or EXAMPLES[name].steps) for name in names for way in EXAMPLES[name].ways]
 
 
-def example(name: str, way: str, seeds: range) -> list[dict]:
+def example(name: str, way: str, seeds: range, steps: int) -> list[dict]:
     """Rows of one way of an example, one for each seed and thing that was tried."""
-    rows = EXAMPLES[name][0](way, seeds)
+    rows = EXAMPLES[name].rows(way, seeds, steps)
     return [{"example": name, "way": done, "seed": seed, "numbers": numbers} for done, seed, numbers in rows]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bd_lightning.checks import UserError
 from benchmarks.common import Rows
 from benchmarks.returns_training import reached
 
@@ -22,15 +23,18 @@ class Setting:
     """How an experiment is run.
 
     Args:
+        name: of the experiment, as train.py knows it.
         thresholds: mean returns whose steps are counted.
         steps: optimiser steps.
         eval_every: optimiser steps between evaluations.
-        rates: learning rates that every method is tried with; more by factors of two while the best is at either end.
+        rates: learning rates that every method is tried with.
         seeds: number of seeds that are reported.
         tuning: number of seeds that choose a rate.
         together: seeds in one job: with a small network a batched product serves them all.
+        wider: how often a rate beyond either end is tried, a factor of two away, while the best is at that end.
     """
 
+    name: str
     thresholds: tuple[float, ...]
     steps: int
     eval_every: int
@@ -38,6 +42,7 @@ class Setting:
     seeds: int = 10
     tuning: int = 5
     together: int = 10
+    wider: int = 2
 
     def chunks(self, first: int, count: int) -> list[range]:
         """Seeds of the jobs of one row."""
@@ -45,32 +50,46 @@ class Setting:
         return [range(k, min(k + self.together, last)) for k in range(first, last, self.together)]
 
 
-ENVS = {
-    "rl_frozen_lake": Setting((0.95,), 6000, 50, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
-    "rl_frozen_lake_slippery": Setting((0.6, 0.7), 12_000, 600, (1e-3, 2e-3, 4e-3, 8e-3)),
-    "rl_cartpole": Setting((195.0, 475.0), 30_000, 500, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
-    "rl_cliff": Setting((-100.0,), 20_000, 500, (1e-3, 2e-3, 4e-3, 8e-3)),
-    "rl_acrobot": Setting((-150.0, -100.0), 20_000, 500, (5e-4, 1e-3, 2e-3, 4e-3)),
-    "rl_lunar_lander": Setting((0.0, 200.0), 50_000, 1000, (2.5e-4, 5e-4, 1e-3, 2e-3), tuning=3),
-    "rl_breakout": Setting((2.0, 5.0), 60_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
-    "rl_asterix": Setting((2.0, 5.0), 60_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
-}
+SETTINGS = (
+    Setting("rl_frozen_lake", (0.95,), 6000, 50, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)),
+    Setting("rl_frozen_lake_slippery", (0.6, 0.7), 12_000, 600, (1e-3, 2e-3, 4e-3, 8e-3)),
+    Setting("rl_cartpole", (195.0, 475.0), 30_000, 500, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+    Setting("rl_cliff", (-100.0,), 20_000, 500, (1e-3, 2e-3, 4e-3, 8e-3)),
+    Setting("rl_acrobot", (-150.0, -100.0), 20_000, 500, (5e-4, 1e-3, 2e-3, 4e-3)),
+    Setting("rl_lunar_lander", (0.0, 200.0), 50_000, 1000, (2.5e-4, 5e-4, 1e-3, 2e-3), tuning=3),
+    Setting("rl_breakout", (2.0, 5.0), 60_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
+    Setting("rl_asterix", (2.0, 5.0), 60_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
+)
+ENVS = {setting.name: setting for setting in SETTINGS}
 
 Row = dict
 """Evaluations of several seeds: "env_steps" (E,), "returns" (R, E), "seconds" of one run."""
 
 
-def gathered(rows: Iterable[dict], env: str, method: str, rate: float, first: int) -> Row | None:
+def finished(path: Path) -> list[dict]:
+    """The rows of the finished jobs in a file: a line is a job with all its rows, so that none is there in part.
+
+    Raises:
+        UserError: for a file of another format.
+    """
+    lines = Rows(path)
+    if any("rows" not in line for line in lines):
+        raise UserError(
+            f"{path} holds a row a line, as an earlier version wrote it: choose another --out, or move it away"
+        )
+    return [row for line in lines for row in line["rows"]]
+
+
+def gathered(rows: Iterable[dict], setting: Setting, method: str, rate: float, first: int) -> Row | None:
     """The row of all seeds of a setting, of the rows of its jobs; None before all of them are there.
 
     Jobs end when all their seeds are done; from there on their last evaluations count.
     """
-    setting = ENVS[env]
     count = setting.seeds if first == SEEDS else setting.tuning
     jobs = {
         row["seeds"][0]: row
         for row in rows
-        if (row["env"], row["method"], row["rate"], row["extra"]) == (env, method, rate, [])
+        if (row["env"], row["method"], row["rate"]) == (setting.name, method, rate)
         and first <= row["seeds"][0] < first + count
     }
     if sum(len(row["seeds"]) for row in jobs.values()) != count:
@@ -82,29 +101,29 @@ def gathered(rows: Iterable[dict], env: str, method: str, rate: float, first: in
     return {"env_steps": longest, "returns": returns, "seconds": seconds, "milliseconds": 1000 * seconds / steps}
 
 
-def budget(rows: Iterable[dict], env: str) -> int:
+def budget(rows: Iterable[dict], setting: Setting) -> int:
     """The environment steps of a whole run."""
-    return max((row["env_steps"][-1] for row in rows if row["env"] == env), default=1)
+    return max((row["env_steps"][-1] for row in rows if row["env"] == setting.name), default=1)
 
 
-def score(row: Row, env: str, most: int) -> float:
+def score(row: Row, setting: Setting, most: int) -> float:
     """Geometric mean, over thresholds and seeds, of the steps to them; a run that fails counts twice the budget."""
-    steps = [min(reached(row["env_steps"], r, t), 2 * most) for t in ENVS[env].thresholds for r in row["returns"]]
+    steps = [min(reached(row["env_steps"], r, t), 2 * most) for t in setting.thresholds for r in row["returns"]]
     return float(np.exp(np.mean(np.log(steps))))
 
 
-def best_rate(rows: list[dict], env: str, method: str) -> tuple[float, list[float]]:
+def best_rate(rows: list[dict], setting: Setting, method: str) -> tuple[float, list[float]]:
     """The rate of the tuning runs with the best score, and all that were tried."""
-    tried = sorted({row["rate"] for row in rows if row["env"] == env and row["method"] == method})
-    found = {rate: gathered(rows, env, method, rate, TUNING_SEEDS) for rate in tried}
-    most = budget(rows, env)
+    tried = sorted({row["rate"] for row in rows if row["env"] == setting.name and row["method"] == method})
+    found = {rate: gathered(rows, setting, method, rate, TUNING_SEEDS) for rate in tried}
+    most = budget(rows, setting)
     rates = [rate for rate, row in found.items() if row is not None]
-    return min(rates, key=lambda rate: (score(found[rate] or {}, env, most), rate)), rates
+    return min(rates, key=lambda rate: (score(found[rate] or {}, setting, most), rate)), rates
 
 
-def beyond(rate: float, tried: list[float], setting: Setting, times: int = 2) -> float | None:
+def beyond(rate: float, tried: list[float], setting: Setting) -> float | None:
     """The next rate to try if the best is the smallest or largest so far; None if not, or if that went far enough."""
-    low, high = min(setting.rates) / 2**times, max(setting.rates) * 2**times
+    low, high = min(setting.rates) / 2**setting.wider, max(setting.rates) * 2**setting.wider
     for edge, following in ((min(tried), rate / 2), (max(tried), rate * 2)):
         if rate == edge and low <= following <= high:
             return following
@@ -120,27 +139,27 @@ def ratio(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[
     return float(b.mean() / a.mean()), float(low), float(high)
 
 
-def control_table(rows: list[dict]) -> list[tuple]:
+def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
     """Print steps to thresholds, at the common rate and at each method's own; returns what curves are drawn of."""
     drawn: list[tuple] = []
     print(
         "| experiment | threshold | rates | " + " | ".join(METHODS.values()) + " | best baseline / fields (95 %) | ms |"
     )
     print("|---|---|---|" + "---|" * len(METHODS) + "---|---|")
-    for env, setting in ENVS.items():
-        if not any(row["env"] == env for row in rows):
+    for setting in settings:
+        if not any(row["env"] == setting.name for row in rows):
             continue
-        most, choices = budget(rows, env), [dict.fromkeys(METHODS, COMMON_RATE)]
-        tuned = [m for m in METHODS if gathered(rows, env, m, setting.rates[-1], TUNING_SEEDS)]
-        choices.append({m: best_rate(rows, env, m)[0] for m in tuned})
+        most, choices = budget(rows, setting), [dict.fromkeys(METHODS, COMMON_RATE)]
+        tuned = [m for m in METHODS if gathered(rows, setting, m, setting.rates[-1], TUNING_SEEDS)]
+        choices.append({m: best_rate(rows, setting, m)[0] for m in tuned})
         for rates in choices:
-            found = {m: gathered(rows, env, m, rate, SEEDS) for m, rate in rates.items()}
+            found = {m: gathered(rows, setting, m, rate, SEEDS) for m, rate in rates.items()}
             these = {m: row for m, row in found.items() if row is not None}
             if len(these) < 2 or next(iter(METHODS)) not in these:
                 continue
-            drawn.append((env, rates, these))
+            drawn.append((setting, rates, these))
             for threshold in setting.thresholds:
-                print(line(env, threshold, rates, these, most))
+                print(line(setting.name, threshold, rates, these, most))
     return drawn
 
 
@@ -206,15 +225,23 @@ def linear_table(rows: list[dict]) -> None:
         print(f"| {way} | {' | '.join(cells)} | {len(numbers)} |")
 
 
-def table(folder: Path, figure: Path | None) -> None:
-    """Markdown tables of everything that is in the folder, and curves."""
-    drawn = control_table(list(Rows(folder / "control.jsonl")))
+def table(folder: Path, settings: Iterable[Setting], figure: Path | None) -> None:
+    """Markdown tables of everything that is in the folder, and curves.
+
+    Raises:
+        UserError: if nothing is finished there.
+    """
+    rows = {name: finished(folder / f"{name}.jsonl") for name in ("control", "evaluate", "peer", "linear")}
+    if not any(rows.values()):
+        raise UserError(
+            f"nothing is finished in {folder} yet: run night, control, linear, evaluate or peer with this --out"
+        )
+    drawn = control_table(rows["control"], settings) if rows["control"] else []
     parts: dict[str, Callable[[list[dict]], None]]
     parts = {"evaluate": evaluation_table, "peer": peer_table, "linear": linear_table}
     for name, show in parts.items():
-        rows = list(Rows(folder / f"{name}.jsonl"))
-        if rows:
-            show(rows)
+        if rows[name]:
+            show(rows[name])
     if figure and drawn:
         curves(drawn, figure)
 
@@ -224,14 +251,14 @@ def curves(drawn: list[tuple], path: Path) -> None:
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(10, 2.6 * -(-len(drawn) // 2)), dpi=110, layout="constrained")
-    for axes, (env, rates, rows) in zip(picture.subplots(-(-len(drawn) // 2), 2, squeeze=False).flat, drawn):
+    for axes, (setting, rates, rows) in zip(picture.subplots(-(-len(drawn) // 2), 2, squeeze=False).flat, drawn):
         for method, row in rows.items():
             values, steps = np.array(row["returns"]), row["env_steps"]
             low, high = np.quantile(values, [0.25, 0.75], axis=0)
             axes.plot(steps, values.mean(0), label=f"{METHODS[method]}, rate {rates[method]:g}")
             axes.fill_between(steps, low, high, alpha=0.2)
-        for threshold in ENVS[env].thresholds:
+        for threshold in setting.thresholds:
             axes.axhline(threshold, color="k", lw=0.5, ls=":")
-        axes.set(title=env, xlabel="environment steps", ylabel="return")
+        axes.set(title=setting.name, xlabel="environment steps", ylabel="return")
         axes.legend(fontsize=7)
     picture.savefig(path)

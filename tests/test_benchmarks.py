@@ -1,5 +1,6 @@
 """What the benchmarks share, and that each of them starts."""
 
+import dataclasses
 import importlib
 import math
 import sys
@@ -73,27 +74,28 @@ def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyon
     """Two jobs of a row of synthetic evaluations, of which the second ended early."""
     env, method = "rl_lunar_lander", "c51"
     setting = returns_tables.ENVS[env]
-    assert [list(chunk) for chunk in returns_tables.Setting((), 1, 1, (), together=2).chunks(100, 3)] == [
-        [100, 101],
-        [102],
-    ]
+    assert [list(c) for c in dataclasses.replace(setting, together=2).chunks(100, 3)] == [[100, 101], [102]]
 
     def row(rate, seeds, steps, returns):
-        return {"env": env, "method": method, "rate": rate, "extra": [], "seeds": seeds, "seconds": 1.0,
+        return {"env": env, "method": method, "rate": rate, "seeds": seeds, "seconds": 1.0,
                 "env_steps": [1000 * k for k in range(1, steps + 1)], "returns": returns}  # fmt: skip
 
     slow = row(5e-4, [100, 101, 102], 5, [[-9, -9, 0, 250, 250]] * 3)
     first, second = row(1e-3, [100, 101], 5, [[-9, 0, 0, 250, 250]] * 2), row(1e-3, [102], 3, [[0, 250, 250]])
-    assert returns_tables.gathered([slow, second], env, method, 1e-3, returns_tables.TUNING_SEEDS) is None
-    found = returns_tables.gathered([second, first], env, method, 1e-3, returns_tables.TUNING_SEEDS)
+    assert returns_tables.gathered([slow, second], setting, method, 1e-3, returns_tables.TUNING_SEEDS) is None
+    found = returns_tables.gathered([second, first], setting, method, 1e-3, returns_tables.TUNING_SEEDS)
     assert found["env_steps"][-1] == 5000 and found["returns"][2] == [0, 250, 250, 250, 250]
-    assert returns_tables.score(found, env, 5000) == pytest.approx((2000 * 2000 * 1000 * 4000 * 4000 * 2000) ** (1 / 6))
-    best, tried = returns_tables.best_rate([slow, first, second], env, method)
+    assert returns_tables.score(found, setting, 5000) == pytest.approx(
+        (2000 * 2000 * 1000 * 4000 * 4000 * 2000) ** (1 / 6)
+    )
+    best, tried = returns_tables.best_rate([slow, first, second], setting, method)
     assert best == 1e-3 and tried == [5e-4, 1e-3]
     assert (
         returns_tables.beyond(best, tried, setting) == 2e-3
         and returns_tables.beyond(8e-3, [1e-3, 8e-3], setting) is None
     )
+    assert returns_tables.beyond(2e-3, [1e-3, 2e-3], setting) == 4e-3
+    assert returns_tables.beyond(2e-3, [1e-3, 2e-3], dataclasses.replace(setting, wider=0)) is None
     assert returns_tables.beyond(1e-3, [5e-4, 1e-3, 2e-3], setting) is None
     assert returns_tables.ratio([1.0, 1.0], [2.0, 2.0]) == pytest.approx((2.0, 2.0, 2.0))
 

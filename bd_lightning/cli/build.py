@@ -247,7 +247,7 @@ def _check_arguments(cls: type, node: Mapping[str, Any], key: str) -> None:
 
 def _check_value(value: Any, hint: Any, key: str) -> None:
     if not _fits(value, hint, key):
-        raise ConfigError(f"'{key}' must be {_spell(hint)}, got {value!r}")
+        raise ConfigError(f"'{key}' must be {_spell(hint)}, got {value!r}{_how_to_name(hint, key)}")
 
 
 def _fits(value: Any, hint: Any, key: str) -> bool:
@@ -290,6 +290,14 @@ def _fits(value: Any, hint: Any, key: str) -> bool:
     if hint is Path:
         return isinstance(value, str)
     return inspect.isclass(hint) and isinstance(value, hint)
+
+
+def _how_to_name(hint: Any, key: str) -> str:
+    """How a class is named where one is asked for, with those that this package has of it; else nothing."""
+    asked = [c for c in (typing.get_args(hint) or (hint,)) if inspect.isclass(c) and c not in (*PLAIN, Path)]
+    below = [c for kind in asked for c in kind.__subclasses__() if c.__module__.startswith("bd_lightning.")]
+    names = [f"{c.__module__}.{c.__qualname__}" for c in below if not inspect.isabstract(c)]
+    return f": name it by {key}._target_, such as {', '.join(names)}" if names else ""
 
 
 def _spell(hint: Any) -> str:

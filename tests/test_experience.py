@@ -1,0 +1,86 @@
+"""Transitions of environments: their lengths, ends, limits and mixtures."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from bd_lightning.checks import UserError
+from bd_lightning.facts import EnvironmentFacts
+from bd_lightning.modules import LambdaReturnLearner, ReturnLearner
+from bd_lightning.returns import GaussianFields
+
+pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
+
+from datamodules import Environment
+from datamodules.environments import LONGEST, make_envs
+from datamodules.experience import Experience, LambdaExperience
+from tests.corridor import Corridor
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_transitions_of_several_steps(n):
+    stream = Experience(Corridor(), (4,), gamma=0.5, n_step=n, size=10, warmup=6, returns_range=(0.0, 1.7))
+    stream.fill()
+    observation, action, reward, discount, following = stream.replay.__getitems__(np.arange(3))
+    assert observation.argmax(1).tolist() == [0, 1, 2]
+    assert reward.tolist() == ([1, 1, 1] if n == 1 else [1.5, 1.5, 1])
+    assert discount.tolist() == ([0.5, 0.5, 0] if n == 1 else [0.25, 0, 0])
+    assert following.argmax(1).tolist() == ([1, 2, 3] if n == 1 else [2, 3, 3])
+    assert stream.episodes == 2 and stream.outside == 2  # 1 + ½ + ¼ = 1.75 each
+    assert list(stream.finished) == [3.0, 3.0]
+
+
+def test_transitions_of_all_lengths_and_their_mixture():
+    stream = LambdaExperience(Corridor(), (4,), gamma=0.5, n_step=2, size=10, warmup=6)
+    stream.fill()
+    batch = stream.replay.__getitems__(np.arange(3))
+    observation, action, reward, discount, following = batch
+    assert observation.argmax(1).tolist() == [0, 1, 2]
+    assert reward.tolist() == [[1, 1.5], [1, 1.5], [1, 1]]
+    assert discount.tolist() == [[0.5, 0.25], [0.5, 0], [0, 0]]
+    assert following.argmax(2).tolist() == [[1, 2], [2, 3], [3, 3]]
+    model = LambdaReturnLearner((4,), 2, GaussianFields(0, 2), lam=0.3)
+    with torch.no_grad():
+        y = model.outputs(model.target_network, following.flatten(0, 1)).unflatten(0, (3, 2))
+    one, two = (ReturnLearner.backup(model, y[:, k], reward[:, k], discount[:, k]) for k in (0, 1))
+    assert torch.allclose(model.backup(y, reward, discount), 0.7 * one + 0.3 * two, atol=1e-6)
+    assert not torch.allclose(one[0], two[0], atol=1e-3)
+    assert model.compute(batch, None)[0]["loss"].isfinite()
+    with pytest.raises(UserError, match="λ-returns need transitions of 1 to n steps: choose data=frozen_lake_lambda"):
+        model.compute((observation, action, reward[:, 0], discount[:, 0], following[:, 0]), None)
+
+
+def test_time_limits_do_not_end_the_return():
+    """CartPole cut off after ten steps is truncated, so that its transitions keep their discount."""
+    data = Environment("CartPole-v1", 0, 100, options={"max_episode_steps": 5}, num_envs=2, warmup=40)
+    stream = data.open(0)
+    stream.fill()
+    assert stream.episodes == 8 and list(stream.finished) == [5.0] * 8
+    batch = stream.replay.__getitems__(np.arange(40))
+    assert (batch[3] == np.float32(0.99)).all()
+    assert (batch[0] - batch[4]).abs().max() < 1  # the last observation of an episode, not the first of the next
+
+
+def test_limits_of_environments_hold_unless_another_is_set():
+    made = [
+        (Environment("CliffWalking-v1", -100, 0), LONGEST, LONGEST),
+        (Environment("CliffWalking-v1", -100, 0, options={"max_episode_steps": 7}), None, 7),
+        (Environment("CartPole-v1", 0, 100), None, 500),
+        (Environment("CartPole-v1", 0, 100, max_steps=20), 20, 20),
+    ]
+    for data, cap, limit in made:
+        assert (data.cap, data.make(1).envs[0].spec.max_episode_steps) == (cap, limit)
+
+
+def test_environments_have_actions_and_no_classes():
+    facts = Environment("FrozenLake-v1", 0, 1, options={"is_slippery": False}).facts
+    assert facts == EnvironmentFacts("FrozenLake-v1", (16,), 4, 0, 1) and facts.num_classes == 0
+    assert facts.arguments == {"shape": (16,), "actions": 4, "v_min": 0, "v_max": 1}
+
+
+def test_absent_gymnasium_is_one_sentence(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(UserError, match="environments need gymnasium: install it with 'uv sync --group rl'"):
+        make_envs("CartPole-v1", 1)

@@ -1,0 +1,89 @@
+"""Learners of returns: their networks, policies and values."""
+
+import numpy as np
+import pytest
+import torch
+
+from bd_lightning.checks import UserError
+from bd_lightning.modules import FreeReturnLearner, ReturnLearner
+from bd_lightning.returns import Categorical, GaussianFields, UpperQuantile, normal_cdf
+
+pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
+
+from datamodules.experience import Experience
+from tests.corridor import Corridor
+
+
+def test_experience_is_collected_by_exploration_and_evaluation_is_by_preference():
+    """Two actions of one state: the mean prefers the second, a high quantile the first."""
+    rep = GaussianFields(-4, 6, nodes=80)
+    model = ReturnLearner((1,), 2, rep, exploration=UpperQuantile(0.9))
+    y = torch.stack([normal_cdf((rep.points - m) / sd) - rep.start for m, sd in ((0.8, 2.0), (1.2, 0.5))])[None]
+    model.outputs = lambda network, observation: y
+    seen = np.ones((1, 1), dtype=np.float32)
+    assert model.greedy(seen).tolist() == [1] and model.explore(seen).tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("cls", "representation"),
+    [(ReturnLearner, Categorical(0, 2)), (FreeReturnLearner, GaussianFields(0, 2, learn="density"))],
+)
+def test_networks_are_built_once(cls, representation, monkeypatch):
+    """The target network is a copy, and nothing else draws initial weights."""
+    drawn, draw = [], torch.nn.Linear.reset_parameters
+    monkeypatch.setattr(torch.nn.Linear, "reset_parameters", lambda layer: drawn.append(draw(layer)))
+    model = cls((4,), 2, representation, hidden=[8])
+    assert len(drawn) == sum(isinstance(layer, torch.nn.Linear) for layer in model.network.modules())
+
+
+def test_names_of_parameters_stay():
+    """A state of the first version, given by the names and shapes that it had, is loaded."""
+    names = [f"network.{i}.{what}" for i in (0, 2) for what in ("weight", "bias")]
+    model = ReturnLearner((16,), 4, GaussianFields(0, 1), hidden=[8])
+    assert list(model.state_dict()) == ["probes", *names, *(f"target_{name}" for name in names)]
+    shapes = {
+        "network.0.weight": (8, 16),
+        "network.0.bias": (8,),
+        "network.2.weight": (204, 8),
+        "network.2.bias": (204,),
+    }
+    stored = {f"{which}{name}": torch.full(shape, 0.5) for which in ("", "target_") for name, shape in shapes.items()}
+    checkpoint = {"global_step": 20, "state_dict": {"probes": torch.eye(16)[:4], **stored}}
+    model.on_load_checkpoint(checkpoint)
+    model.load_state_dict(checkpoint["state_dict"])
+    assert model.probes.shape == (4, 16) and bool((model.network[2].weight == 0.5).all()) and model.loaded_step == 20
+    parts = [f"state.{k}.0" for k in (0, 1)] + [f"{part}.{k}" for part in ("place", "out") for k in (0, 1)]
+    names = [f"network.{part}.{what}" for part in parts for what in ("weight", "bias")]
+    free = FreeReturnLearner((16,), 4, GaussianFields(0, 1, learn="density"), hidden=[8])
+    assert list(free.state_dict()) == ["probes", *names, *(f"target_{name}" for name in names)]
+
+
+def test_policy_evaluation_of_the_uniform_policy():
+    """uniform_policy=1: values of a learner are those of the uniform policy in a corridor, solved by hand."""
+    torch.manual_seed(0)
+    stream = Experience(Corridor(), (4,), gamma=0.5, size=100, warmup=90, batch_size=32)
+    stream.fill()
+    free = GaussianFields(0, 2, learn="density", positive=True)
+    for cls, representation in (
+        (ReturnLearner, GaussianFields(0, 2)),
+        (ReturnLearner, Categorical(0, 2)),
+        (FreeReturnLearner, free),
+    ):
+        model = cls((4,), 2, representation, hidden=[32, 32], uniform_policy=1.0)
+        optimizer = torch.optim.Adam(model.network.parameters(), 5e-3)
+        for k in range(300):
+            loss = model.compute(stream.draw(), None)[0]["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            if k % 10 == 0:
+                model.target_network.load_state_dict(model.network.state_dict())
+        with torch.no_grad():
+            values = model.values(torch.eye(4)[:3])
+        assert values.flatten().tolist() == pytest.approx([1.75, 1.75, 1.5, 1.5, 1.0, 1.0], abs=0.08)
+
+
+def test_sde_of_categorical_returns_is_refused():
+    model = ReturnLearner((4,), 2, Categorical(0, 1), sampler="sde")
+    with pytest.raises(UserError, match="the sde needs fields"):
+        model.sample(model.weights(torch.zeros(1, 4))[0], range(3))

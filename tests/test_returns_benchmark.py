@@ -1,0 +1,144 @@
+"""The benchmark of returns: the steps of train.py, and that it is stopped and goes on without loss."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import train
+from bd_lightning.modules import returns as learners
+
+pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
+
+from benchmarks import common, returns, returns_tables
+from benchmarks import returns_linearity as linearity
+from benchmarks import returns_training as benchmark
+
+
+@pytest.mark.parametrize("method", ["returns", "c51"])
+def test_the_benchmark_trains_as_train_py_does(method, tmp_path):
+    """Weights after 60 steps of two runs at once against those of train.py, and the evaluations on the way."""
+    words = ["experiment=rl_frozen_lake", f"model={method}", "data.warmup=100"]
+    config, data, models = benchmark.build(words, [3, 4])
+    runs, streams = benchmark.Seeds(models), [d.open(d.seed) for d in data]
+    for stream in streams:
+        stream.fill()
+    for _ in range(60):
+        for stream, action in zip(streams, runs.explore(np.stack([s.observation for s in streams]))):
+            stream.step(action)
+        runs.step([stream.draw() for stream in streams])
+    options = [
+        "steps=60",
+        "eval_every=30",
+        "seed=4",
+        "run_id=x",
+        "logger=none",
+        "callbacks.figures=null",
+        "callbacks.progress=null",
+    ]
+    assert train.main([*words, *options, f"root={tmp_path}", "trainer.enable_progress_bar=false"]) == 0
+    folder = tmp_path / "bellman-diffusion" / "x"
+    stored = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for i, p in enumerate(runs.parameters):
+        name = f"network.{2 * (i // 2)}.{'weight' if i % 2 == 0 else 'bias'}"
+        assert torch.allclose(p[1], stored[name], atol=2e-5), name
+    found = benchmark.learn(words, [3, 4], 60, 30)
+    assert found["returns"][1] == [row["val/return"] for row in json.loads((folder / "returns.json").read_text())]
+    assert found["env_steps"] == [100 + 4 * 30, 100 + 4 * 60]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "steps", "level"), [("rl_cartpole", 500, 60.0), ("rl_frozen_lake_slippery", 1600, 0.3)]
+)
+def test_the_other_experiments_learn_and_a_broken_target_does_not(experiment, steps, level, monkeypatch):
+    words = [f"experiment={experiment}", "model.lr=2e-3"]
+    assert benchmark.learn(words, [0], steps, steps)["returns"][0][-1] > level
+    whole = learners.bellman_target
+    monkeypatch.setattr(
+        learners, "bellman_target", lambda rep, y, r, discount, policy: whole(rep, y, r, 0 * discount, policy)
+    )
+    assert benchmark.learn(words, [0], 300, 300)["returns"][0][-1] < level
+
+
+def command(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["returns.py", *words])
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    common.run(returns.main)
+
+
+def test_a_night_is_rehearsed_and_not_repeated(tmp_path, monkeypatch, capsys):
+    words = [
+        "night",
+        "--smoke",
+        "--envs",
+        "rl_frozen_lake",
+        "--examples",
+        "expected updates",
+        "transfer",
+        "--jobs",
+        "1",
+    ]
+    command(monkeypatch, *words, "--out", str(tmp_path))
+    said = capsys.readouterr().out
+    for name in (
+        "| rl_frozen_lake | 0.95 |",
+        "| continuous | 0.9 | c51, raw |",
+        "| one drawn |",
+        "mixed, 300 backups",
+    ):
+        assert name in said, name
+    monkeypatch.setattr(returns, "work", lambda job: pytest.fail(f"done again: {job}"))
+    command(monkeypatch, *words, "--out", str(tmp_path))
+    table = said[said.index("| experiment |") :]
+    assert capsys.readouterr().out == table
+    command(monkeypatch, "table", "--smoke", "--envs", "rl_frozen_lake", "--out", str(tmp_path))
+    assert capsys.readouterr().out == table
+
+
+def test_a_job_that_was_cut_leaves_nothing_and_is_done_anew(tmp_path, monkeypatch, capsys):
+    """Ctrl-C after the first row of the second job: one sentence, and all rows of both jobs in the end."""
+
+    def rows(way, seeds, steps):
+        for k in range(2):
+            yield way, k, {"number": 1.0}
+            if way == "b" and not again:
+                raise KeyboardInterrupt
+
+    again = False
+    monkeypatch.setitem(linearity.EXAMPLES, "caution", linearity.Example(rows, ["a", "b"], 1))
+    words = ["linear", "--examples", "caution", "--jobs", "1", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, *words)
+    said = capsys.readouterr().err
+    assert stop.value.code == 130 and "stopped: 1 of 2 jobs of" in said and "Traceback" not in said
+    kept = returns_tables.finished(tmp_path / "linear.jsonl")
+    assert [row["way"] for row in kept] == ["a", "a"]
+    again = True
+    command(monkeypatch, *words)
+    assert [row["way"] for row in returns_tables.finished(tmp_path / "linear.jsonl")] == ["a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("control --envs rl_cartpol", "--envs: there is no 'rl_cartpol'. Did you mean 'rl_cartpole'?"),
+        ("linear --examples risk", "--examples: there is no 'risk'. Known: caution, "),
+        ("evaluate --seeds 0", "--seeds must be at least 1, got 0"),
+        ("night --jobs -1", "--jobs must be at least 1, got -1"),
+        ("control --rates 0", "--rates must lie between 0 and 1, got 0"),
+        ("peer --script nowhere.py", "cleanrl's c51.py not found: nowhere.py"),
+        ("table --out FILE", "--out must be a folder, and FILE is a file"),
+        ("table", "nothing is finished in runs yet"),
+        ("table --out old", "holds a row a line, as an earlier version wrote it"),
+    ],
+)
+def test_mistakes_are_one_sentence(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FILE").touch()
+    common.Rows(tmp_path / "old" / "linear.jsonl").add(job="a", example="caution")
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, *(["--out", "runs"] if words == "table" else []), *words.split())
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
