@@ -206,6 +206,7 @@ def test_models_of_other_kinds(experiment, tmp_path, capsys):
         names = {"images": torch.zeros(2, 1, 8, 8)}
         exec(code.replace("FOLDER", str(target)), names)
         assert names["codes"].shape[0] == 2
+        assert "Autoencoder is none" in refused(capsys, "test", f"ckpt_path={checkpoint}", "likelihood=ode")
     else:
         assert "train.py predict" in said and "bd_lightning.load(" in card
     state = checkpoints.read(checkpoint)["state_dict"]
