@@ -5,7 +5,7 @@ backups in field space (`bd_lightning.returns.finite`) or with episodes that are
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -125,31 +125,44 @@ def exploration(way: str, seeds: range, steps: int) -> Found:
         yield way, seed, numbers
 
 
+def chance(outcomes: Outcomes, action: Tensor, reward: float, start: int) -> float:
+    """Probability that a policy with actions (S,) ever gets a reward this low, which ends an episode; exactly."""
+    hit = (outcomes.reward <= reward).float()
+    counted = replace(outcomes, reward=hit, discount=0.9999 * (outcomes.discount > 0).float())
+    return value_of(counted, action, start)
+
+
 RISK: dict[str, Preference] = {"mean": MeanReturn(), "CVaR, worst 25 %": CVaR(0.25), "CVaR, worst 10 %": CVaR(0.1)}
 """What a policy along the cliff is greedy in; each by exact backups and learned."""
+EXPLORED = {"learned": None, "learned, exploring by the mean": MeanReturn()}
+"""How experience is collected: None explores by what the policy is greedy in."""
 
 
 def caution(way: str, seeds: range, steps: int) -> Found:
     """Policies that are greedy in the mean or in CVaR along a cliff on ice, in 1,000 episodes of each."""
     name, _, how = way.partition(": ")
     policy = Policy(RISK[name])
-    if how == "learned":
+    _, (data,), (model,) = build(["experiment=rl_frozen_cliff"], [0])
+    outcomes, rep, envs = outcomes_of(data), model.representation, data.make(20)
+    if how in EXPLORED:
         training = Training(["experiment=rl_frozen_cliff"], seeds)
-        data, model = training.data[0], training.runs.model
-        model.policy, model.exploration = policy, policy.preference
+        training.runs.model.policy = policy
+        training.runs.model.exploration = EXPLORED[how] or policy.preference
         for _ in range(steps):
             training.step()
         found = list(training.runs.weights())
     else:
-        _, (data,), (model,) = build(["experiment=rl_frozen_cliff"], [0])
-        found = [solved(model.representation, outcomes_of(data), policy, backups=150)]
-    envs = data.make(20)
+        found = [solved(rep, outcomes, policy, backups=150)]
+    start = int(envs.reset(seed=0)[0][0])
     for seed, w in zip(seeds, found):
-        action = policy.preference(model.representation, w).argmax(-1).numpy()
-        returns, _ = play(envs, data.shape, lambda seen, action=action: action[seen.argmax(1)], 1000, 1)
-        worst = np.sort(returns)[: len(returns) // 10].mean()
-        falls = 100 * (returns <= -15).mean()
-        yield way, seed, {"mean return": returns.mean(), "mean of the worst 10 %": worst, "falls, %": falls}
+        action = policy.preference(rep, w).argmax(-1)
+        act = action.numpy()
+        returns, cut = play(envs, data.shape, lambda seen, act=act: act[seen.argmax(1)], 1000, 1)
+        numbers: dict[str, float | None] = {"mean return": returns.mean()}
+        numbers["mean of the worst 10 %"] = np.sort(returns)[: len(returns) // 10].mean()
+        numbers["falls, %"] = 100 * chance(outcomes, action, -15, start)
+        numbers["cut after 100 steps, %"] = 100 * cut.mean()
+        yield way, seed, numbers
 
 
 TRANSFER = {
@@ -227,7 +240,12 @@ EXAMPLES = {
     "expected updates": Example(expected_updates, ["all actions", "one drawn"], 2000),
     "several steps": Example(several_steps, list(STEPS), 4000),
     "exploration": Example(exploration, list(EXPLORE), 8000),
-    "caution": Example(caution, [f"{name}: {how}" for how in ("exact backups", "learned") for name in RISK], 4000),
+    "caution": Example(
+        caution,
+        [f"{name}: {how}" for how in ("exact backups", "learned") for name in RISK]
+        + [f"{name}: learned, exploring by the mean" for name in list(RISK)[1:]],
+        4000,
+    ),
     "transfer": Example(transfer, list(TRANSFER), 4000),
 }
 

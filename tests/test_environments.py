@@ -1,7 +1,6 @@
 """Harder environments: what they need, grids and bytes, and that each of their experiments trains."""
 
 import csv
-import dataclasses
 import json
 import sys
 
@@ -25,14 +24,6 @@ from datamodules.base import DataError
 from datamodules.environments import make_envs
 
 
-def falls(outcomes, action, cost, start):
-    """Expected number of falls until the end, exactly."""
-    counted = dataclasses.replace(
-        outcomes, reward=(outcomes.reward <= cost).float(), discount=0.9999 * (outcomes.discount > 0).float()
-    )
-    return linearity.value_of(counted, action, start)
-
-
 def test_caution_keeps_away_from_a_cliff_where_the_mean_does_not():
     """By exact backups. On gymnasium's slipping CliffWalking the best mean never risks a fall: no more can be done."""
     _, (data,), (model,) = benchmark.build(["experiment=rl_frozen_cliff"], [0])
@@ -40,12 +31,12 @@ def test_caution_keeps_away_from_a_cliff_where_the_mean_does_not():
     chances = []
     for preference in (MeanReturn(), CVaR(0.25)):
         w = linearity.solved(rep, outcomes, Policy(preference), backups=60)
-        chances.append(falls(outcomes, preference(rep, w).argmax(-1), -15, start=12))
+        chances.append(linearity.chance(outcomes, preference(rep, w).argmax(-1), -15, start=12))
     assert 0.08 < chances[0] < 0.16 and chances[1] < 0.01
     _, (data,), (model,) = benchmark.build(["experiment=rl_cliff"], [0])
     outcomes = linearity.outcomes_of(data)
     w = linearity.solved(model.representation, outcomes, Policy(), backups=150)
-    assert falls(outcomes, model.representation.mean(w).argmax(-1), -100, start=36) < 0.01
+    assert linearity.chance(outcomes, model.representation.mean(w).argmax(-1), -100, start=36) < 0.01
 
 
 class Pixels(gymnasium.Env):

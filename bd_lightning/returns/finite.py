@@ -64,11 +64,15 @@ def tabulated(table: Mapping[int, Mapping[int, Sequence[Any]]], gamma: float) ->
 
 
 def remembered(batch: Sequence[Tensor], actions: int) -> Outcomes:
-    """Outcomes as often as they were seen in transitions of one step, with states one-hot (n, S)."""
+    """Outcomes as often as they were seen in transitions of one step, states one-hot (n, S); equal ones are one."""
     observation, action, reward, discount, following = batch
     pair = observation.argmax(1) * actions + action
-    share = 1 / torch.bincount(pair)[pair].float()
-    return Outcomes(observation.shape[1], actions, pair, share, reward, discount, following.argmax(1))
+    rows = torch.stack([column.double() for column in (pair, reward, discount, following.argmax(1))], 1)
+    rows, count = rows.unique(dim=0, return_counts=True)
+    pair, reward, discount, after = rows.unbind(1)
+    pair = pair.long()
+    share = count / torch.bincount(pair, weights=count.double())[pair]
+    return Outcomes(observation.shape[1], actions, pair, share.float(), reward.float(), discount.float(), after.long())
 
 
 def mixed(parts: Sequence[tuple[float, Outcomes]]) -> Outcomes:
