@@ -220,8 +220,8 @@ def linear_table(rows: list[dict]) -> None:
         cells = []
         for name in numbers[0]:
             values = np.array([n[name] for n in numbers if n.get(name) is not None], dtype=float)
-            error = f" ± {values.std(ddof=1) / len(values) ** 0.5:.2g}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.4g}{error}" if len(values) else "–")
+            error = f" ± {round(values.std(ddof=1) / len(values) ** 0.5, 9):.2g}" if len(values) > 1 else ""
+            cells.append(f"{round(values.mean(), 9) + 0.0:.4g}{error}" if len(values) else "–")
         print(f"| {way} | {' | '.join(cells)} | {len(numbers)} |")
 
 
