@@ -36,7 +36,10 @@ def choose_labels(asked: Sequence[int | str], facts: Facts, model: Any) -> list[
     labels = [facts.class_names.index(class_name(label, facts.class_names)) for label in asked]
     if labels and not model.takes_labels:
         raise UserError("labels need a class-conditional model: train one with model.network.conditional=true")
-    return labels or (list(range(facts.num_classes)) if model.conditional else [])
+    if unknown := [facts.class_names[label] for label in labels if label not in model.drawn_classes]:
+        known = ", ".join(facts.class_names[label] for label in model.drawn_classes)
+        raise UserError(f"class {unknown[0]} was not learned: this model was asked for {known} alone")
+    return labels or (model.drawn_classes if model.conditional else [])
 
 
 def identity(model: Any, facts: Facts) -> dict[str, Any]:

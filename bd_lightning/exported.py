@@ -92,12 +92,12 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_folders(node: Any) -> Any:
-    """A config whose absolute paths have become names."""
+    """A config whose absolute paths, and those of checkpoints, have become names."""
     if isinstance(node, Mapping):
         return {key: _without_folders(value) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
         return [_without_folders(value) for value in node]
-    if isinstance(node, str) and re.match(r"[/~\\]|[A-Za-z]:[/\\]", node):
+    if isinstance(node, str) and re.match(r"[/~\\]|[A-Za-z]:[/\\]|.*[/\\].*\.ckpt$", node):
         return re.split(r"[/\\]", node.rstrip("/\\"))[-1]
     return node
 

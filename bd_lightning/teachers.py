@@ -10,6 +10,7 @@ from bd_lightning import checkpoints, combinations
 from bd_lightning import facts as facts_of
 from bd_lightning.checks import UserError
 from bd_lightning.divergences import bcast
+from bd_lightning.facts import Facts
 from bd_lightning.fields import FieldPair, Guidance
 from bd_lightning.modules.generator import Generator
 
@@ -45,17 +46,21 @@ class Teacher:
         return denoised + bcast(r / t, x) * (x - denoised)
 
 
-def check_fit(student: Any, model: Any, path: str) -> None:
-    """Refuse a model of other data or noise levels.
+def check_fit(student: Any, model: Any, path: str, theirs: Facts, mine: Facts) -> None:
+    """Refuse a model of other data or noise levels; facts are of the data of either.
 
     Raises:
         UserError: naming what differs.
     """
     if not model.multi_scale:
         raise UserError(f"{path} has fields at a single scale: a consistency model needs those of every noise level")
-    mine = {"shape of a sample": list(student.shape), "sigma_data": student.fields.sigma_data}
-    its = {"shape of a sample": list(model.shape), "sigma_data": model.fields.sigma_data}
-    for what, value in mine.items():
+    here: dict[str, Any] = {"shape of a sample": list(student.shape), "sigma_data": student.fields.sigma_data}
+    its: dict[str, Any] = {"shape of a sample": list(model.shape), "sigma_data": model.fields.sigma_data}
+    if theirs.space != mine.space:
+        raise UserError(
+            f"{path} does not fit: it was trained in another space (pixels, or the codes of one autoencoder)"
+        )
+    for what, value in here.items():
         if its[what] != value:
             raise UserError(f"{path} does not fit: its {what} is {its[what]}, here it is {value}")
     first = max(one.start_scale for one in model.samplers.values())
@@ -66,14 +71,14 @@ def check_fit(student: Any, model: Any, path: str) -> None:
         )
 
 
-def begin_from(student: Any, path: str) -> None:
-    """Give a model the weights of the fields of a checkpoint.
+def begin_from(student: Any, path: str, facts: Facts) -> None:
+    """Give a model, of data with some facts, the weights of the fields of a checkpoint.
 
     Raises:
         UserError: if they are those of another network, or of other data.
     """
-    model, _ = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
-    check_fit(student, model, path)
+    model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
+    check_fit(student, model, path, facts_of.read(stored["facts"]), facts)
     weights = model.fields.network.state_dict()
     reason = checkpoints.misfit(weights, student.fields.network.state_dict())
     if reason:
@@ -84,6 +89,7 @@ def begin_from(student: Any, path: str) -> None:
 def load(
     student: Any,
     path: str,
+    own: Facts,
     guidance: float = 1.0,
     mix: Mapping[int | str, float] | None = None,
     remove: Sequence[int | str] | None = None,
@@ -91,16 +97,16 @@ def load(
     calibrate: int = 0,
     labels: Sequence[int | str] | None = None,
 ) -> Teacher:
-    """The teacher that a student asks for; the keys are those of `predict`.
+    """The teacher that a student, of data with its own facts, asks for; the keys are those of `predict`.
 
     Raises:
         UserError: as `predict` refuses these keys, and for a checkpoint that does not fit the student.
     """
     model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
-    check_fit(student, model, path)
+    facts = facts_of.read(stored["facts"])
+    check_fit(student, model, path, facts, own)
     if not model.has_score:
         raise UserError(f"{path} is a consistency model, no score to learn from: give the checkpoint it was tuned from")
-    facts = facts_of.read(stored["facts"])
     chosen = combinations.choose_labels(labels or [], facts, model)
     if guidance != 1:
         if not model.takes_labels or not student.conditional:

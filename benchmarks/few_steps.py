@@ -7,8 +7,8 @@
 Each checkpoint is one of `train.py`, of images or of codes of images: a `BellmanDiffusion`, of which every rule below
 is asked at every number of calls, or a `ConsistencyModel`, whose own samplers are taken. Samples are drawn with the
 seeds 1, 2, … and judged as `callbacks.ImageMetrics` judges them, in the features of the checkpoint's config, against
-the test split, or, where something is to be chosen, the validation split. Of a mixture in closed form the largest
-error of a mode's weight and W2 stand in the places of FID and KID. Rules, all over the noise levels of the checkpoint's
+the test split, or, where something is to be chosen, the validation split. Of a mixture in closed form it is the largest
+error of a mode's weight and W2. Rules, all over the noise levels of the checkpoint's
 `ode`, whose last one --sigma-min replaces:
 
 - Heun: `ProbabilityFlow`, the nearest odd number of calls from below;
@@ -18,25 +18,26 @@ error of a mode's weight and W2 stand in the places of FID and KID. Rules, all o
 --ddpm takes DDPMs that `benchmarks/images.py` trained (OUT/DDPM-0.pt) with the data and the network of the first
 checkpoint, and asks diffusers' own DPM-Solver++ of second and third order and UniPC of third.
 
-With --asked a last column has Σ |share counted − share asked|, the shares counted by the features' classifier. --time
+With --asked a second table has Σ |share counted − share asked|, the shares counted by the features' classifier. --time
 takes training steps of all checkpoints in turns and prints their times relative to the first one's.
 
-A finished row is kept in OUT/rows.jsonl and not computed again. Prints a Markdown table of FID, mean over seeds.
+A finished row is kept in OUT/rows.jsonl and not computed again for the same weights. Prints Markdown tables, means over
+seeds.
 """
 
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from bd_lightning import checkpoints
+from bd_lightning import checkpoints, facts
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build
 from bd_lightning.distances import wasserstein2
@@ -79,7 +80,7 @@ DIFFUSERS: dict[str, tuple[str, int]] = {
 }
 
 
-class Peer:
+class Peer(torch.nn.Module):
     """A trained DDPM with the surface of a `Generator`.
 
     Args:
@@ -89,6 +90,7 @@ class Peer:
     """
 
     def __init__(self, path: str, stored: dict[str, Any], calls: Sequence[int]) -> None:
+        super().__init__()
         data = build.instantiate(stored["data"], "data")
         data.prepare_data()
         data.setup("fit")
@@ -119,22 +121,26 @@ class Peer:
 class Points:
     """The modes of a mixture in closed form."""
 
+    metrics: ClassVar = {"largest error of a mode's weight": ("mode_error", 4), "W2": ("w2", 3)}
+
     def __init__(self, data: Any) -> None:
         self.density = data.density
         self.real = data.density.sample(20_000, torch.Generator().manual_seed(0)).float()
 
     def __call__(self, model: Any, sampler: str, n: int, seed: int) -> dict[str, float]:
-        """The largest error of a mode's weight as `fid`, W2 of parts of 2,000 as `kid`, and seconds."""
+        """The largest error of a mode's weight, W2 of parts of 2,000, and the processor's seconds."""
         start = time.process_time()
         x = model.sample(range(n), sampler, seed=seed)
         seconds = time.process_time() - start
         parts = [wasserstein2(a, b) for a, b in zip(x.split(2000), self.real.split(2000))]
         error = mode_shares(x, self.density)["mode_error"]
-        return {"fid": error, "kid": float(torch.tensor(parts).mean()), "seconds": seconds}
+        return {"mode_error": error, "w2": float(torch.tensor(parts).mean()), "seconds": seconds}
 
 
 class Judge:
     """A split in the features of a config."""
+
+    metrics: ClassVar = {"FID": ("fid", 2)}
 
     def __init__(self, stored: dict[str, Any], split: str = "test", asked: dict[int, float] | None = None) -> None:
         self.asked = asked
@@ -187,35 +193,57 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/few_steps"))
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--sigma-min", type=float)
-    parser.add_argument("--asked", type=OmegaConf.create)
+    parser.add_argument("--asked")
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--ddpm", nargs="+", default=[], metavar="FILE")
     options = parser.parse_args()
-    rows = Rows(options.out / "rows.jsonl")
+    check(options)
+    rows, results = Rows(options.out / "rows.jsonl"), {}
     judge: Any = None
     for path in options.checkpoints:
         model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
         judge = judge or judge_of(stored, options)
-        compare(path, model, prepared(model, options), judge, rows, options)
+        results[path] = compare(path, model, prepared(model, options), judge, rows, options)
     for path in options.ddpm:
         _, stored = checkpoints.load(options.checkpoints[0], Generator)  # type: ignore[type-abstract]
         peer = Peer(path, stored, options.calls)
-        compare(path, peer, list(peer.samplers), judge, rows, options)
-    report(rows, options)
+        results[path] = compare(path, peer, list(peer.samplers), judge, rows, options)
+    report(results, judge, options)
     if options.time:
         print(table(["checkpoint", "time of a step"], times(options.checkpoints)))
 
 
-def compare(path: str, model: Any, names: Sequence[str], judge: Any, rows: Rows, options: argparse.Namespace) -> None:
-    """Judge what is missing of some samplers of a model."""
+def check(options: argparse.Namespace) -> None:
+    """Refuse numbers without a meaning, and take the shares that are asked for as numbers."""
+    for name, value in (("n", options.n), ("seeds", options.seeds), *(("calls", one) for one in options.calls)):
+        if value < 1:
+            raise UserError(f"--{name} must be at least 1, got {value}")
+    if options.sigma_min is not None and not options.sigma_min > 0:
+        raise UserError(f"--sigma-min must be positive, got {options.sigma_min:g}")
+    if options.asked is not None:
+        try:
+            options.asked = {int(k): float(v) for k, v in dict(OmegaConf.create(options.asked)).items()}
+        except (AssertionError, TypeError, ValueError) as error:
+            raise UserError("--asked says the shares of classes by index, '{3: 0.7, 8: 0.3}'") from error
+
+
+def compare(
+    path: str, model: Any, names: Sequence[str], judge: Any, rows: Rows, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """The rows of some samplers of a model; what is missing is judged."""
+    weights, results = sum(float(p.double().abs().sum()) for p in model.parameters()), []
     for name in names:
         for seed in range(1, options.seeds + 1):
             key = {"path": path, "rule": name.partition("@")[0], "calls": model.samplers[name].calls, "seed": seed}
-            key |= {"sigma_min": options.sigma_min, "split": options.split}
-            if not rows.where(**key, n=options.n):
-                row = rows.add(**key, n=options.n, **judge(model, name, options.n, seed))
-                print(row, file=sys.stderr, flush=True)
+            key |= {"sigma_min": options.sigma_min, "split": options.split, "n": options.n}
+            key |= {"weights": f"{weights:.9g}", "asked": options.asked and str(sorted(options.asked.items()))}
+            found = rows.where(**key)
+            if not found:
+                found = [rows.add(**key, **judge(model, name, options.n, seed))]
+                print(found[0], file=sys.stderr, flush=True)
+            results.append(found[0])
+    return results
 
 
 def judge_of(stored: dict[str, Any], options: argparse.Namespace) -> Any:
@@ -223,7 +251,7 @@ def judge_of(stored: dict[str, Any], options: argparse.Namespace) -> Any:
     data = build.instantiate(stored["data"], "data")
     if getattr(data, "density", None) is not None:
         return Points(data)
-    return Judge(stored, options.split, options.asked and {int(k): float(v) for k, v in options.asked.items()})
+    return Judge(stored, options.split, options.asked)
 
 
 def times(paths: Sequence[str], rounds: int = 40) -> Iterator[list[str]]:
@@ -232,7 +260,7 @@ def times(paths: Sequence[str], rounds: int = 40) -> Iterator[list[str]]:
     for path in paths:
         model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
         model.requires_grad_(True)
-        model.prepare(fresh=False)
+        model.prepare(False, facts.read(stored["facts"]))
         trainings[path] = Training(model, Recipe(steps=rounds, lr=1e-6))
     data = build.instantiate(stored["data"], "data")
     data.prepare_data()
@@ -250,47 +278,48 @@ def prepared(model: Any, options: argparse.Namespace) -> Sequence[str]:
     own = dict(model.samplers)
     if any(one.consistency for one in own.values()):
         return list(own)
-    asked = {
-        f"{rule}@{calls}": sampler_of(rule, calls, own["ode"], options.sigma_min)
-        for calls in options.calls
-        for rule in options.rules
-    }
+    try:
+        asked = {
+            f"{rule}@{calls}": sampler_of(rule, calls, own["ode"], options.sigma_min)
+            for calls in options.calls
+            for rule in options.rules
+        }
+    except ValueError as error:
+        raise UserError(f"--sigma-min: {error}") from error
     model.samplers = asked
     return list(asked)
 
 
-def report(rows: Rows, options: argparse.Namespace) -> None:
-    """Print the table and draw the figure."""
-    for path in (*options.checkpoints, *options.ddpm):
-        found = rows.where(path=path, n=options.n, sigma_min=options.sigma_min, split=options.split)
+def report(results: Mapping[str, list[dict[str, Any]]], judge: Any, options: argparse.Namespace) -> None:
+    """Print a table of each metric for each checkpoint, and draw the figure."""
+    for path, found in results.items():
         calls = sorted({row["calls"] for row in found})
         names = list(dict.fromkeys(row["rule"] for row in found))
+        asked = {"Σ |share counted − share asked|": ("l1", 3)} if options.asked else {}
+        for title, (metric, digits) in (judge.metrics | asked).items():
 
-        def cell(rule: str, count: int) -> str:
-            return mean_sd(row["fid"] for row in found if (row["rule"], row["calls"]) == (rule, count))  # noqa: B023
+            def cell(rule: str, count: int) -> str:
+                values = [r[metric] for r in found if (r["rule"], r["calls"]) == (rule, count)]  # noqa: B023
+                return mean_sd(values, digits)  # noqa: B023
 
-        print(f"\n{path}: FID of {options.n} samples by network calls")
-        print(table(["rule", *calls], [[rule, *(cell(rule, count) for count in calls)] for rule in names]))
-        if options.asked:
-            print(
-                table(["rule", "L1"], [[rule, mean_sd(r["l1"] for r in found if r["rule"] == rule)] for rule in names])
-            )
+            print(f"\n{path}: {title} of {options.n} samples by network calls")
+            print(table(["rule", *calls], [[rule, *(cell(rule, count) for count in calls)] for rule in names]))
     if options.figure:
-        figure(rows, options)
+        figure(results, judge, options)
 
 
-def figure(rows: Rows, options: argparse.Namespace) -> None:
-    """FID against calls, a line for every rule."""
+def figure(results: Mapping[str, list[dict[str, Any]]], judge: Any, options: argparse.Namespace) -> None:
+    """The first metric against calls, a line for every rule."""
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = picture.subplots()
-    for path in (*options.checkpoints, *options.ddpm):
-        found = rows.where(path=path, n=options.n, seed=1, sigma_min=options.sigma_min, split=options.split)
+    title, (metric, _) = next(iter(judge.metrics.items()))
+    for found in results.values():
         for rule in dict.fromkeys(row["rule"] for row in found):
-            mine = sorted((row["calls"], row["fid"]) for row in found if row["rule"] == rule)
+            mine = sorted((row["calls"], row[metric]) for row in found if row["rule"] == rule and row["seed"] == 1)
             axes.plot(*zip(*mine), "o-", ms=3, label=rule)
-    axes.set(xlabel="network calls", ylabel="FID", xscale="log", yscale="log")
+    axes.set(xlabel="network calls", ylabel=title, xscale="log", yscale="log")
     axes.legend(fontsize=7)
     picture.savefig(options.figure)
 

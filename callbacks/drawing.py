@@ -25,7 +25,7 @@ class SampleModule(Protocol):
         samplers: samplers by name, each with `calls`, its number of network calls.
         sampler: name of the default one.
         conditional: whether classes have to be asked for.
-        num_classes: number of classes.
+        drawn_classes: indices of the classes that samples are of where none are asked for.
         sample: draws samples of given indices.
         all_gather: the tensors of all ranks, one above the other.
         log_dict: logs numbers.
@@ -39,7 +39,7 @@ class SampleModule(Protocol):
     samplers: Mapping[str, Any]
     sampler: str
     conditional: bool
-    num_classes: int
+    drawn_classes: list[int]
     sample: Any
     all_gather: Any
     log_dict: Any
@@ -100,10 +100,11 @@ def all_or_none(trainer: L.Trainer) -> Iterator[None]:
 
 
 def classes_of(pl_module: SampleModule, indices: Sequence[int]) -> Tensor | None:
-    """Class i modulo the number of classes for sample i, (B,); None where no class has to be asked for."""
+    """The classes that a model draws, in turn, for samples i, (B,); None where no class has to be asked for."""
     if not pl_module.conditional:
         return None
-    return torch.tensor([i % pl_module.num_classes for i in indices], device=pl_module.device)
+    known = pl_module.drawn_classes
+    return torch.tensor([known[i % len(known)] for i in indices], device=pl_module.device)
 
 
 def draw(

@@ -10,9 +10,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import bd_lightning
 import train
 from bd_lightning import checkpoints
+from bd_lightning.checks import UserError
 from bd_lightning.fields import Guidance
+from callbacks.drawing import classes_of
 from conftest import ROOT
 from wandb_records import read_records
 
@@ -84,8 +87,39 @@ def test_mixtures_that_were_never_trained_on_are_distilled(root, relative):
     student = fit(root, "mixture", *words, "model.mix={3: 0.7, 8: 0.3}", "model.calibrate=20")
     fit(root, "removed", *words, "model.remove=[7]", f"model.merge={{{relative}: 1.0}}")
     assert train.main(["predict", f"ckpt_path={student}", "n=5"]) == 0
-    classes = ["model.network.conditional=true", "model.labels=[3, 8]", "model.guidance=2"]
-    fit(root, "guided", *words, *classes)
+
+
+def test_a_student_of_some_classes_draws_these_alone(root, relative, tmp_path, capsys, caplog):
+    caplog.set_level("INFO")
+    words = ["model=distilled", f"model.teacher={relative}", "steps=2", "eval_every=2", "model.chains=20"]
+    words += ["model.network.conditional=true", "model.labels=['3', 8]", "model.guidance=2", "model.flow.levels=3"]
+    student = fit(root, "guided", *words)
+    assert "metrics compare with all the data, and this model learns labels=" in caplog.text
+    model, _ = checkpoints.load(student)
+    assert model.drawn_classes == [3, 8] == checkpoints.load(relative)[0].drawn_classes[3:9:5]
+    assert classes_of(model, range(5)).tolist() == [3, 8, 3, 8, 3]
+    loaded = bd_lightning.load(student)
+    assert torch.equal(loaded.sample(4), loaded.sample(4, labels=[3, 8]))
+    for asked in ("labels=[5]", "labels=['5']"):
+        assert train.main(["predict", f"ckpt_path={student}", asked]) == 2
+        assert "class 5 was not learned: this model was asked for 3, 8 alone" in capsys.readouterr().err
+    for word in ("model.guidance=5", "model.labels=[5]", "model.guidance_interval=[0.1,2]"):
+        assert train.main(["predict", f"ckpt_path={student}", word]) == 2
+        key = word.partition("=")[0]
+        assert f"'{key}' says what a student learns, and this one has learned" in capsys.readouterr().err
+    assert train.main(["predict", f"ckpt_path={student}", "model.samplers.one.sigma_max=80"]) == 2
+    assert "begins at noise level 80, and 20 is the highest learned" in capsys.readouterr().err
+    assert train.main(["export", f"ckpt_path={student}", f"to={tmp_path / 'out'}"]) == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert ", a student of another model, guidance 2, asked for labels=" in card
+    assert "teacher: last.ckpt" in (tmp_path / "out" / "config.yaml").read_text()
+
+
+def test_a_student_has_losses_while_it_is_trained_alone(root, teacher, tuned):
+    assert "val/loss" in (tuned.parents[1] / "metrics.csv").read_text()
+    assert train.main(["validate", f"ckpt_path={tuned}"]) == 0
+    (folder,) = tuned.parents[1].glob("validate-*")
+    assert "loss" not in (folder / "metrics.csv").read_text() and "val/fid" in (folder / "metrics.csv").read_text()
 
 
 def test_a_distilled_model_resumes_and_draws_without_its_teacher(root, relative, tmp_path):
@@ -104,18 +138,19 @@ def test_a_distilled_model_resumes_and_draws_without_its_teacher(root, relative,
 
 
 def test_the_weights_of_a_mixture_are_corrected_before_it_is_learned(relative, monkeypatch):
-    from bd_lightning import combinations, teachers
+    from bd_lightning import combinations, facts, teachers
 
-    model, _ = checkpoints.load(relative)
+    model, stored = checkpoints.load(relative)
+    own = facts.read(stored["facts"])
     student = SimpleNamespace(shape=model.shape, fields=model.fields, sigma_max=1.0, conditional=False)
     student.guidance = Guidance(1.0)
     asked = {"mix": {3: 0.7, 8: 0.3}}
-    as_it_is = teachers.load(student, str(relative), **asked).mixture.terms[0][1]
-    corrected = teachers.load(student, str(relative), **asked, calibrate=50).mixture.terms[0][1]
+    as_it_is = teachers.load(student, str(relative), own, **asked).mixture.terms[0][1]
+    corrected = teachers.load(student, str(relative), own, **asked, calibrate=50).mixture.terms[0][1]
     assert (corrected[[3, 8]] / as_it_is[[3, 8]] - 1).abs().max() > 0.01 and corrected.count_nonzero() == 2
     drawn = []
     monkeypatch.setattr(combinations.fields, "calibrated", lambda mixture, draw: drawn.append(draw(mixture)) or mixture)
-    teachers.load(student, str(relative), **asked, calibrate=7)
+    teachers.load(student, str(relative), own, **asked, calibrate=7)
     assert [len(x) for x in drawn] == [7]
 
 
@@ -214,7 +249,19 @@ def test_benchmark_of_calls(root, teacher, tuned, monkeypatch, capsys):
     few_steps.main()
     printed = capsys.readouterr().out
     assert "| rule | 1 | 2 | 3 | 4 |" in printed or "| rule | 1 | 2 |" in printed
-    assert printed.count("| L1 |") == 2 and "| time of a step |" in printed
+    assert printed.count("Σ |share counted − share asked| of 40 samples") == 2 and "| time of a step |" in printed
     kept = (root / "few" / "rows.jsonl").read_text()
     few_steps.main()
     assert (root / "few" / "rows.jsonl").read_text() == kept
+    for more, sentence in [
+        (["--n", "0"], "--n must be at least 1, got 0"),
+        (["--calls", "0"], "--calls must be at least 1"),
+        (["--sigma-min", "50"], "--sigma-min: sigma_min must lie below sigma_max 20"),
+        (["--asked", "3"], "--asked says the shares of classes"),
+    ]:
+        monkeypatch.setattr("sys.argv", ["few_steps.py", *words, *more])
+        with pytest.raises(UserError, match=sentence):
+            few_steps.main()
+    monkeypatch.setattr("sys.argv", ["few_steps.py", *words[:-3], "--out", str(root / "few"), "--asked", "{5: 1.0}"])
+    few_steps.main()
+    assert len((root / "few" / "rows.jsonl").read_text()) > len(kept)  # another question

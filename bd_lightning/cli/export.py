@@ -145,7 +145,7 @@ def write_card(plan: Plan, folder: Path, module: Module, name: str, precision: s
         name=name,
         command=module.next_step("FOLDER").partition(": ")[2],
         python=PYTHON.format(code=module.example) if module.example else "",
-        what=what(plan, facts),
+        what=what(plan, facts) + module.describe(),
         weights=f"averaged weights of step {plan.step}, in {precision}",
         shown=shown(product),
         numbers=numbers(rows, others, precision),

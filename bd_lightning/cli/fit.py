@@ -71,7 +71,7 @@ def _run(plan: Plan, run_dir: Path) -> None:
     model = objects.model(plan, data.facts)
     if plan.command == "fit":
         refuse_other_optimizer(plan, model)
-        model.prepare(fresh=plan.checkpoint is None)
+        model.prepare(plan.checkpoint is None, data.facts)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
     begin = Begin(plan)
     callbacks = [begin, *objects.callbacks(plan)]

@@ -62,6 +62,8 @@ def model(plan: Plan, facts: Facts) -> Any:
     built = build.instantiate(plan.config["model"], "model", facts.arguments)
     if plan.checkpoint is not None:
         checkpoints.restore(built, plan.checkpoint, plan.config["ckpt_path"])
+        if plan.command != "fit":
+            built.refuse_changes(plan.checkpoint["hyper_parameters"]["model"], plan.config["model"])
     return built
 
 

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import UserError, at_hand, in_range, one_of, positive
+from bd_lightning.checks import UserError, at_hand, one_of, positive
 from bd_lightning.dynamics.noise import SampleNoise
 from bd_lightning.fields import FieldPair
 
@@ -179,7 +179,8 @@ class MultiScaleSampler(Sampler):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(sigma_max=self.sigma_max, sigma_min=self.sigma_min)
-        in_range(0, self.sigma_max, sigma_min=self.sigma_min)
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min must lie below sigma_max {self.sigma_max:g}, got {self.sigma_min:g}")
 
     @property
     def start_scale(self) -> float:

@@ -2,6 +2,7 @@
 
 import math
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from bd_lightning.checks import UserError, in_range, one_of, positive
+from bd_lightning.facts import Facts
 from bd_lightning.optimizers import AdamW, Optimizer
 
 LR_POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
@@ -82,11 +84,12 @@ class Module(L.LightningModule):
         self.warmup_steps, self.lr_decay, self.lr_scaling = warmup_steps, lr_decay, lr_scaling
         self.loaded_step = 0
 
-    def prepare(self, fresh: bool) -> None:
+    def prepare(self, fresh: bool, facts: Facts) -> None:
         """Take what training needs besides data, before it begins.
 
         Args:
             fresh: whether the run is new, not resumed.
+            facts: facts of the data.
 
         Raises:
             UserError: for what does not fit.
@@ -113,6 +116,21 @@ class Module(L.LightningModule):
     def next_step(self, checkpoint: str) -> str:
         """What one does with a trained model, for the last line of a run: words and a command line."""
         return f"to sample: train.py predict ckpt_path={checkpoint} n=64"
+
+    def describe(self) -> str:
+        """What a card says of a model beside its class and its network."""
+        return ""
+
+    def refuse_changes(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Refuse settings of a trained model that can no longer change.
+
+        Args:
+            was: the model's node in the config that it was trained with.
+            now: the node that is asked for.
+
+        Raises:
+            UserError: naming the key.
+        """
 
     def mixture_source(self) -> Any:
         """The fields that mixtures of classes and models are made of.

@@ -81,15 +81,20 @@ class DistilledModel(FewStepGenerator):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        positive(chains=chains - 1, every=every)
+        in_range(2, math.inf, chains=chains)
+        positive(every=every)
         in_range(0, 1, first=first)
         in_range(0, math.inf, energy=energy)
         if self.teacher_path is None:
             raise ValueError("a distilled model learns from another one alone: give teacher=<checkpoint>")
+        if self.noise is not None:
+            raise ValueError("noise is that of data, and a distilled model learns at the levels of flow: leave it out")
         if flow.levels < 2:
             raise ValueError("flow.levels must be 2 at least")
         if flow.relaxation:
             raise ValueError("flow.relaxation must be 0: chains with noise of their own have no single end")
+        if len(first_levels := sorted({one.start_scale for one in self.samplers.values()})) > 1:
+            raise ValueError(f"samplers begin at noise levels {first_levels}: the chains have one first level")
         self.flow, self.count, self.every, self.first = flow, chains, every, first
         self.energy = energy
         self.drawn: tuple[int, Chains] | None = None
@@ -99,9 +104,6 @@ class DistilledModel(FewStepGenerator):
         """Note which chains this step learns from."""
         super().on_train_batch_start(batch, batch_idx)
         self.place = self.trainer.global_step // self.every
-
-    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        return super()._evaluate(stage, batch, batch_idx) if self.frozen else None  # a test of the samples alone
 
     def chains(self, place: int, count: int) -> Chains:
         """Chains number `place` of this run and rank."""

@@ -12,17 +12,23 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from bd_lightning.checks import in_range
+from bd_lightning.checks import UserError, in_range
 from bd_lightning.divergences import bcast
 from bd_lightning.dynamics import Sampler
+from bd_lightning.facts import Facts
+from bd_lightning.facts import read as read_facts
 from bd_lightning.fields import AnalyticFields, FieldPair, LearnedFields
 from bd_lightning.kernels import Constant
 from bd_lightning.modules.generator import Generator
 from bd_lightning.networks.base import Network
 from bd_lightning.objectives import NoiseLevels
 from bd_lightning.targets import Density
+
+PARTS = ("mix", "remove", "merge", "labels")
+"""What a teacher can be asked for instead of all that it knows."""
 
 
 class FewStepGenerator(Generator):
@@ -101,7 +107,7 @@ class FewStepGenerator(Generator):
         self.sigma_max = max(one.start_scale for one in self.samplers.values())
         self.frozen: tuple[Any, ...] = ()
 
-    def prepare(self, fresh: bool) -> None:
+    def prepare(self, fresh: bool, facts: Facts) -> None:
         """Take the weights of `init`, if the run is new, and load the teacher.
 
         Raises:
@@ -109,15 +115,61 @@ class FewStepGenerator(Generator):
         """
         from bd_lightning import teachers  # which builds models
 
+        self.know(facts)
         if fresh and self.init is not None:
-            teachers.begin_from(self, self.init)
+            teachers.begin_from(self, self.init, facts)
         if self.teacher_path is not None:
-            self.frozen = (teachers.load(self, self.teacher_path, self.teacher_guidance, **self.asked_of),)
+            self.frozen = (teachers.load(self, self.teacher_path, facts, self.teacher_guidance, **self.asked_of),)
+
+    def know(self, facts: Facts) -> None:
+        """Take note of which classes of the data are learned."""
+        from bd_lightning.combinations import class_name
+
+        labels, names = self.asked_of["labels"] or [], facts.class_names
+        self.learned = [names.index(class_name(label, names)) for label in labels] or None
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take note of the classes that were learned."""
+        super().on_load_checkpoint(checkpoint)
+        self.know(read_facts(checkpoint["hyper_parameters"]["facts"]))
+
+    def describe_part(self) -> str:
+        """What is asked of the teacher, if it is not all that it knows."""
+        return ", ".join(f"{key}={self.asked_of[key]}" for key in PARTS if self.asked_of[key])
+
+    def describe(self) -> str:
+        """Whose student it is, and of what."""
+        if self.teacher_path is None:
+            return ""
+        part = self.describe_part()
+        guided = f", guidance {self.teacher_guidance:g}" if self.teacher_guidance != 1 else ""
+        return f", a student of another model{guided}" + (f", asked for {part}" if part else "")
+
+    def refuse_changes(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Refuse to ask what a teacher was asked for, and samplers that begin above all that was trained."""
+        for key in (*PARTS, "calibrate", "guidance", "guidance_interval"):
+            if was.get(key) != now.get(key):
+                raise UserError(f"'model.{key}' says what a student learns, and this one has learned: leave it out")
+        trained = max(one.get("sigma_max", math.inf) for one in was["samplers"].values() if one)
+        if self.sigma_max > trained:
+            raise UserError(
+                f"a sampler begins at noise level {self.sigma_max:g}, and {trained:g} is the highest learned"
+            )
+
+    def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        """Losses while it is trained. Later there is no teacher, and no stage of the training, that they are of."""
+        return super()._evaluate(stage, batch, batch_idx) if self.trainer.state.fn == "fit" else None
 
     def on_fit_start(self) -> None:
-        """Move the teacher, which is no part of this module, to its device."""
+        """Move the teacher, which is no part of this module, to its device, and say what metrics compare with."""
         for teacher in self.frozen:
             teacher.to(self.device)
+        if part := self.describe_part():
+            alone = "; data of these classes alone (keep) compare" if self.learned else ""
+            rank_zero_info(
+                f"metrics compare with all the data, and this model learns {part}: best.ckpt, which they choose, says "
+                f"little, last.ckpt is the model{alone}"
+            )
 
     def analytic(self, density: Density) -> FieldPair:
         """The fields that training begins at: after it S is no score."""

@@ -39,6 +39,7 @@ class Generator(Module):
             where the network is told the class, and where classes are guided.
         has_score: whether S is the score of the noised data, which a flow or a student can follow.
         guidable: whether it knows all the data beside the classes, which guidance needs.
+        learned: indices of the classes that it learned, where these are not all.
     """
 
     fields: Any
@@ -46,6 +47,7 @@ class Generator(Module):
     conditional: bool = False
     has_score: bool = True
     guidable: bool = False
+    learned: list[int] | None = None
     example = """import bd_lightning
 
 model = bd_lightning.load("FOLDER")
@@ -70,6 +72,12 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
             raise ValueError("samplers are all null: at least one is needed")
         one_of(tuple(self.samplers), sampler=sampler)
         self.noise = noise
+        calls_once = next((name for name, one in self.samplers.items() if one.consistency), None)
+        if self.has_score and calls_once is not None:
+            raise ValueError(
+                f"samplers.{calls_once} takes a function that ends chains, which model=consistency and model=distilled "
+                "learn, and this model is a score: leave it out"
+            )
         for name, one in self.samplers.items() if not self.multi_scale else ():
             if one.noise_levels:
                 raise ValueError(
@@ -79,6 +87,11 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         self.shape, self.num_classes, self.dim = tuple(shape), num_classes, math.prod(shape)
         self.sampler = sampler
         self.guidance = Guidance.read(guidance, guidance_interval)
+
+    @property
+    def drawn_classes(self) -> list[int]:
+        """Indices of the classes that samples are drawn of where none are asked for."""
+        return self.learned or list(range(self.num_classes))
 
     @property
     def multi_scale(self) -> bool:

@@ -145,7 +145,7 @@ def distilled(**options):
         "flow": flow,
         "chains": 500,
     } | options
-    return DistilledModel(shape=(2,), num_classes=0, sigma_data=TAU, samplers=samplers, **options)
+    return DistilledModel(**{"shape": (2,), "num_classes": 0, "sigma_data": TAU, "samplers": samplers} | options)
 
 
 def test_the_ends_of_a_teachers_chains_are_learned():
@@ -180,6 +180,12 @@ def test_chains_are_the_same_again_and_others_later():
     torch.testing.assert_close(first.ends, moved, atol=0.02, rtol=0.02)
     for wrong, sentence in [
         ({"teacher": None}, "learns from another one alone: give teacher"),
+        ({"chains": 1}, "chains must lie between 2"),
+        (
+            {"samplers": {"two": ConsistencySteps(sigma_max=10.0), "one": ConsistencySteps(sigma_max=5.0)}},
+            r"begin at noise levels \[5.0, 10.0\]",
+        ),
+        ({"noise": NoiseLevels()}, "noise is that of data"),
         ({"flow": MultistepDynamics(relaxation=0.5)}, "flow.relaxation must be 0"),
     ]:
         with pytest.raises(ValueError, match=sentence):
