@@ -107,8 +107,6 @@ def test_a_student_of_some_classes_draws_these_alone(root, relative, tmp_path, c
         assert train.main(["predict", f"ckpt_path={student}", word]) == 2
         key = word.partition("=")[0]
         assert f"'{key}' says what a student learns, and this one has learned" in capsys.readouterr().err
-    assert train.main(["predict", f"ckpt_path={student}", "model.samplers.one.sigma_max=80"]) == 2
-    assert "begins at noise level 80, and 20 is the highest learned" in capsys.readouterr().err
     assert train.main(["export", f"ckpt_path={student}", f"to={tmp_path / 'out'}"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert ", a student of another model, guidance 2, asked for labels=" in card
@@ -206,6 +204,11 @@ def test_mistakes(root, teacher, relative, tuned, capsys):
         assert "is no score that" in message and "take one or two" in message
     assert train.main(["predict", f"ckpt_path={tuned}", "model.sampler=sde"]) == 2
     assert "is no score that 'sde' could follow" in capsys.readouterr().err
+    assert train.main(["predict", f"ckpt_path={tuned}", "model.samplers.one.sigma_max=80"]) == 2
+    assert "begins at noise level 80, and 20 is the highest learned" in capsys.readouterr().err
+    steps = "model.samplers.two={_target_: bd_lightning.dynamics.ConsistencySteps, between: [0.5]}"
+    assert train.main(["predict", f"ckpt_path={teacher}", "model.sampler=two", steps]) == 2
+    assert "samplers.two takes a function that ends chains" in capsys.readouterr().err
 
 
 def test_metrics_against_calls(root, teacher, tuned, capsys):

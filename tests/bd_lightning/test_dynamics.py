@@ -264,7 +264,7 @@ def test_grids():
     [
         (lambda: AnnealedDynamics(levels=0), "levels must be positive, got 0"),
         (lambda: AnnealedDynamics(sigma_min=-1.0), "sigma_min must be positive"),
-        (lambda: AnnealedDynamics(sigma_min=30.0), "sigma_min must lie between 0 and 20"),
+        (lambda: AnnealedDynamics(sigma_min=30.0), "sigma_min must lie below sigma_max 20"),
         (lambda: ProbabilityFlow(rho=float("nan")), "rho must be positive, got nan"),
         (lambda: BellmanDynamics(step_size=0.0), "step_size must be positive"),
         (lambda: ProbabilityFlow(churn_interval=(2.0, 1.0)), "churn_interval must be .low, high. with 0 ≤ low < high"),
