@@ -108,7 +108,7 @@ def measure(config: str, place: Path) -> dict[str, Any]:
     data.prepare_data()
     torch.manual_seed(1)
     module = build.instantiate(full["model"], "model", data.facts.arguments)
-    getattr(module, "prepare", lambda fresh: None)(fresh=False)  # its teacher, if it has one
+    module.prepare(False, data.facts)  # its teacher, if it has one
     excite(module)
     for name, target in module.named_children():
         if name == "target_network":
