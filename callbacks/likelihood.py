@@ -147,7 +147,9 @@ class FlowLikelihood(Likelihood):
         place = noise.uniform()
         x = x.to(device) if cell is None else x.to(device) + cell / CELL_SPREAD * place
         low = math.prod(shape) <= self.exact
-        fields = pl_module.fields.conditioned(None if label is None else label.to(device))
+        with torch.inference_mode(False):  # what an embedding keeps for the derivatives
+            told = None if label is None else label.to(device).clone()
+        fields = pl_module.fields.conditioned(told)
         return flow_log_density(
             fields,
             x,

@@ -44,6 +44,17 @@ def test_bits_per_dimension_of_images(run, capsys):
     assert "test/bits_per_dim_se" in logged.read_text()
 
 
+def test_a_conditional_model_is_told_the_class(tmp_path, capsys):
+    words = ["model.network.conditional=true", "model.label_dropout=0.1", "run_id=told", *QUICK]
+    assert launch(tmp_path, *words) == 0
+    folder = tmp_path / "bellman-diffusion" / "told"
+    assert command("test", folder, "callbacks.likelihood.n=5", *FLOW) == 0
+    assert "given the class" in record(folder, "likelihood")["protocol"]
+    capsys.readouterr()
+    assert command("test", folder, "model.guidance=3", *FLOW) == 2
+    assert "likelihood is that of the model's own density, which guidance changes" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """A short run on four Gaussians, with their classes as one."""

@@ -49,6 +49,10 @@ class FieldPair(ABC):
             raise ValueError("classes were asked for, and these fields know none")
         return self
 
+    def remark(self) -> str:
+        """What is to be said of the chains that were just sampled; empty for nothing."""
+        return ""
+
     def at(self, level: float) -> "FieldPair":
         """The same fields for points that are all at one noise level, in data units, which need not be looked at."""
         return self

@@ -212,6 +212,16 @@ class DynamicGuidedFields(_Begun):
             self.level, self.last, self.falling = level, d, self.risen & (d < self.last)
         return torch.where(self.passed, self.scale, self.before)
 
+    def remark(self) -> str:
+        """How many chains never met their transition, where these are more than a tenth."""
+        kept = 1 - float(self.passed.double().mean()) if len(self.passed) else 0.0
+        if kept <= 0.1:
+            return ""
+        return (
+            f"dynamic guidance: {kept:.0%} of {len(self.passed)} chains never met their transition and kept the scale "
+            f"{self.before:g}: take more noise levels, or a transition at one of them"
+        )
+
 
 @dataclass(frozen=True)
 class Guidance:
@@ -241,6 +251,9 @@ class Guidance:
             raise ValueError("guidance.before is the scale until a transition: give guidance.transition too")
         if isinstance(self.transition, str) and self.transition != "dynamic":
             raise ValueError(f"guidance.transition must be a noise level, or dynamic; got {self.transition!r}")
+        for name in ("scale", "before", "transition"):
+            if isinstance(value := getattr(self, name), bool):
+                raise ValueError(f"guidance.{name} must be a number, got {value}")
         if isinstance(self.transition, (int, float)):
             positive(**{"guidance.transition": self.transition})
 
@@ -257,6 +270,10 @@ class Guidance:
         for name in given:
             if name not in known:
                 raise ValueError(f"guidance has no {name!r}: it takes {', '.join(known)}")
+        if "scale" not in given:
+            raise ValueError("guidance needs its scale: {scale: 2, …}")
+        if "interval" in given and tuple(interval) != (0.0, math.inf):
+            raise ValueError("guidance has an interval, and guidance_interval is another: leave one out")
         try:
             return cls(**{"interval": interval, **given})
         except TypeError as error:

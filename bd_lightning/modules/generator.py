@@ -1,6 +1,7 @@
 """What the LightningModules that learn and sample a density share."""
 
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -131,6 +132,10 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
                 f"likelihood needs a score, and {type(self).__name__} has none: take the checkpoint that it was tuned "
                 "from, or its teacher"
             )
+        if self.guidance.acts:
+            raise UserError(
+                "likelihood is that of the model's own density, which guidance changes: add model.guidance=1"
+            )
         if not self.multi_scale:
             raise UserError("likelihood needs fields of every noise level, and this model was trained with noise=null")
 
@@ -167,7 +172,11 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         noise, by = SampleNoise(indices, self.shape, seed, self.device), self.samplers[sampler or self.sampler]
         if by.interacting and label is not None and bool((label != label[0]).any()):
             raise UserError("FeynmanKac resamples chains of one class among each other: give one, labels=[3], say")
-        return by(self.asked(label) if fields is None else fields, noise, watch, finite_part)
+        drawn = self.asked(label) if fields is None else fields
+        samples = by(drawn, noise, watch, finite_part)
+        if remark := drawn.remark():
+            warnings.warn(remark, stacklevel=2)
+        return samples
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Samples for a batch of requests: "index", "seed" and, if classes are asked for, "label"; each (B,)."""

@@ -77,6 +77,7 @@ def test_each_chain_passes_the_first_minimum_of_its_own():
     fields = DynamicGuidedFields(Planned(lengths), Nothing(), 4.0, 0.0)
     expected = [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 4, 0], [4, 0, 4, 0]]
     assert run(fields, levels, 4) == expected
+    assert "50% of 4 chains never met their transition and kept the scale 0: take more noise levels" in fields.remark()
     assert run(fields, levels, 4) == expected  # the next batch begins anew
     twice = [level for level in levels for _ in range(2)]  # Heun's method asks twice
     assert run(fields, twice, 4) == [row for row in expected for _ in range(2)]
@@ -95,7 +96,9 @@ def test_a_chain_does_not_depend_on_its_batch():
 
 def test_guidance_is_a_scale_or_a_mapping():
     assert Guidance.read(2.0, (0.0, 1.0)) == Guidance(2.0, (0.0, 1.0))
-    assert type(Guidance(2.0).guided(CLASS, ALL)) is GuidedFields
+    assert type(Guidance(2.0).guided(CLASS, ALL)) is GuidedFields and not CLASS.remark()
+    with pytest.raises(ValueError, match="guidance has an interval, and guidance_interval is another"):
+        Guidance.read({"scale": 2.0, "interval": (0.1, 1.0)}, (0.2, 2.0))
     assert type(Guidance(2.0, before=0.0, transition=1.6).guided(CLASS, ALL)) is LateGuidedFields
     assert type(Guidance(2.0, before=-2.0, transition="dynamic").guided(CLASS, ALL)) is DynamicGuidedFields
     assert Guidance().guided(CLASS, ALL) is CLASS
@@ -110,6 +113,9 @@ def test_guidance_is_a_scale_or_a_mapping():
         ({"scale": 2.0, "transition": "late"}, "guidance.transition must be a noise level, or dynamic; got 'late'"),
         ({"scale": 2.0, "transition": -1.0}, "guidance.transition must be positive"),
         ({"strength": 2.0}, "guidance has no 'strength': it takes scale, interval, before, transition"),
+        ({}, "guidance needs its scale"),
+        ({"scale": True}, "guidance.scale must be a number, got True"),
+        ({"scale": 2.0, "transition": True}, "guidance.transition must be a number"),
         ({"scale": -1.0}, "guidance must lie between 0 and inf"),
         ({"scale": "two"}, "guidance takes numbers"),
         ({"scale": 2.0, "interval": [2.0, 1.0]}, "guidance_interval must be"),
@@ -136,7 +142,8 @@ def test_conditional_and_relative_models_take_it():
     models[1].fields.count(torch.tensor([0, 1]))
     for model in models:
         assert isinstance(model.asked(label), DynamicGuidedFields)
-        assert model.sample([0, 1], label=label).shape == (2, 2)
+        with pytest.warns(UserWarning, match="100% of 2 chains never met their transition"):  # the fields are zero
+            assert model.sample([0, 1], label=label).shape == (2, 2)
         assert not isinstance(model.asked(None), GuidedFields)
         assert classes_of(model, range(3)).tolist() == [0, 1, 0]
     assert classes_of(RelativeDensities(every, (2,), 2, 1.0, samplers, "ode"), range(3)) is None
