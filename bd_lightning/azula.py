@@ -19,7 +19,8 @@ class FieldsDenoiser(Denoiser):
     Of a mobility that is a mean over many dimensions ∇log s, about 1/(2d) of S, is left out.
 
     Args:
-        fields: any pair of fields, such as `model.fields.conditioned(label)` of a checkpoint.
+        fields: any pair of fields, such as `model.fields.conditioned(label)` of a checkpoint; those that are no module, as
+            these, stay on the device that their model is on.
         sigma_min: noise level at t = 0, in data units.
         sigma_max: noise level at t = 1, in data units.
 
@@ -33,7 +34,7 @@ class FieldsDenoiser(Denoiser):
         in_range(0, sigma_max, sigma_min=sigma_min)
         self.schedule = VESchedule(sigma_min, sigma_max)
         self.fields = fields
-        self.weights = nn.ModuleList([fields] if isinstance(fields, nn.Module) else [])  # they move with it
+        self.weights = nn.ModuleList([fields] if isinstance(fields, nn.Module) else [])
 
     def forward(self, x_t: Tensor, t: Tensor, **kwargs) -> DiracPosterior:
         """The posterior's mean (B, *) at x_t (B, *) and times t, () or (B,)."""
