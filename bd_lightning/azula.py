@@ -19,8 +19,8 @@ class FieldsDenoiser(Denoiser):
     Of a mobility that is a mean over many dimensions ∇log s, about 1/(2d) of S, is left out.
 
     Args:
-        fields: any pair of fields, such as `model.fields.conditioned(label)` of a checkpoint; those that are no module, as
-            these, stay on the device that their model is on.
+        fields: any pair of fields, such as `model.fields.conditioned(label)` of a checkpoint; those that are no
+            module, as these, stay on the device that their model is on.
         sigma_min: noise level at t = 0, in data units.
         sigma_max: noise level at t = 1, in data units.
 

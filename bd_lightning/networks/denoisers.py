@@ -200,6 +200,6 @@ def refuse_other_noise(
             raise ValueError(
                 f"this is no denoiser of data of standard deviation {sigma_data:g} in units of the data: at noise "
                 f"level {sigma:g} what it gives {what} {size:.3g}, more than {most:.3g}; see that its noise levels, "
-                "scaling of x and what it predicts (x, ε or v) are what its wrapper says (check=false leaves this out, as "
-                "a schedule needs that ends below that level)"
+                "scaling of x and what it predicts (x, ε or v) are what its wrapper says (check=false leaves this out, "
+                "as a schedule needs that ends below that level)"
             )
