@@ -39,6 +39,8 @@ class CallsCurve(L.Callback):
         rows = []
         for name, sampler in list(samplers.items()):
             asked = [(calls, sampler.with_calls(calls).calls) for calls in self.calls]
+            if more := [calls for calls, taken in asked if taken < calls and sampler.consistency]:
+                rank_zero_info(f"{name} takes {sampler.calls} network calls, whatever is asked for: {more}")
             if others := [f"{taken} for {calls}" for calls, taken in asked if taken > calls]:
                 rank_zero_info(f"{name} needs more network calls than were asked for: it takes {', '.join(others)}")
             for one in {found.calls: found for found in map(sampler.with_calls, self.calls)}.values():

@@ -211,7 +211,8 @@ def test_mistakes(root, teacher, relative, tuned, capsys):
     assert "samplers.two takes a function that ends chains" in capsys.readouterr().err
 
 
-def test_metrics_against_calls(root, teacher, tuned, capsys):
+def test_metrics_against_calls(root, teacher, tuned, capsys, caplog):
+    caplog.set_level("INFO")
     folder = teacher.parents[1]
     words = ["calls=[8, 3]", "model.samplers.sde.order=3", "model.samplers.sde.corrector=true"]
     assert train.main(["test", f"ckpt_path={teacher}", *words]) == 0
@@ -226,6 +227,7 @@ def test_metrics_against_calls(root, teacher, tuned, capsys):
     (folder,) = tuned.parents[1].glob("test-*")
     rows = json.loads((folder / "calls.json").read_text())
     assert [(row["sampler"], row["calls"]) for row in rows] == [("one", 1), ("two", 2)]
+    assert "two takes 2 network calls, whatever is asked for: [5]" in caplog.text
     (path,) = tuned.parents[1].glob("wandb/offline-run-*/run-*.wandb")
     assert any("calls/fid" in key for row in read_records(path).history for key in row)
     capsys.readouterr()

@@ -125,6 +125,10 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         fields = self.fields.conditioned(label)
         return fields if label is None else self.guidance.guided(fields, self.fields.conditioned(None))
 
+    def describe(self) -> str:
+        """How it is guided."""
+        return f", guided with scale {self.guidance.scale:g}" if self.guidance.acts else ""
+
     def check_likelihood(self) -> None:
         """Refuse fields that are no score, or that know a single noise level."""
         if not self.has_score:
