@@ -127,6 +127,10 @@ class PosteriorFields(FieldPair):
 
             return (D + spread(gmres(covariance, (self.y - seen).detach(), self.iterations))).detach()
 
+    def remark(self) -> str:
+        """What the fields of p say of the chains."""
+        return self.fields.remark()
+
     def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """s (B,) and g (B, *) at x (B, *) and noise levels sigma (B,)."""
         return torch.ones_like(sigma), bcast(0.5 / sigma.square(), x) * (self.mean(x, sigma) - x)

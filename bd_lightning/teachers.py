@@ -123,6 +123,6 @@ def load(
         return Teacher(model, combinations.corrected(model, mixture, calibrate), others)
     if student.conditional and not model.takes_labels:
         raise UserError(f"{path} knows no classes: set model.network.conditional=false")
-    if model.conditional and not student.conditional:
+    if model.conditional and not model.guidable and not student.conditional:
         raise UserError(f"{path} is told the class: set model.network.conditional=true here too")
     return Teacher(model, labels=chosen if labels else ())

@@ -140,10 +140,9 @@ class Points:
 class Judge:
     """A split in the features of a config."""
 
-    metrics: ClassVar = {"FID": ("fid", 2)}
-
     def __init__(self, stored: dict[str, Any], split: str = "test", asked: dict[int, float] | None = None) -> None:
         self.asked = asked
+        self.metrics = {"FID": ("fid", 2)} | ({"Σ |share counted − share asked|": ("l1", 3)} if asked else {})
         self.data = build.instantiate(stored["data"], "data")
         self.data.prepare_data()
         self.features = build.instantiate(stored["callbacks"]["metrics"]["features"], "features")
@@ -295,8 +294,7 @@ def report(results: Mapping[str, list[dict[str, Any]]], judge: Any, options: arg
     for path, found in results.items():
         calls = sorted({row["calls"] for row in found})
         names = list(dict.fromkeys(row["rule"] for row in found))
-        asked = {"Σ |share counted − share asked|": ("l1", 3)} if options.asked else {}
-        for title, (metric, digits) in (judge.metrics | asked).items():
+        for title, (metric, digits) in judge.metrics.items():
 
             def cell(rule: str, count: int) -> str:
                 values = [r[metric] for r in found if (r["rule"], r["calls"]) == (rule, count)]  # noqa: B023

@@ -113,6 +113,20 @@ def test_a_student_of_some_classes_draws_these_alone(root, relative, tmp_path, c
     assert "teacher: last.ckpt" in (tmp_path / "out" / "config.yaml").read_text()
 
 
+def test_a_teacher_that_knows_all_the_data_teaches_who_is_told_no_class(root):
+    from bd_lightning import facts, teachers
+
+    guided = fit(root, "guided-teacher", "model=relative", "model.guidance=2", "steps=2", "eval_every=2")
+    model, stored = checkpoints.load(guided)
+    student = SimpleNamespace(shape=model.shape, fields=model.fields, sigma_max=1.0, conditional=False)
+    student.guidance = Guidance(1.0)
+    own = facts.read(stored["facts"])
+    assert teachers.load(student, str(guided), own).model.conditional
+    told = fit(root, "told", "model=mlp", "model.network.conditional=true", "steps=2", "eval_every=2")
+    with pytest.raises(UserError, match="is told the class: set model.network.conditional=true here too"):
+        teachers.load(student, str(told), own)
+
+
 def test_a_student_has_losses_while_it_is_trained_alone(root, teacher, tuned):
     assert "val/loss" in (tuned.parents[1] / "metrics.csv").read_text()
     assert train.main(["validate", f"ckpt_path={tuned}"]) == 0

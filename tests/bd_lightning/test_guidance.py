@@ -17,6 +17,7 @@ from bd_lightning.fields import (
     LateGuidedFields,
 )
 from bd_lightning.fields.base import log_gradient
+from bd_lightning.inverse import PosteriorFields
 from bd_lightning.kernels import Constant
 from bd_lightning.modules import BellmanDiffusion, RelativeDensities
 from bd_lightning.networks import MLP
@@ -78,6 +79,7 @@ def test_each_chain_passes_the_first_minimum_of_its_own():
     expected = [[0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 0, 0], [0, 0, 4, 0], [4, 0, 4, 0]]
     assert run(fields, levels, 4) == expected
     assert "50% of 4 chains never met their transition and kept the scale 0: take more noise levels" in fields.remark()
+    assert PosteriorFields(fields, torch.zeros(4, 1), lambda x: x[:, :1]).remark() == fields.remark()
     assert run(fields, levels, 4) == expected  # the next batch begins anew
     twice = [level for level in levels for _ in range(2)]  # Heun's method asks twice
     assert run(fields, twice, 4) == [row for row in expected for _ in range(2)]
