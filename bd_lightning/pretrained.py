@@ -46,7 +46,7 @@ class Pretrained:
     def sample(
         self,
         n: int,
-        labels: Sequence[int | str] = (),
+        labels: int | str | Sequence[int | str] = (),
         seed: int = 0,
         sampler: str | None = None,
         batch_size: int = 500,
@@ -55,7 +55,7 @@ class Pretrained:
 
         Args:
             n: their number.
-            labels: class names or indices, one after the other; empty takes what predict takes.
+            labels: class names or indices, one after the other, or one for all; empty takes what predict takes.
             seed: seed of the whole set; sample i is the same for any n and batch size.
             sampler: name of a sampler; its default if None.
             batch_size: samples at a time.
@@ -70,7 +70,7 @@ class Pretrained:
         positive(n=n, batch_size=batch_size)
         if sampler is not None and sampler not in self.samplers:
             raise UserError(f"no sampler {sampler!r}; there are {', '.join(self.samplers)}")
-        chosen = choose_labels(labels, self.facts, self.model)
+        chosen = choose_labels([labels] if isinstance(labels, int | str) else labels, self.facts, self.model)
         drawn = []
         for start in range(0, n, batch_size):
             indices = range(start, min(n, start + batch_size))

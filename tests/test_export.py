@@ -177,6 +177,7 @@ def test_the_model_of_this_repository_draws_classes_in_codes():
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 6e6
     model = bd_lightning.load(folder)
     images = model.sample(20, labels=[0, 1])
+    assert torch.equal(model.sample(2, labels=1), model.sample(2, labels=[1, 1]))
     ink = (images.clamp(-1, 1) + 1).sum((1, 2, 3))
     assert images.shape == (20, 1, 28, 28) and ink[::2].mean() > 1.5 * ink[1::2].mean()  # a 0 takes more ink than a 1
 
