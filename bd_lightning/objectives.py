@@ -47,7 +47,7 @@ __all__ = [
     "queries",
 ]
 TRACES = ("stein", "combined", *divergences.PROBES)
-CROSSOVER, PROBED = 0.35, 1 / 6
+CROSSOVER, PROBED = 0.35, 1 / 3
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class FieldDivergence(FieldObjective):
         crossover: of the combined trace, the noise level at which both count alike, in units of the data's standard
             deviation; None is 0.35.
         probed: of the combined trace, the share of a batch, from the lowest noise levels up, that is probed; the others
-            cost no derivative. None is a sixth.
+            cost no derivative. None is a third.
     """
 
     trace: str = "stein"
