@@ -111,7 +111,7 @@ def stein_control(h: Tensor, trace: Tensor, noise: Tensor, sigma: Tensor) -> Ten
 
 def stein_weight(sigma: Tensor, crossover: float) -> Tensor:
     """Weight a of Stein's identity in a combined trace, σ²/(σ² + c²), a crossover c in data units; of sigma's shape."""
-    return sigma.square() / (sigma.square() + crossover**2)
+    return 1 / (1 + (crossover / sigma).square())
 
 
 def regression_loss(g: Tensor, grad_m: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ class Optimizer(ABC):
     def __post_init__(self) -> None:
         _rates(**{f"betas[{i}]": beta for i, beta in enumerate(self.betas)})
         in_range(0, float("inf"), weight_decay=self.weight_decay)
+        object.__setattr__(self, "betas", tuple(map(float, self.betas)))  # torch refuses integers
 
     def unless(self, optimizer: torch.optim.Optimizer, bad: Tensor) -> None:
         """Have the optimiser leave its next step out, weights and moments alike, if `bad`, a truth value, is true.
@@ -81,7 +82,7 @@ class AdamW(Optimizer):
     def __call__(self, module, lr):
         fused = any(p.device.type in FUSED for p in module.parameters()) or None
         optimizer = torch.optim.AdamW(
-            module.parameters(), lr=lr, betas=tuple(self.betas), weight_decay=self.weight_decay, fused=fused
+            module.parameters(), lr=lr, betas=self.betas, weight_decay=self.weight_decay, fused=fused
         )
         optimizer.register_load_state_dict_pre_hook(partial(_keep_fused, fused=fused))
         if fused:  # it offers to unscale float16's gradients by itself, and Lightning would refuse to clip them before
@@ -231,11 +232,11 @@ class ScheduleFree(Optimizer):
         except ImportError as error:
             raise ValueError("ScheduleFree needs the package schedulefree: uv sync --group optimizers") from error
         optimizer = schedulefree.AdamWScheduleFree(
-            module.parameters(), lr=lr, betas=tuple(self.betas), weight_decay=self.weight_decay
+            module.parameters(), lr=lr, betas=self.betas, weight_decay=self.weight_decay
         )
         optimizer.train()
         return optimizer
 
     def averaged(self, optimizer):
-        end = 1 - 1 / self.betas[0]
+        end = 1 - 1 / optimizer.param_groups[0]["betas"][0]
         return {p: p.detach().lerp(state["z"], end) for p, state in optimizer.state.items() if "z" in state}

@@ -30,15 +30,21 @@ class NoiseLevels:
     antithetic: float = 0.0
 
     def __post_init__(self) -> None:
-        in_range(-100, 100, mean=self.mean)
+        in_range(-40, 40, mean=self.mean)
         positive(std=self.std)
+        if not abs(self.mean) + 5 * self.std <= 40:
+            raise ValueError(
+                f"|mean| + 5 std must be at most 40, got mean={self.mean:g} and std={self.std:g}: the squares of such "
+                "noise levels are no numbers of single precision"
+            )
         in_range(0, math.inf, antithetic=self.antithetic)
 
     def pairs(self, n: int, sigma_data: float) -> int:
         """How many antithetic pairs there are among n points: their share of the noise levels, rounded down."""
-        if not self.antithetic:
+        below = self.antithetic * sigma_data
+        if not below:
             return 0
-        z = (math.log(self.antithetic * sigma_data) - self.mean) / self.std
+        z = (math.log(below) - self.mean) / self.std
         return int(n * 0.5 * math.erfc(-z / math.sqrt(2)) / 2)
 
     def __call__(

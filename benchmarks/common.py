@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build
 from bd_lightning.cli import config as configs
-from bd_lightning.modules.base import Module, schedule
+from bd_lightning.modules.base import Module, Schedule
 from bd_lightning.optimizers import AdamW, Optimizer
 
 # ---- the command line
@@ -140,7 +140,7 @@ class Training:
         self.recipe = recipe
         self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(recipe.averaging), use_buffers=True)
         self.optimizer = recipe.optimizer(model, recipe.lr)
-        self.schedule = schedule(self.optimizer, recipe.warmup_steps, recipe.steps if recipe.decay else None)
+        self.schedule = Schedule(self.optimizer, recipe.warmup_steps, recipe.steps if recipe.decay else None)
 
     @property
     def averaged(self) -> Any:

@@ -212,6 +212,7 @@ def test_mistakes(root, teacher, relative, tuned, capsys):
     told = ["model.network.conditional=true", "model.mix={3: 1.0}"]
     assert "a mixture has no classes to be told" in refused(f"model.teacher={relative}", *told)
     assert "knows no classes" in refused(f"model.teacher={teacher}", "model.network.conditional=true")
+    assert "no pairs of opposite noise: noise.antithetic=0" in refused("model.noise.antithetic=0.5")
     assert "no class 'cat'" in refused(f"model.teacher={relative}", "model.mix={cat: 1.0}")
     for word in ("model.sampler=ode", "model.samplers.sde={_target_: bd_lightning.dynamics.MultistepDynamics}"):
         message = refused(word)

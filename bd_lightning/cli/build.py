@@ -295,8 +295,8 @@ def _fits(value: Any, hint: Any, key: str) -> bool:
 def _how_to_name(hint: Any, key: str) -> str:
     """How a class is named where one is asked for, with those that this package has of it; else nothing."""
     asked = [c for c in (typing.get_args(hint) or (hint,)) if inspect.isclass(c) and c not in (*PLAIN, Path)]
-    below = [c for kind in asked for c in kind.__subclasses__() if c.__module__.startswith("bd_lightning.")]
-    names = [f"{c.__module__}.{c.__qualname__}" for c in below if not inspect.isabstract(c)]
+    known = [c for kind in asked for c in (kind, *kind.__subclasses__()) if c.__module__.startswith("bd_lightning.")]
+    names = [f"{c.__module__}.{c.__qualname__}" for c in known if not inspect.isabstract(c)]
     return f": name it by {key}._target_, such as {', '.join(names)}" if names else ""
 
 

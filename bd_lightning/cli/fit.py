@@ -1,6 +1,7 @@
 """fit, validate and test."""
 
 import contextlib
+import inspect
 import os
 import signal
 import threading
@@ -183,20 +184,28 @@ def refuse_two(callbacks: list[Any]) -> None:
 
 
 def refuse_other_optimizer(plan: Plan, model: Any) -> None:
-    """Refuse to go on with another optimiser than that of the checkpoint, whose state it cannot take.
+    """Refuse to go on with another optimiser than that of the checkpoint, or with other settings of it.
+
+    They are restored with its state; the rate is the schedule's, and may change.
 
     Raises:
-        UserError: naming both.
+        UserError: naming what differs.
     """
     if plan.checkpoint is None:
         return
-    stored = plan.checkpoint["hyper_parameters"]["model"].get("optimizer") or {}
-    before, now = str(stored.get("_target_", "AdamW")).rpartition(".")[2], type(model.optimizer).__name__
-    if before != now:
-        raise UserError(
-            f"{plan.config['ckpt_path']} was trained by {before}, whose state {now} cannot go on from: leave "
-            "model.optimizer as it is there, or train anew"
-        )
+    nodes = (plan.checkpoint["hyper_parameters"]["model"], plan.config["model"])
+    own: dict[str, Any] = {"_target_": "bd_lightning.optimizers.AdamW"}
+    for name, one in inspect.signature(type(model.optimizer)).parameters.items():
+        own[name] = list(one.default) if isinstance(one.default, tuple) else one.default
+    before, now = (own | (node.get("optimizer") or {}) for node in nodes)
+    for name in now | before:
+        was, given = before.get(name), now.get(name)
+        if was != given:
+            key = "model.optimizer" + ("" if name == "_target_" else f".{name}")
+            raise UserError(
+                f"{plan.config['ckpt_path']} was trained with {key}={was}, whose state cannot go on with {given}: "
+                "leave model.optimizer as it is there (model.lr and model.warmup_steps may change), or train anew"
+            )
 
 
 def refuse_other_data(trained: Facts, given: Facts) -> None:

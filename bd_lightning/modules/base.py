@@ -40,9 +40,28 @@ def learning_rate(step: int, warmup_steps: int = 0, decay_steps: int | None = No
     return warm * (0.5 * (1 + math.cos(math.pi * min(1.0, step / decay_steps))) if decay_steps else 1.0)
 
 
-def schedule(optimizer: torch.optim.Optimizer, warmup_steps: int, decay_steps: int | None) -> LambdaLR:
-    """The schedule of an optimiser's rate (see `learning_rate`), to be stepped with it."""
-    return LambdaLR(optimizer, lambda step: learning_rate(step, warmup_steps, decay_steps))
+class Schedule(LambdaLR):
+    """The schedule of an optimiser's rate (see `learning_rate`), to be stepped with it.
+
+    Of a state it takes the step alone: a run goes on with the rates that its config gives now.
+
+    Args:
+        optimizer: an optimiser at its full rates.
+        warmup_steps: steps over which they rise linearly.
+        decay_steps: steps until a cosine has brought them to zero; None leaves them where they are.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup_steps: int, decay_steps: int | None) -> None:
+        super().__init__(optimizer, lambda step: learning_rate(step, warmup_steps, decay_steps))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the step of a state, once the optimiser has its own."""
+        rates = self.base_lrs
+        super().load_state_dict(state_dict)
+        self.base_lrs = rates
+        self._last_lr = [full * share(self.last_epoch) for full, share in zip(rates, self.lr_lambdas)]
+        for group, full, rate in zip(self.optimizer.param_groups, rates, self._last_lr):
+            group.update(initial_lr=full, lr=rate)
 
 
 class Module(L.LightningModule):
@@ -211,5 +230,5 @@ class Module(L.LightningModule):
             optimizer = self.optimizer(self, lr)
         except ValueError as error:
             raise UserError(f"model.optimizer: {error}") from error
-        scheduler = schedule(optimizer, self.warmup_steps, total)
+        scheduler = Schedule(optimizer, self.warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

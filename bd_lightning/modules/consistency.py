@@ -94,6 +94,8 @@ class ConsistencyModel(FewStepGenerator):
         **options: Any,
     ) -> None:
         super().__init__(noise=noise, **options)
+        if noise.antithetic:
+            raise ValueError("a consistency model has no pairs of opposite noise: noise.antithetic=0")
         in_range(0, math.inf, kl_weight=kl_weight)
         if coupling is not None and (coupling.conditional or coupling.head_shape):
             raise ValueError("coupling is a network without classes: leave its conditional and per_class out")

@@ -293,6 +293,8 @@ def test_refusals(options, message):
         (lambda: Partners(pairs="some"), "pairs must be one of all, single"),
         (lambda: NoiseLevels(std=0.0), "std must be positive"),
         (lambda: NoiseLevels(antithetic=-1.0), "antithetic must lie between 0 and inf"),
+        (lambda: NoiseLevels(std=50.0), r"\|mean\| \+ 5 std must be at most 40, got mean=-0.8 and std=50"),
+        (lambda: NoiseLevels(mean=-39.0), r"\|mean\| \+ 5 std must be at most 40"),
         (lambda: AdamW((0.9, 1.5)), r"betas\[1\] must lie between 0 and 1"),
         (lambda: Muon(momentum=2.0), "momentum must lie between 0 and 1"),
         (lambda: FieldDivergence(trace="steïn"), "trace must be one of stein, combined, hutchinson, gaussian, sliced"),

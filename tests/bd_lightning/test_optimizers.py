@@ -9,7 +9,7 @@ from lightning.fabric.plugins.precision.amp import _optimizer_handles_unscaling
 from torch._subclasses import FakeTensorMode
 
 import train
-from bd_lightning.modules.base import schedule
+from bd_lightning.modules.base import Schedule
 from bd_lightning.networks import MLP, UNet
 from bd_lightning.optimizers import AdamW, Muon, ScheduleFree
 from small_run import launch
@@ -40,13 +40,13 @@ def test_training_goes_on_exactly_from_a_state(choice):
         pytest.importorskip("schedulefree", reason="schedulefree is not installed")
     whole = unet()
     optimizer = choice(whole, 1e-2)
-    rates = schedule(optimizer, 3, 20)
+    rates = Schedule(optimizer, 3, 20)
     run(whole, optimizer, rates, 5)
     kept = copy.deepcopy((whole.state_dict(), optimizer.state_dict(), rates.state_dict()))
     run(whole, optimizer, rates, 5, first=5)
     again = unet()
     other = choice(again, 1e-2)
-    following = schedule(other, 3, 20)
+    following = Schedule(other, 3, 20)
     again.load_state_dict(kept[0])
     other.load_state_dict(kept[1])
     following.load_state_dict(kept[2])
@@ -64,7 +64,7 @@ def test_muon_is_torchs_on_flattened_matrices_and_adam_on_the_rest():
     assert "middle.conv1.weight" in names and "middle.attention.qkv.weight" in names
     assert not [n for n in names if n.startswith(("enter", "embed")) or "head" in n or "condition" in n or "bias" in n]
     optimizer = Muon()(network, 1e-2)
-    run(network, optimizer, schedule(optimizer, 0, None), 1)
+    run(network, optimizer, Schedule(optimizer, 0, None), 1)
     theirs = dict(copied.named_parameters())
     flat = {name: torch.nn.Parameter(theirs[name].detach().flatten(1)) for name in names}
     muon = torch.optim.Muon(list(flat.values()), 1e-2, 0.0, 0.95, adjust_lr_fn="match_rms_adamw")
@@ -92,6 +92,11 @@ def test_gradients_can_be_clipped_in_mixed_precision_on_a_gpu(choice):
     assert {p.device.type for p in network.parameters()} == {"cuda"}
     parts = [optimizer, *getattr(optimizer, "parts", [])]
     assert not any(_optimizer_handles_unscaling(part) for part in parts)
+
+
+def test_whole_numbers_are_rates_too():
+    optimizer = AdamW([0, 0.99])(MLP((2,), width=8, depth=1), 1e-3)
+    assert optimizer.param_groups[0]["betas"] == (0.0, 0.99)
 
 
 def test_muon_asks_for_a_network_with_matrices():
@@ -124,8 +129,33 @@ def test_another_optimizer_cannot_go_on_and_leaves_the_run_alone(tmp_path, capsy
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     words = [f"ckpt_path={folder}/checkpoints/last.ckpt", "steps=6"]
     assert train.main([*words, "model.optimizer._target_=bd_lightning.optimizers.Muon"]) == 2
-    assert "was trained by AdamW, whose state Muon cannot go on from" in capsys.readouterr().err
+    assert "optimizers.AdamW, whose state cannot go on with bd_lightning.optimizers.Muon" in capsys.readouterr().err
+    for setting, name in (("betas=[0.5,0.9]", "betas"), ("weight_decay=0.1", "weight_decay")):
+        assert train.main([*words, f"model.optimizer.{setting}"]) == 2
+        assert f"trained with model.optimizer.{name}=" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_an_optimizer_of_another_module_is_another_one(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text("import bd_lightning.optimizers as o\n\n\nclass AdamW(o.AdamW):\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert launch(tmp_path / "runs", "run_id=a") == 0
+    last = tmp_path / "runs" / "bellman-diffusion" / "a" / "checkpoints" / "last.ckpt"
+    assert train.main([f"ckpt_path={last}", "steps=6", "model.optimizer._target_=mine.AdamW"]) == 2
+    assert "whose state cannot go on with mine.AdamW" in capsys.readouterr().err
+
+
+def test_a_resumed_run_takes_the_rate_that_it_is_given(tmp_path):
+    words = ["run_id=a", "model.lr_decay=none", "model.warmup_steps=1"]
+    assert launch(tmp_path / "runs", *words) == 0
+    last = tmp_path / "runs" / "bellman-diffusion" / "a" / "checkpoints" / "last.ckpt"
+    before = torch.load(last, weights_only=True)
+    assert train.main([f"ckpt_path={last}", "steps=6", "model.lr=1e-30", "model.optimizer.betas=[0.9,0.99]"]) == 0
+    after = torch.load(last, weights_only=True)
+    assert [group["lr"] for group in after["optimizer_states"][0]["param_groups"]] == [1e-30]
+    assert after["hyper_parameters"]["model"]["lr"] == 1e-30
+    for key, value in before["current_model_state"].items():
+        torch.testing.assert_close(after["current_model_state"][key], value, rtol=0, atol=1e-25)
 
 
 def test_a_state_that_cannot_be_restored_leaves_the_checkpoint_alone(tmp_path, capsys):
@@ -166,7 +196,7 @@ def test_schedule_free_is_judged_by_its_own_average():
     network = unet()
     choice = ScheduleFree()
     optimizer = choice(network, 1e-2)
-    run(network, optimizer, schedule(optimizer, 0, None), 5)
+    run(network, optimizer, Schedule(optimizer, 0, None), 5)
     average = choice.averaged(optimizer)
     optimizer.eval()
     for p in network.parameters():

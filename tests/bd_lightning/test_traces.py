@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from bd_lightning import kernels
 from bd_lightning.checks import UserError
+from bd_lightning.divergences import stein_weight
 from bd_lightning.dynamics import MultistepDynamics
 from bd_lightning.fields.preconditioning import Direct, Factored
 from bd_lightning.modules import BellmanDiffusion
@@ -156,6 +157,16 @@ def test_noise_levels_keep_their_distribution(options):
         batch = noise(40, generator=g).log()
         cells = (40 * torch.special.ndtr((batch + 0.5) / 0.8)).long()
         assert sorted(cells.tolist()) == list(range(40))
+
+
+@pytest.mark.parametrize(("antithetic", "sigma_data"), [(5e-324, 0.1), (0.5, 0.0)])
+def test_no_level_lies_below_nothing(antithetic, sigma_data):
+    assert NoiseLevels(antithetic=antithetic).pairs(10, sigma_data) == 0
+
+
+@pytest.mark.parametrize(("crossover", "a"), [(1e200, 0.0), (1e-200, 1.0), (0.3, 0.25 / 0.34)])
+def test_the_weight_of_steins_identity_is_a_number_at_any_crossover(crossover, a):
+    assert stein_weight(torch.tensor([0.5]), crossover).item() == pytest.approx(a)
 
 
 def test_the_lowest_noise_levels_are_probed():
