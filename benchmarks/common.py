@@ -31,6 +31,24 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def at_least(low: int) -> Callable[[str], int]:
+    """A type of arguments: whole numbers from `low` on."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number, at least {low}, got {text!r}")
+        return value
+
+    return read
+
+
+count = at_least(1)
+
+
 def run(main: Callable[[], None]) -> None:
     """Run a benchmark; a mistake of the user is one sentence and the exit status 2, Ctrl-C one and 130."""
     try:
@@ -243,7 +261,15 @@ def step_memory(loss: Callable[[], Tensor], model: nn.Module) -> float:
     return float(sum(kept.values()))
 
 
-# ---- rows and tables
+# ---- weights, rows and tables
+
+
+def save(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Write weights, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    torch.save(weights, part)
+    part.replace(path)
 
 
 class Rows(Sequence[dict[str, Any]]):
@@ -275,6 +301,11 @@ class Rows(Sequence[dict[str, Any]]):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
+        return row
+
+    def say(self, **row: Any) -> dict[str, Any]:
+        """Keep one more row and print it, beside what a benchmark prints at its end."""
+        print(self.add(**row), file=sys.stderr, flush=True)
         return row
 
     def where(self, **values: Any) -> list[dict[str, Any]]:

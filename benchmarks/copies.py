@@ -90,8 +90,7 @@ def trained(out: Path, config: Any, data: Any, steps: int) -> Any:
         training.step(lambda chosen=chosen: model.losses(codes[chosen], label[chosen]).total)
         if step % 500 == 499:
             print(f"step {step + 1} of {steps}", flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.save(training.averaged.state_dict(), path)
+    common.save(training.averaged.state_dict(), path)
     return training.averaged
 
 
@@ -112,9 +111,9 @@ def main() -> None:
     parser.add_argument("--autoencoder", required=True)
     parser.add_argument("--data", default="data")
     parser.add_argument("--out", type=Path, default=Path("runs/copies"))
-    parser.add_argument("--n", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=10000)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--n", type=common.count, default=1000)
+    parser.add_argument("--steps", type=common.count, default=10000)
+    parser.add_argument("--seeds", type=common.count, default=3)
     options = parser.parse_args()
     words = [f"data.autoencoder.ckpt_path={options.autoencoder}", f"data.root={options.data}"]
     words += ["model.network.width=256", "model.kernel={_target_: bd_lightning.kernels.Constant}"]

@@ -27,10 +27,10 @@ def main() -> None:
     """Measure and print."""
     parser = common.parser(__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--n", type=int, default=5000)
-    parser.add_argument("--batches", type=int, default=40)
-    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--size", type=common.count, default=64)
+    parser.add_argument("--n", type=common.count, default=5000)
+    parser.add_argument("--batches", type=common.count, default=40)
+    parser.add_argument("--workers", type=common.at_least(0), default=0)
     options = parser.parse_args()
     files = list(find(options.folder, set()))
     if len(files) < 256:

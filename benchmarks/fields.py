@@ -275,10 +275,10 @@ def report(rows: list[dict[str, Any]], times: dict[str, float]) -> None:
 def main() -> None:
     """Run what is missing and print the tables."""
     parser = common.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=common.count, default=500)
+    parser.add_argument("--seeds", type=common.count, default=3)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
-    parser.add_argument("--jobs", type=int, default=2, help="processes of one thread each")
+    parser.add_argument("--jobs", type=common.count, default=2, help="processes of one thread each")
     parser.add_argument("--out", type=Path, default=Path("runs/fields"))
     options = parser.parse_args()
     optional("azula")

@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--eager", action="store_true", help="leave compilation out")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
     parser.add_argument("words", nargs="*", help="settings of the config, as in train.py")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if not options.minutes > 0 or (options.call is not None and not options.call > 0):
         parser.error("--minutes and --call must be positive")
     if options.device == "cuda" and not torch.cuda.is_available():

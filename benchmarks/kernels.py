@@ -56,9 +56,9 @@ def train(data: Any, steps: int, seed: int) -> tuple[dict[str, BellmanDiffusion]
 def main() -> None:
     """Run and print the table."""
     parser = common.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=1500)
+    parser.add_argument("--steps", type=common.count, default=1000)
+    parser.add_argument("--seeds", type=common.count, default=3)
+    parser.add_argument("--samples", type=common.count, default=1500)
     options = parser.parse_args()
     data = common.make_data(common.compose())
     features = ClassifierFeatures()

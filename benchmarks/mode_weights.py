@@ -130,7 +130,7 @@ def trained(path: str, chains: int, target: GaussianMixture) -> None:
 def main() -> None:
     """Run and print the table."""
     parser = common.parser(__doc__)
-    parser.add_argument("--chains", type=int, default=10_000)
+    parser.add_argument("--chains", type=common.count, default=10_000)
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--checkpoint")
     options = parser.parse_args()

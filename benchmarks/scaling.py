@@ -210,8 +210,8 @@ def main() -> None:
         Path(out).write_text(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
         return
     parser = common.parser(__doc__)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--steps", type=common.count, default=100)
+    parser.add_argument("--repetitions", type=common.count, default=3)
     parser.add_argument("--data-root", default="data")
     parser.add_argument("experiments", nargs="*", default=list(EXPERIMENTS))
     options = parser.parse_args()

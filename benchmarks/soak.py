@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 
+from benchmarks import common
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
     "model=mlp", "model.network.width=64", "model.network.depth=1", "model.samplers.sde.levels=8",
@@ -138,10 +140,10 @@ def disturbed(options: argparse.Namespace, words: list[str]) -> None:
 
 def main() -> None:
     """Run, watch, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--every", type=int, default=50)
-    parser.add_argument("--signals", type=int, default=0)
+    parser = common.parser(__doc__)
+    parser.add_argument("--steps", type=common.count, default=2000)
+    parser.add_argument("--every", type=common.count, default=50)
+    parser.add_argument("--signals", type=common.at_least(0), default=0)
     options, words = parser.parse_known_args()
     if options.signals:
         disturbed(options, words)
