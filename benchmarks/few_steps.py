@@ -15,7 +15,7 @@ error of a mode's weight and W2. Rules, all over the noise levels of the checkpo
 - order 1, 2, 3, +: `MultistepDynamics` with relaxation 0 at equal ratios, `+` with the corrector;
 - … ρ7: on EDM's grid; … λ.5: with relaxation 0.5.
 
---ddpm takes DDPMs that `benchmarks/images.py` trained (OUT/DDPM-0.pt) with the data and the network of the first
+--ddpm takes DDPMs that `benchmarks/images.py` trained (OUT/DDPM-0-….pt) with the data and the network of the first
 checkpoint, and asks diffusers' own DPM-Solver++ of second and third order and UniPC of third.
 
 With --asked a second table has Σ |share counted − share asked|, the shares counted by the features' classifier. --time
@@ -26,7 +26,6 @@ seeds.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -196,7 +195,7 @@ def main() -> None:
     parser.add_argument("--time", action="store_true")
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--ddpm", nargs="+", default=[], metavar="FILE")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     check(options)
     rows, results = Rows(options.out / "rows.jsonl"), {}
     judge: Any = None
@@ -239,8 +238,7 @@ def compare(
             key |= {"weights": f"{weights:.9g}", "asked": options.asked and str(sorted(options.asked.items()))}
             found = rows.where(**key)
             if not found:
-                found = [rows.add(**key, **judge(model, name, options.n, seed))]
-                print(found[0], file=sys.stderr, flush=True)
+                found = [rows.say(**key, **judge(model, name, options.n, seed))]
             results.append(found[0])
     return results
 

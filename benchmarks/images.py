@@ -16,16 +16,19 @@ pixels; a GPU: `--experiment mnist` or `cifar10`.
   training, the two samplers are separate rows).
 - Flow matching: independent coupling, sampled by Heun's method.
 
-A finished row is kept in OUT/rows.jsonl and not computed again. Prints Markdown tables: FID, KID, precision and
-recall of n samples against the test split, mean over seeds; FID of --n-curve samples (0: none) after each quarter of
-the training; the time of a training step relative to DDPM's (all take turns, step by step; median over rounds),
-memory (on a GPU the peak of a training step; on a CPU what autograd keeps for its backward pass), and sampling time
-per 1,000 images. FID without averaging comes beside; --habits also trains the default with each other habit switched:
-clipping, warm-up, decay, bf16, and where they apply mirrored images, channels-last and compilation. --only takes
-methods or habits. --figure draws grids and curves.
+A finished row is kept in OUT/rows.jsonl with the settings that it is of, trained weights beside it, and neither is
+computed again; other settings may go to the same folder, and only rows of those asked for are shown. A training that
+is kept is not repeated for another curve. Prints Markdown tables: FID, KID, precision and recall of n samples against
+the test split, mean over seeds; FID of --n-curve samples (0: none) after each quarter of the training; the time of a
+training step relative to DDPM's (all take turns, step by step; median over rounds), memory (on a GPU the peak of a
+training step; on a CPU what autograd keeps for its backward pass), and sampling time per 1,000 images. FID without
+averaging comes beside; --habits also trains the default with each other habit switched: clipping, warm-up, decay,
+bf16, and where they apply mirrored images, channels-last and compilation. --only takes methods or habits. --figure
+draws grids and curves.
 """
 
 import argparse
+import hashlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,12 +46,13 @@ from benchmarks import common
 from benchmarks.common import Recipe, Rows, Training, Turns, now, optional, step_memory
 from benchmarks.images_report import costs_of, draw, report
 from benchmarks.peers import CALLS, DDPM, Draw, FlowMatching
-from callbacks.metrics import Given, frechet_distance, precision_recall
+from callbacks.metrics import NEIGHBOURS, Given, frechet_distance, precision_recall
 from datamodules import to_uint8
 from datamodules.subsets import random_subset
 
 EQUAL = [f"model.samplers.sde.levels={CALLS}", "model.samplers.sde.relaxation=0.5", "model.samplers.ode.steps=18"]
 DEFAULT, DDPM_NAME = "Bellman Diffusion", "DDPM"
+UNAVERAGED = "no averaging"
 ADAMW = [
     "model.optimizer._target_=bd_lightning.optimizers.AdamW", "model.lr=3.0e-3", "model.noise.antithetic=0",
     "model.noise.stratified=false",
@@ -108,7 +112,7 @@ class Habit:
 
 
 class Suite:
-    """The data, the features, and how methods are built, trained and scored."""
+    """The data, the features, how methods are built, trained and scored, and the settings that rows of each are of."""
 
     names, default = NAMES, DEFAULT
 
@@ -128,6 +132,10 @@ class Suite:
         )
         self.real = torch.cat([self.features(to_uint8(x).to(self.device)).cpu() for x, _ in split])
         self.steps = options.steps or self.config["steps"]
+        self.speeds = {"experiment": options.experiment, "words": sorted(options.words)}
+        self.speeds |= {"bf16": options.bf16, "device": options.device}
+        self.trained = {**self.speeds, "steps": self.steps}
+        self.curved, self.scored = {**self.trained, "n": options.n_curve}, {**self.trained, "n": options.n}
         self.model = common.make_model(self.config, self.facts.arguments)
         self.pixels = self.data.observed is self.data
         self.mirrored = self.pixels and self.data.observed.flip
@@ -169,6 +177,16 @@ class Suite:
                 x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
             yield x.to(self.device), label.to(self.device)
 
+    def weights(self, name: str, seed: int) -> Path:
+        """Where the weights of a training with these settings are kept."""
+        settings = hashlib.sha256(repr(self.trained).encode()).hexdigest()[:8]
+        return self.options.out / f"{name.replace(' ', '-')}-{seed}-{settings}.pt"
+
+    def restore(self, method: Any, name: str, seed: int) -> Any:
+        """A method with weights that were kept, in evaluation mode."""
+        method.load_state_dict(torch.load(self.weights(name, seed), map_location=self.device, weights_only=True))
+        return method.eval()
+
     def train(self, name: str, seed: int, habit: Habit = Habit()) -> Iterator[tuple[int, Any, Any]]:
         """Trains, and yields (steps, averaged, raw) at each quarter."""
         method = self.build(name, seed, habit.words)
@@ -204,12 +222,12 @@ class Suite:
             return {"fid": math.inf}
         values = {"fid": frechet_distance(self.real, found)}
         if n == self.options.n:
-            kid = KernelInceptionDistance(feature=Given(found.shape[1]), subsets=50, subset_size=min(1000, n))
+            few = min(n, len(self.real))
+            kid = KernelInceptionDistance(feature=Given(found.shape[1]), subsets=50, subset_size=min(1000, few))
             torch.manual_seed(0)
             kid.update(self.real / self.features.kid_scale, real=True)
             kid.update(found / self.features.kid_scale, real=False)
             values["kid"] = float(kid.compute()[0])
-            few = min(n, len(self.real))
             values["precision"], values["recall"] = precision_recall(
                 found[:few], self.real[random_subset(len(self.real), few)]
             )
@@ -258,22 +276,49 @@ def sampling_time(suite: Suite, method: Any) -> float:
     return min(seconds, default=math.nan)
 
 
+def learn(suite: Suite, name: str, seed: int, rows: Rows) -> None:
+    """Train a method, and keep its curve and its weights."""
+    averaged: Any = None
+    raw: Any = None
+    for done, averaged, raw in suite.train(name, seed):  # noqa: B007
+        key = {"kind": "curve", "name": name, "seed": seed, "done": done, **suite.curved}
+        if suite.options.n_curve and not rows.where(**key):
+            rows.say(**key, fid=suite.score(averaged, averaged.main, suite.options.n_curve)["fid"])
+    if name == DEFAULT:
+        common.save(raw.state_dict(), suite.weights(UNAVERAGED, seed))
+    common.save(averaged.state_dict(), suite.weights(name, seed))
+
+
+def judge(suite: Suite, name: str, seed: int, rows: Rows) -> None:
+    """Keep the scores of a method that are missing, and train it where it was not."""
+    method = suite.build(name, seed)
+    found = [("score", name, sampler) for sampler in method.samplers]
+    if name == DEFAULT:
+        found.append(("habit", UNAVERAGED, method.main))
+    for kind, what, sampler in found:
+        key = {"kind": kind, "name": what, "sampler": sampler, "seed": seed, **suite.scored}
+        if not rows.where(**key):
+            if not suite.weights(what, seed).is_file():
+                learn(suite, name, seed, rows)
+            rows.say(**key, **suite.score(suite.restore(method, what, seed), sampler, suite.options.n))
+
+
 def main() -> None:
     """Train what is missing, print the tables."""
     parser = common.parser(__doc__)
-    parser.add_argument("--experiment", default="mnist_latent")
-    parser.add_argument("--out", type=Path, default=Path("runs/images"))
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--n", type=int, default=10_000)
-    parser.add_argument("--n-curve", type=int, default=2000)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--bf16", action="store_true")
-    parser.add_argument("--habits", action="store_true")
+    parser.add_argument("--experiment", default="mnist_latent", help="as in train.py")
+    parser.add_argument("--out", type=Path, default=Path("runs/images"), help="folder of rows and weights")
+    parser.add_argument("--steps", type=common.count, help="of each training; the experiment's own if left out")
+    parser.add_argument("--seeds", type=common.count, default=1, help="how many trainings of each method")
+    parser.add_argument("--n", type=common.at_least(NEIGHBOURS + 1), default=10_000, help="samples of a score")
+    parser.add_argument("--n-curve", type=common.at_least(0), default=2000, help="samples of a point of a curve")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--bf16", action="store_true", help="train and sample in bfloat16")
+    parser.add_argument("--habits", action="store_true", help="train the default with each habit switched")
     parser.add_argument("--only", action="append", help="a method or a habit to train; may be repeated")
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--figure", type=Path, help="file of the grids; curves go beside it")
     parser.add_argument("words", nargs="*", help="settings of the config, as in train.py")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     options.out.mkdir(parents=True, exist_ok=True)
     suite, rows = Suite(options), Rows(options.out / "rows.jsonl")
     habits = suite.habits()
@@ -282,34 +327,20 @@ def main() -> None:
     methods = [name for name in NAMES if not options.only or name in options.only]
     chosen = [name for name in habits if options.habits or name in (options.only or ())]
 
-    def keep(**row: Any) -> None:
-        print(rows.add(**row), file=sys.stderr, flush=True)
-
-    timed = not set(methods) <= set(costs_of(rows))
+    timed = not set(methods) <= set(costs_of(suite, rows))
     if timed or DDPM_NAME in methods:
         optional("diffusers")  # before hours of training
     if timed:
-        keep(kind="speed", values=speed(suite, [name for name in NAMES if name in (*methods, DDPM_NAME)]))
+        names = [name for name in NAMES if name in (*methods, DDPM_NAME)]
+        rows.say(kind="speed", **suite.speeds, values=speed(suite, names))
     for seed in range(options.seeds):
         for name in methods:
-            if rows.where(kind="score", name=name, seed=seed, steps=suite.steps):
-                continue
-            averaged: Any = None
-            raw: Any = None
-            for done, averaged, raw in suite.train(name, seed):  # noqa: B007
-                if options.n_curve:
-                    curve = suite.score(averaged, averaged.main, options.n_curve)
-                    keep(kind="curve", name=name, seed=seed, done=done, fid=curve["fid"])
-            torch.save(averaged.state_dict(), options.out / f"{name.replace(' ', '-')}-{seed}.pt")
-            if name == DEFAULT:
-                keep(kind="habit", name="no averaging", seed=seed, **suite.score(raw, raw.main, options.n))
-            for sampler in averaged.samplers:
-                values = suite.score(averaged, sampler, options.n)
-                keep(kind="score", name=name, sampler=sampler, seed=seed, steps=suite.steps, **values)
+            judge(suite, name, seed, rows)
         for name in chosen:
-            if not rows.where(kind="habit", name=name, seed=seed):
+            key = {"kind": "habit", "name": name, "seed": seed, **suite.scored}
+            if not rows.where(**key):
                 *_, (_, averaged, _) = suite.train(DEFAULT, seed, habits[name])
-                keep(kind="habit", name=name, seed=seed, **suite.score(averaged, averaged.main, options.n))
+                rows.say(**key, **suite.score(averaged, averaged.main, options.n))
     report(suite, rows)
     if options.figure:
         draw(suite, rows, options.figure)
