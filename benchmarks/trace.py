@@ -1,6 +1,6 @@
 """Ways of taking the trace: how noisy the gradient of the parameters is by each, and what each learns.
 
-    uv run --group benchmarks benchmarks/trace.py [--seeds 3] [--steps 500] [--draws 200] [--problems mixture_2d …]
+    uv run --group benchmarks benchmarks/trace.py [--seeds 3] [--steps 500] [--draws 200] [--problems NAME]
         [--learn STEPS] [--out runs/trace] [--figure FILE] [KEY=VALUE …]
 
 Problems: a mixture of four Gaussians in the plane, a mixture of ten in 32 dimensions, MNIST's codes (with
@@ -20,11 +20,13 @@ errors of both fields against their closed forms, where there are any, and the e
 E‖D(x + σn) − x‖²/d, on held-out data at noise levels 0.1, 0.3, 1 and 3 in units of the data's; minutes are processor
 time of the training steps in one thread.
 
-A finished row is kept in OUT/rows.jsonl and not computed again. Prints Markdown tables.
+A finished row is kept in OUT/rows.jsonl with the settings that it is of, and not computed again. Prints Markdown tables
+of the settings asked for.
 """
 
+import argparse
+import itertools
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -35,6 +37,7 @@ import torch
 from torch import Tensor
 
 from bd_lightning import kernels
+from bd_lightning.checks import UserError
 from bd_lightning.distances import relative_error
 from bd_lightning.objectives import FieldDivergence, NoiseLevels
 from bd_lightning.targets import Density, GaussianMixture
@@ -69,9 +72,25 @@ PROBLEMS: dict[str, list[str]] = {
 }
 
 
+def words_of(name: str, words: list[str]) -> list[str]:
+    """Those of the words that are for a problem: none for mixtures, and for pixels none of an autoencoder."""
+    if name.startswith("mixture"):
+        return []
+    return sorted(word for word in words if name == "mnist_codes" or not word.startswith("data.autoencoder"))
+
+
+def check(options: argparse.Namespace) -> None:
+    """Refuse words that are wrong or for none of the problems, before anything is measured."""
+    for name in options.problems:
+        common.compose(*PROBLEMS[name], *words_of(name, options.words))
+    unused = set(options.words).difference(*(words_of(name, options.words) for name in options.problems))
+    if unused:
+        raise UserError(f"{', '.join(sorted(unused))}: not for {', '.join(options.problems)}, leave it out")
+
+
 def problem_of(name: str, words: list[str]) -> tuple[dict[str, Any], Any]:
     """The config and the data of a problem."""
-    config = common.compose(*PROBLEMS[name], *(words if name.startswith("mnist") else ()))
+    config = common.compose(*PROBLEMS[name], *words)
     data = common.make_data(config)
     if name == "mixture_32d":
         data = type(data)(density=mixture(32, 10), batch_size=data.batch_size)
@@ -210,13 +229,12 @@ def errors(model: Any, data: Any, *densities: Density) -> dict[str, list[float]]
     return found
 
 
-def report_learning(rows: Rows) -> None:
+def report_learning(rows: Rows, options: argparse.Namespace) -> None:
     """Print a table for each problem and kernel: errors after each quarter, and at each level after the last."""
-    learned = rows.where(kind="learned")
-    for name, kernel in dict.fromkeys((row["problem"], row["kernel"]) for row in learned):
+    for name, kernel in itertools.product(options.problems, KERNELS):
         lines = []
         for way in WAYS:
-            mine = [row for row in learned if (row["problem"], row["kernel"], row["way"]) == (name, kernel, way)]
+            mine = rows.where(**learned(name, options), kernel=kernel, way=way)
             for done in sorted({row["done"] for row in mine}):
                 part = [row for row in mine if row["done"] == done]
                 cells = [
@@ -234,35 +252,49 @@ def report_learning(rows: Rows) -> None:
 def main() -> None:
     """Measure what is missing, print the tables."""
     parser = common.parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--draws", type=int, default=200)
+    parser.add_argument("--seeds", type=common.count, default=3, help="how many networks of each problem")
+    parser.add_argument("--steps", type=common.count, default=500, help="of a training before variances are taken")
+    parser.add_argument("--draws", type=common.at_least(2), default=200, help="gradients that a variance is taken of")
     parser.add_argument("--learn", type=int, metavar="STEPS", help="train by each way instead, a multiple of 4 steps")
-    parser.add_argument("--problems", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
-    parser.add_argument("--out", type=Path, default=Path("runs/trace"))
-    parser.add_argument("--figure", type=Path)
-    parser.add_argument("words", nargs="*", help="settings of the data, as in train.py")
-    options = parser.parse_args()
+    parser.add_argument("--problems", action="append", choices=list(PROBLEMS), help="all if left out; may be repeated")
+    parser.add_argument("--out", type=Path, default=Path("runs/trace"), help="folder of the rows")
+    parser.add_argument("--figure", type=Path, help="file of the variances' figure")
+    parser.add_argument("words", nargs="*", help="settings of MNIST's problems, as in train.py")
+    options = parser.parse_intermixed_args()
+    options.problems = list(dict.fromkeys(options.problems or PROBLEMS))
     if options.learn is not None and (options.learn < 4 or options.learn % 4):
         parser.error("--learn must be a positive multiple of 4")
+    if options.learn and options.figure:
+        parser.error("--figure draws variances, which --learn does not take: leave one of them out")
+    check(options)
     rows = Rows(options.out / "rows.jsonl")
     if options.learn:
         measure_learning(rows, options)
-        return report_learning(rows)
+        return report_learning(rows, options)
     for seed in range(options.seeds):
         for name in options.problems:
-            kept = {"problem": name, "seed": seed, "steps": options.steps, "draws": options.draws}
+            kept = {**measured(name, options), "seed": seed}
             missing = [(k, s) for k in KERNELS for s in LEVELS if not rows.where(**kept, kernel=k, level=s)]
-            problem = Problem(name, options.words, seed, options.steps) if missing else None
+            problem = Problem(name, kept["words"], seed, options.steps) if missing else None
             for kernel, level in missing:
-                row = rows.add(**kept, kernel=kernel, level=level, **measure(problem, kernel, level, options.draws))
-                print(row, file=sys.stderr, flush=True)
-    report(rows)
+                rows.say(**kept, kernel=kernel, level=level, **measure(problem, kernel, level, options.draws))
+    report(rows, options)
     if options.figure:
-        draw(rows, options.figure)
+        draw(rows, options)
 
 
-def measure_learning(rows: Rows, options: Any) -> None:
+def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What rows of variances of a problem are of."""
+    words = words_of(name, options.words)
+    return {"problem": name, "words": words, "steps": options.steps, "draws": options.draws}
+
+
+def learned(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What rows of a problem that is learned are of."""
+    return {"kind": "learned", "problem": name, "words": words_of(name, options.words), "steps": options.learn}
+
+
+def measure_learning(rows: Rows, options: argparse.Namespace) -> None:
     """Train what is missing."""
     for seed in range(options.seeds):
         for name in options.problems:
@@ -270,41 +302,39 @@ def measure_learning(rows: Rows, options: Any) -> None:
                 for way in WAYS:
                     if way == "exact" and not name.startswith("mixture_2d"):
                         continue
-                    kept = {"kind": "learned", "problem": name, "kernel": kernel, "way": way, "seed": seed}
+                    kept = {**learned(name, options), "kernel": kernel, "way": way, "seed": seed}
                     if rows.where(**kept, done=options.learn):
                         continue
-                    for row in learn(name, options.words, kernel, way, seed, options.learn):
-                        rows.add(**kept, **row)
-                    print(rows[-1], file=sys.stderr, flush=True)
+                    for row in learn(name, kept["words"], kernel, way, seed, options.learn):
+                        if not rows.where(**kept, done=row["done"]):
+                            rows.say(**kept, **row)
 
 
-def report(rows: Rows) -> None:
+def report(rows: Rows, options: argparse.Namespace) -> None:
     """Print a table for each problem and kernel."""
-    for name in dict.fromkeys(row["problem"] for row in rows if "level" in row):
+    for name in options.problems:
         for kernel in KERNELS:
             lines = []
             for level in LEVELS:
-                part = rows.where(problem=name, kernel=kernel, level=level)
+                part = rows.where(**measured(name, options), kernel=kernel, level=level)
                 ways = [mean_sd((row[way] for row in part if way in row), 3) for way in list(WAYS)[1:]]
                 lines.append([level, *ways, *(mean_sd(row[key] for row in part) for key in ("a", "c"))])
             print(f"\n{name}, {kernel}: variance of the gradient in units of that by Stein's identity")
             print(table(["σ/σ_data", *list(WAYS)[1:], "best a", "its c"], lines))
 
 
-def draw(rows: Rows, path: Path) -> None:
+def draw(rows: Rows, options: argparse.Namespace) -> None:
     """All problems in one figure, kernels below each other."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(row["problem"] for row in rows if "level" in row))
+    names = options.problems
     figure = Figure(figsize=(3.2 * len(names), 6), layout="constrained")
     axes = figure.subplots(len(KERNELS), len(names), sharex=True, sharey=True, squeeze=False)
     for i, kernel in enumerate(KERNELS):
         for j, name in enumerate(names):
             for way in WAYS:
-                points = {
-                    level: [row[way] for row in rows.where(problem=name, kernel=kernel, level=level) if way in row]
-                    for level in LEVELS
-                }
+                mine = [row for row in rows.where(**measured(name, options), kernel=kernel) if way in row]
+                points = {level: [row[way] for row in mine if row["level"] == level] for level in LEVELS}
                 seen = {level: sum(values) / len(values) for level, values in points.items() if values}
                 axes[i, j].plot(list(seen), list(seen.values()), "o-", ms=3, label=way)
             axes[i, j].set(xscale="log", yscale="log", title=f"{name.replace('_', ' ')}, {kernel}")
@@ -312,7 +342,7 @@ def draw(rows: Rows, path: Path) -> None:
     axes[0, 0].legend(fontsize=6)
     figure.supxlabel("noise level, in units of the data's standard deviation")
     figure.supylabel("variance of the gradient, Stein's identity = 1")
-    figure.savefig(path, dpi=120)
+    figure.savefig(options.figure, dpi=120)
 
 
 if __name__ == "__main__":

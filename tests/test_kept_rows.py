@@ -1,0 +1,187 @@
+"""Benchmarks that are stopped and repeated, and given other settings: what is kept, counted and shown."""
+
+import pytest
+import torch
+
+from bd_lightning.checks import UserError
+from benchmarks import common, fields, images, linearity, trace
+
+FLOW, OURS = "flow matching", images.DEFAULT
+COST = {"step": 1.0, "milliseconds": 1.0, "sampling": 1.0, "memory": 1.0}
+SMALL = ["model.network.channels=[8]", "model.network.attention=[]", "data=digits"]
+SMALL += ["callbacks.metrics.features.steps=2"]
+
+
+class Bench:
+    """A benchmark that is called again and again with a folder, and can be stopped before a call of a function."""
+
+    def __init__(self, module, folder, patch, capsys):
+        self.module, self.folder, self.patch, self.capsys = module, folder, patch, capsys
+
+    def __call__(self, *words):
+        """Rows that a call adds, and what it prints."""
+        before = len(self.rows())
+        self.patch.setattr("sys.argv", ["bench.py", "--out", str(self.folder), *words])
+        self.capsys.readouterr()
+        self.module.main()
+        return self.rows()[before:], self.capsys.readouterr().out
+
+    def rows(self):
+        return list(common.Rows(self.folder / "rows.jsonl"))
+
+    def stopped(self, place, name, after, *words):
+        """A call that is interrupted when place.name is called once more than `after` times."""
+        own, calls = getattr(place, name), []
+
+        def counted(*args, **kwargs):
+            calls.append(1)
+            if len(calls) > after:
+                raise KeyboardInterrupt
+            return own(*args, **kwargs)
+
+        with self.patch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(place, name, counted)
+            self(*words)
+
+
+@pytest.fixture
+def pictures(tmp_path, monkeypatch, capsys):
+    """images.py with features of the first run, and without its timing."""
+    monkeypatch.setattr(images, "speed", lambda suite, names: dict.fromkeys(names, COST))
+    bench = Bench(images, tmp_path / "out", monkeypatch, capsys)
+    words = ["--experiment", "score_matching", *SMALL, f"data.root={tmp_path}", "--steps", "4", "--n", "12"]
+    return lambda *more: (bench, [*words, "--n-curve", "0", *more])
+
+
+def scores(rows, **values):
+    return [{k: v for k, v in row.items() if k in ("name", "sampler", "fid")} for row in rows
+            if row["kind"] in ("score", "habit") and all(row[k] == v for k, v in values.items())]  # fmt: skip
+
+
+def test_a_score_that_is_missing_is_computed_from_the_kept_weights(pictures, monkeypatch):
+    """Stopped between the two samplers of the default, then with all rows lost but the weights."""
+    bench, words = pictures("--only", OURS)
+    bench.stopped(images.Suite, "score", 1, *words)
+    assert [(row["sampler"], row["kind"]) for row in bench.rows() if row["kind"] != "speed"] == [("sde", "score")]
+    monkeypatch.setattr(images.Suite, "train", lambda *_: pytest.fail("trained again"))
+    added, _ = bench(*words)
+    assert [(row["name"], row["sampler"]) for row in added] == [(OURS, "ode"), ("no averaging", "ode")]
+    whole = scores(bench.rows())
+    assert len(whole) == 3 and bench(*words)[0] == []
+    (bench.folder / "rows.jsonl").unlink()
+    assert scores(bench(*words)[0]) == whole
+    assert [row["n"] for row in bench(*words, "--n", "16")[0]] == [16] * 3  # another score of the same training
+
+
+def test_a_curve_that_was_interrupted_counts_once(pictures):
+    bench, words = pictures("--only", FLOW, "--n-curve", "8")
+    bench.stopped(images.Suite, "score", 2, *words)
+    assert [row["done"] for row in bench.rows() if row["kind"] == "curve"] == [1, 2]
+    assert not list(bench.folder.glob("*.pt"))
+    bench(*words)
+    assert [row["done"] for row in bench.rows() if row["kind"] == "curve"] == [1, 2, 3, 4]
+    added, said = bench(*words, "--n-curve", "9")
+    assert added == [] and "quarter" not in said  # the training is kept, of which there is no such curve
+
+
+def test_images_of_other_settings_are_other_rows(pictures, tmp_path):
+    bench, words = pictures("--only", FLOW)
+    first, said = bench(*words)
+    assert [row["kind"] for row in first] == ["speed", "score"]
+    for more in (["--steps", "8"], ["--bf16"], ["model.lr=1e-3"], ["--experiment", "mnist_small"]):
+        added, other = bench(*words, *more)
+        assert [row["kind"] for row in added if row["kind"] != "speed"] == ["score"], more
+        assert sum(line.startswith(f"| {FLOW} | Heun") for line in other.splitlines()) == 1 and "±" not in other
+    assert len(list(bench.folder.glob("*.pt"))) == 5
+    assert bench(*words) == ([], said)
+    figure = tmp_path / "grid.png"
+    assert bench(*words, "--figure", str(figure))[0] == [] and figure.is_file()
+
+
+def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path, weights = tmp_path / "out" / "a.pt", {"w": torch.ones(3)}
+
+    def torn(weights, part):
+        part.write_bytes(b"PK")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", torn)
+        common.save(weights, path)
+    assert not path.exists()
+    common.save(weights, path)
+    assert torch.equal(torch.load(path, weights_only=True)["w"], weights["w"])
+
+
+@pytest.fixture
+def traces(tmp_path, monkeypatch, capsys):
+    """trace.py with little to measure."""
+    monkeypatch.setattr(trace, "LEVELS", (0.3,))
+    monkeypatch.setattr(trace, "WAYS", {name: trace.WAYS[name] for name in ("Stein", "combined")})
+    return Bench(trace, tmp_path / "out", monkeypatch, capsys)
+
+
+def test_variances_of_other_settings_are_other_rows(traces):
+    words = ["--problems", "mixture_2d", "--seeds", "1", "--steps", "2"]
+    first, said = traces(*words, "--draws", "4")
+    assert len(first) == len(trace.KERNELS) and "±" not in said
+    for more in (["--draws", "5"], ["--draws", "4", "--steps", "3"]):
+        added, other = traces(*words, *more)
+        assert len(added) == len(first) and "±" not in other and other != said
+    assert traces(*words, "--draws", "4") == ([], said)
+    seeds, other = traces(*words, "--draws", "4", "--seeds", "2")
+    assert len(seeds) == len(first) and "±" in other
+
+
+def test_what_is_learned_in_other_settings_is_other_rows(traces):
+    traces.patch.setattr(trace, "KERNELS", {"constant": trace.KERNELS["constant"]})
+    words = ["--problems", "mixture_2d", "--seeds", "1", "--learn"]
+    traces.stopped(trace, "errors", 2, *words, "4")
+    assert [row["done"] for row in traces.rows()] == [1, 2]
+    added, said = traces(*words, "4")
+    assert [row["done"] for row in added[:2]] == [3, 4] and len(traces.rows()) == 2 * 4
+    longer, other = traces(*words, "8")
+    assert [row["done"] for row in longer[:4]] == [2, 4, 6, 8] and "±" not in other
+    assert traces(*words, "4") == ([], said)
+
+
+def test_words_of_problems():
+    words = ["data.root=R", "data.autoencoder.ckpt_path=A"]
+    assert trace.words_of("mixture_2d", words) == [] and trace.words_of("mnist_pixels", words) == ["data.root=R"]
+    assert trace.words_of("mnist_codes", words) == sorted(words)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["foo.bar=1", "--problems", "mixture_2d"], "foo.bar=1: not for mixture_2d, leave it out"),
+        (["--problems", "mixture_2d", "--seeds", "1", "foo.bar=1", "--problems", "mnist_pixels"], "unknown key 'foo'"),
+        (["--problems", "mnist_pixels", "data.autoencoder.ckpt_path=A"], "ckpt_path=A: not for mnist_pixels"),
+    ],
+)
+def test_words_that_no_problem_takes_are_refused(traces, words, sentence):
+    with pytest.raises(UserError, match=sentence):
+        traces(*words)
+    assert not traces.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "sentence"),
+    [
+        (trace, "--draws 1", "--draws: must be a whole number, at least 2, got '1'"),
+        (trace, "--seeds -1", "--seeds: must be a whole number, at least 1, got '-1'"),
+        (trace, "--steps 0", "--steps: must be a whole number, at least 1"),
+        (trace, "--learn 4 --figure f.png", "--figure draws variances"),
+        (images, "--seeds 0", "--seeds: must be a whole number, at least 1"),
+        (images, "--n 3", "--n: must be a whole number, at least 4"),
+        (images, "--n-curve -1", "--n-curve: must be a whole number, at least 0"),
+        (images, "--steps many", "--steps: must be a whole number, at least 1, got 'many'"),
+        (fields, "--seeds 0", "--seeds: must be a whole number"),
+        (linearity, "--n 0", "--n: must be a whole number"),
+    ],
+)
+def test_numbers_without_a_meaning_are_refused(module, words, sentence, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["bench.py", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
