@@ -87,14 +87,16 @@ def test_what_is_added_to_the_denoising_form_has_mean_zero(form, sigma):
         assert wrong.mean().abs() > 20 * wrong.std() / n**0.5
 
 
-def test_a_combined_trace_is_less_noisy_than_either():
+@pytest.mark.parametrize(("form", "kernel"), [("factored", CONSTANT), ("direct", SLICES)])
+def test_a_combined_trace_is_less_noisy_than_either(form, kernel):
     """Of a network that was trained a little, on ten modes in 16 dimensions."""
     g = torch.Generator().manual_seed(16)
     means = torch.randn(10, 16, generator=g)
     modes = GaussianMixture((4 * means / means.norm(dim=1, keepdim=True)).tolist(), sd=0.3)
     torch.manual_seed(0)
     module = BellmanDiffusion(
-        MLP((16,), width=32, depth=1), CONSTANT, (16,), 0, 1.0, {"sde": MultistepDynamics()}, "sde"
+        MLP((16,), width=32, depth=1), kernel, (16,), 0, 1.0, {"sde": MultistepDynamics()}, "sde",
+        parametrisation=form,
     )  # fmt: skip
     optimizer = torch.optim.Adam(module.parameters(), 3e-3)
     for _ in range(400):
