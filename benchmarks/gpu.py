@@ -83,9 +83,14 @@ class Bench:
         cut = REHEARSAL if self.device.type == "cpu" else ["trainer=gpu", "trainer.devices=1"]
         self.words = ["experiment=cifar10_h200", *data_words(options.data, self.out), *cut, *inception(options.weights)]
         self.words += options.words
+        settings = {"words": self.words, "minutes": options.minutes, "eager": options.eager}
+        if self.rows and not self.rows.where(kind="settings", **settings):
+            raise UserError(f"{options.out} holds rows of other settings: give another --out, or the command as it was")
         self.config = common.compose(*self.words)
         self.batch = self.config["data"]["batch_size"]
         self.modes = [mode for mode, (_, compiled) in MODES.items() if not (compiled and options.eager)]
+        if not self.rows:
+            self.rows.add(kind="settings", **settings)
         self.peak = next((peak for name, peak in PEAKS.items() if name in self.card), None)
 
     @property

@@ -17,22 +17,25 @@ densities tracked along the chains:
 - a model of a thinned training set, 100 % of the 0s down to 1 % of the 9s: as it was trained, and asked for all
   classes alike.
 
-L1 is the sum over classes of |share counted − share asked|. A finished row is kept in OUT/rows.jsonl and not computed
-again; with --only PATTERN requests whose names the pattern is not found in are left out, and with --model all that
-need more than one model, which is then this one. --cost prints the processor time of ten experts instead (set
-OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its accuracy is printed, and so is the
-L1 that it finds between real test images and their labels. With --figure it draws samples of some requests, and
-beside FILE, as FILE with the suffix .gif, the way from one class to another by their weights, always from the same
-seeds.
+L1 is the sum over classes of |share counted − share asked|. A finished row is kept in OUT/rows.jsonl with its settings
+and not computed again; with --only PATTERN requests whose names the pattern is not found in are left out, with the
+models that they alone need, and with --model all that need more than one model, which is then this one. --cost prints
+the processor time of ten experts instead (set OMP_NUM_THREADS=1). The classifier is the one that FID takes its features
+from; its accuracy is printed, and so is the L1 that it finds between real test images and their labels. With --figure
+it draws samples of some requests, and beside FILE, as FILE with the suffix .gif, the way from one class to another by
+their weights, always from the same seeds.
 """
 
 import argparse
+import hashlib
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +56,7 @@ from datamodules import MNIST, to_uint8
 
 DIGITS = [str(c) for c in range(10)]
 HALVES = {"low": DIGITS[:5], "high": DIGITS[5:]}
+PARTS = {"all": DIGITS, **HALVES} | {f"expert{digit}": [digit] for digit in DIGITS}
 THINNED = {digit: round(0.01 ** (c / 9), 4) for c, digit in enumerate(DIGITS)}  # shares kept, from 1 to 0.01
 Way = Callable[[Mixture, Tensor], FieldPair]
 """The fields that chains of some numbers (B,) are drawn by, for a mixture."""
@@ -60,77 +64,98 @@ QUIET = ["logger=none", "callbacks.progress=null", "trainer.enable_progress_bar=
 
 
 def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
-    """The last checkpoint of a run, which is trained if it is not there."""
-    folder = options.out / "bellman-diffusion" / name / "checkpoints"
-    path = folder / "best.ckpt" if name == "autoencoder" else folder / "last.ckpt"
+    """The last checkpoint of a run by these words, which is trained if it is not there."""
     if name == "autoencoder" and options.autoencoder:
         return options.autoencoder
-    if not path.is_file():
-        command = [
-            *words,
-            *QUIET,
-            f"run_id={name}",
-            "ckpt_path=last",
-            f"root={options.out}",
-            f"data.root={options.data}",
+    run_id = f"{name}-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}"
+    own = [f"run_id={run_id}", "ckpt_path=last", f"root={options.out}", f"data.root={options.data}"]
+    if train.main([*words, *QUIET, *own]) != 0:
+        sys.exit(f"training of {name} failed")
+    folder = options.out / "bellman-diffusion" / run_id / "checkpoints"
+    return str(folder / ("best.ckpt" if name == "autoencoder" else "last.ckpt"))
+
+
+class Models(dict[str, RelativeDensities]):
+    """Models of all digits, of the halves, of thinned classes and of each digit, trained when they are asked for.
+
+    Args:
+        options: the command line.
+        code: the checkpoint of the autoencoder.
+    """
+
+    def __init__(self, options: argparse.Namespace, code: str) -> None:
+        self.options, self.code = options, code
+        if options.model:
+            self["all"] = checkpoints.load(options.model, RelativeDensities)[0]
+
+    def __missing__(self, name: str) -> RelativeDensities:
+        if name == "thin":
+            keep = "{" + ", ".join(f"{digit}: {share}" for digit, share in THINNED.items()) + "}"
+        else:
+            keep = f"[{','.join(PARTS[name])}]"
+        steps = self.options.steps // (2 if name == "thin" or name.startswith("expert") else 1)
+        words = [
+            "experiment=mnist_latent",
+            "model=relative",
+            f"data.autoencoder.ckpt_path={self.code}",
+            "model.lr=2e-3",
         ]
-        if train.main(command) != 0:
-            sys.exit(f"training of {name} failed")
-    return str(path)
-
-
-def models(options: argparse.Namespace) -> tuple[TrainedLatents, dict[str, RelativeDensities]]:
-    """The latent space, and the models of all digits, of the halves, of thinned classes and of each digit."""
-    code = checkpoint(options, "autoencoder", "experiment=autoencoder")
-    common = ["experiment=mnist_latent", "model=relative", f"data.autoencoder.ckpt_path={code}", "model.lr=2e-3"]
-    common += ["callbacks.metrics=null", "callbacks.best=null"]
-    found = {}
-    thinned = "{" + ", ".join(f"{digit}: {share}" for digit, share in THINNED.items()) + "}"
-    kept = {name: f"[{','.join(digits)}]" for name, digits in {"all": DIGITS, **HALVES}.items()} | {"thin": thinned}
-    kept |= {f"expert{digit}": f"[{digit}]" for digit in DIGITS}
-    if options.model:
-        return TrainedLatents(code), {"all": checkpoints.load(options.model, RelativeDensities)[0]}
-    for name, keep in kept.items():
-        steps = options.steps if name in ("all", *HALVES) else options.steps // 2
-        words = [f"steps={steps}", f"eval_every={steps}", f"data.images.keep={keep}"]
+        words += ["callbacks.metrics=null", "callbacks.best=null"]
+        words += [f"steps={steps}", f"eval_every={steps}", f"data.images.keep={keep}"]
         words += ["model.network.width=64"] if name.startswith("expert") else []
-        path = checkpoint(options, name, *common, *words)
-        found[name] = checkpoints.load(path, RelativeDensities)[0]
-    return TrainedLatents(code), found
+        self[name] = checkpoints.load(checkpoint(self.options, name, *words), RelativeDensities)[0]
+        return self[name]
 
 
-def requests(found: dict[str, RelativeDensities]) -> dict[str, tuple[Mixture, Tensor]]:
+def requests(found: Models) -> dict[str, Callable[[], tuple[Mixture, Tensor]]]:
     """What is asked for: a mixture and the histogram that it should have."""
-    full = found["all"]
-    one, asked = [(full.fields, DIGITS, 1.0)], {}
-    generator = torch.distributions.Dirichlet(torch.full((10,), 0.5))
+
+    def weighted(parts: Callable[[], list[Any]], weights: Tensor | None = None) -> tuple[Mixture, Tensor]:
+        weights = found["all"].fields.shares if weights is None else weights
+        return combine(parts(), dict(zip(DIGITS, weights.tolist()))), weights
+
+    def without(digit: str) -> tuple[Mixture, Tensor]:
+        left = found["all"].fields.shares * torch.tensor([name != digit for name in DIGITS])
+        return combine(one(), remove=[digit]), left / left.sum()
+
+    def minus() -> tuple[Mixture, Tensor]:
+        shares = found["all"].fields.shares
+        taken, left = float(shares[5:].sum()), shares * (torch.arange(10) < 5)
+        return combine(one()) - taken * combine([(found["high"].fields, HALVES["high"], 1.0)]), left / left.sum()
+
+    def merged() -> tuple[Mixture, Tensor]:
+        return combine(both()), torch.cat([found[name].fields.shares for name in HALVES]) / 2
+
+    def together(weights: Tensor | None = None) -> tuple[Mixture, Tensor]:
+        mixture, wanted = weighted(experts, weights)
+        return batched(mixture), wanted
+
+    def one() -> list[Any]:
+        return [(found["all"].fields, DIGITS, 1.0)]
+
+    def both() -> list[Any]:
+        return [(found[name].fields, digits, 1.0) for name, digits in HALVES.items()]
+
+    def experts() -> list[Any]:
+        return [(found[f"expert{digit}"].fields, [digit], 1.0) for digit in DIGITS]
+
+    def thin() -> list[Any]:
+        return [(found["thin"].fields, DIGITS, 1.0)]
+
     torch.manual_seed(0)
-    for i in range(10):
-        weights = generator.sample()
-        asked[f"weighting {i}"] = combine(one, dict(zip(DIGITS, weights.tolist()))), weights
-    shares = full.fields.shares
-    for digit in ("1", "4", "7"):
-        left = shares * torch.tensor([name != digit for name in DIGITS])
-        asked[f"without {digit}"] = combine(one, remove=[digit]), left / left.sum()
-    if len(found) == 1:
+    drawn = [torch.distributions.Dirichlet(torch.full((10,), 0.5)).sample() for _ in range(10)]
+    uniform = torch.full((10,), 0.1)
+    asked: dict[str, Callable[[], tuple[Mixture, Tensor]]] = {
+        f"weighting {i}": partial(weighted, one, weights) for i, weights in enumerate(drawn)
+    }
+    asked |= {f"without {digit}": partial(without, digit) for digit in ("1", "4", "7")}
+    if found.options.model:
         return asked
-    low, high = found["low"], found["high"]
-    taken = float(shares[5:].sum())
-    left = shares * (torch.arange(10) < 5)
-    asked["all minus 5–9"] = combine(one) - taken * combine([(high.fields, HALVES["high"], 1.0)]), left / left.sum()
-    both = [(low.fields, HALVES["low"], 1.0), (high.fields, HALVES["high"], 1.0)]
-    counts = torch.cat([low.fields.shares, high.fields.shares]) / 2
-    asked["merge"] = combine(both), counts
-    asked["merge, uniform"] = combine(both, dict.fromkeys(DIGITS, 0.1)), torch.full((10,), 0.1)
-    asked["union"] = combine(one), shares
-    experts = [(found[f"expert{digit}"].fields, [digit], 1.0) for digit in DIGITS]
-    asked["ten experts"] = batched(combine(experts, dict(zip(DIGITS, shares.tolist())))), shares
-    for i in range(3):
-        weights = asked[f"weighting {i}"][1]
-        asked[f"experts, weighting {i}"] = batched(combine(experts, dict(zip(DIGITS, weights.tolist())))), weights
-    thin = [(found["thin"].fields, DIGITS, 1.0)]
-    asked["thinned, as trained"] = combine(thin), found["thin"].fields.shares
-    asked["thinned, asked for uniform"] = combine(thin, dict.fromkeys(DIGITS, 0.1)), torch.full((10,), 0.1)
+    asked |= {"all minus 5–9": minus, "merge": merged, "merge, uniform": partial(weighted, both, uniform)}
+    asked |= {"union": partial(weighted, one), "ten experts": together}
+    asked |= {f"experts, weighting {i}": partial(together, drawn[i]) for i in range(3)}
+    asked["thinned, as trained"] = lambda: (combine(thin()), found["thin"].fields.shares)
+    asked["thinned, asked for uniform"] = partial(weighted, thin, uniform)
     return asked
 
 
@@ -142,7 +167,8 @@ class Judge:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.space, self.models = models(options)
+        code = checkpoint(options, "autoencoder", "experiment=autoencoder")
+        self.space, self.models = TrainedLatents(code), Models(options, code)
         data = MNIST(root=options.data)
         self.features = ClassifierFeatures()
         self.features.prepare(data)
@@ -175,7 +201,8 @@ def _shares(labels: Tensor) -> Tensor:
     return torch.bincount(labels, minlength=10) / len(labels)
 
 
-WAYS = ("", ", calibrated", ", class first", ", tracked", ", averaged scores")
+OTHERS = (", class first", ", tracked", ", averaged scores")
+WAYS = ("", ", calibrated", *OTHERS)
 """How a request is carried out: by the fields, with calibrated weights, and in the ways of `superposition`."""
 
 
@@ -187,8 +214,8 @@ def ways(name: str) -> list[str]:
 
 
 @torch.no_grad()
-def carry_out(judge: Judge, mixture: Mixture, way: str, options: argparse.Namespace) -> Tensor:
-    """Images of a request."""
+def measure(judge: Judge, mixture: Mixture, wanted: Tensor, way: str, n: int) -> dict[str, Any]:
+    """What n images of a request, carried out in some way, are."""
     if way == ", calibrated":
         mixture = calibrated(mixture, judge.pilot)
     sampler = judge.models["all"].samplers["sde"]
@@ -197,7 +224,15 @@ def carry_out(judge: Judge, mixture: Mixture, way: str, options: argparse.Namesp
         ", tracked": lambda mixture, rows: TrackedDensities(mixture, sampler),
         ", averaged scores": lambda mixture, rows: AveragedScores(mixture),
     }
-    return judge.draw(mixture, options.n_averaged, others[way]) if way in others else judge.draw(mixture, options.n)
+    images = judge.draw(mixture, n, *([others[way]] if way in others else []))
+    features, labels = judge.judge(images)
+    counted = _shares(labels)
+    return {
+        "asked": [round(w, 4) for w in wanted.tolist()],
+        "counted": [round(w, 4) for w in counted.tolist()],
+        "l1": float((counted - wanted).abs().sum()),
+        "fid": frechet_distance(judge.real, features),
+    }
 
 
 @torch.no_grad()
@@ -245,23 +280,17 @@ def main() -> None:
         return cost()
     judge, rows = Judge(options), Rows(options.out / "rows.jsonl")
     asked = requests(judge.models)
-    for name, (mixture, wanted) in asked.items():
+    settings = {"steps": options.steps, "autoencoder": options.autoencoder, "model": options.model}
+    done = {}
+    for name, make in asked.items():
         for way in ways(name):
-            if rows.where(request=name + way) or not re.search(options.only, name + way):
-                continue
-            images = carry_out(judge, mixture, way, options)
-            features, labels = judge.judge(images)
-            counted = _shares(labels)
-            row = rows.add(
-                request=name + way,
-                asked=[round(w, 4) for w in wanted.tolist()],
-                counted=[round(w, 4) for w in counted.tolist()],
-                l1=float((counted - wanted).abs().sum()),
-                fid=frechet_distance(judge.real, features),
-                n=len(images),
-            )
-            print(f"{name + way}: L1 {row['l1']:.3f}", file=sys.stderr)
-    report({row["request"]: row for row in rows}, list(asked))
+            kept = {"request": name + way, "n": options.n_averaged if way in OTHERS else options.n, **settings}
+            if re.search(options.only, name + way) and not rows.where(**kept):
+                row = rows.add(**kept, **measure(judge, *make(), way, kept["n"]))
+                print(f"{name + way}: L1 {row['l1']:.3f}", file=sys.stderr)
+            for row in rows.where(**kept):
+                done[name + way] = row
+    report(done, list(asked))
     if options.figure:
         draw(judge, asked, options.figure)
 
@@ -269,7 +298,7 @@ def main() -> None:
 def draw(judge: Judge, asked: dict[str, tuple[Mixture, Tensor]], path: Path) -> None:
     """Samples of some requests, and the way from one class to another."""
     names = ("weighting 0", "without 1", "without 7", "all minus 5–9", "merge")
-    grid_image(torch.cat([judge.draw(asked[name][0], 16) for name in names]), columns=16).save(path)
+    grid_image(torch.cat([judge.draw(asked[name]()[0], 16) for name in names]), columns=16).save(path)
     frames = []
     for t in torch.linspace(0, 1, 21).tolist():
         mixture = combine([(judge.models["all"].fields, DIGITS, 1.0)], {"1": 1 - t, "7": t})

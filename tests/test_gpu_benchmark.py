@@ -30,6 +30,14 @@ def test_a_finished_row_is_not_done_again(tmp_path):
     assert made == [1] and (tmp_path / "out" / "report.md").is_file()
 
 
+def test_a_folder_holds_one_set_of_settings(tmp_path):
+    bench(tmp_path)
+    bench(tmp_path)
+    for other in ({"minutes": 1.0}, {"words": ["model.lr=1e-3"]}):
+        with pytest.raises(UserError, match="holds rows of other settings: give another --out"):
+            bench(tmp_path, **other)
+
+
 def test_steps_fill_the_minutes_in_the_mode_of_the_first(tmp_path, monkeypatch):
     one, asked = bench(tmp_path, eager=False), []
     seconds = {"bf16": 0.3, "bf16, compiled": 0.1}

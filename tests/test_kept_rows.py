@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from bd_lightning.checks import UserError
+from bd_lightning.dynamics import MultistepDynamics
+from bd_lightning.modules import RelativeDensities
+from bd_lightning.networks import MLP
 from benchmarks import common, fields, images, linearity, trace
 
 FLOW, OURS = "flow matching", images.DEFAULT
@@ -185,3 +188,26 @@ def test_numbers_without_a_meaning_are_refused(module, words, sentence, monkeypa
     with pytest.raises(SystemExit) as stop:
         module.main()
     assert stop.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys):
+    network = MLP((2,), 10, per_class=True, width=8)
+    model, asked = RelativeDensities(network, (2,), 10, 1.0, {"sde": MultistepDynamics()}), []
+    model.fields.count(torch.arange(10))
+
+    class Judge:
+        def __init__(self, options):
+            self.models = linearity.Models(options, "code")
+            self.models["all"] = model
+
+    def measure(judge, mixture, wanted, way, n):
+        asked.append(n)
+        return {"asked": wanted.tolist(), "counted": wanted.tolist(), "l1": float(len(asked)), "fid": 1.0}
+
+    monkeypatch.setattr(linearity, "Judge", Judge)
+    monkeypatch.setattr(linearity, "measure", measure)
+    bench = Bench(linearity, tmp_path, monkeypatch, capsys)
+    for words, value in (([], 1), (["--steps", "8"], 2), (["--n", "40"], 3), ([], 1)):
+        _, text = bench("--n", "30", "--only", "union$", *words)
+        assert f"| union | {value}.000 |" in text
+    assert asked == [30, 30, 40]
