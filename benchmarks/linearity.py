@@ -4,9 +4,9 @@
 
 Trains, where OUT does not have them yet, an autoencoder (or takes --autoencoder) and `model=relative` models in its
 codes: of all digits, of 0–4, of 5–9, of thinned classes (half the steps), and ten experts, one of each class (a
-quarter of the width, half the steps). Then draws n samples for each request, and n-averaged samples in other ways
-(see `superposition`): from averaged scores, with the class of each sample drawn first, and from the scores with the
-densities tracked along the chains:
+quarter of the width, half the steps). Then draws n samples for each request by the fields, also with the weights
+carried along the chains (`dynamics.TrackedPosterior`), and n-averaged samples in other ways (see `superposition`): from
+averaged scores, and with the class of each sample drawn first:
 
 - ten random weightings of the classes (Dirichlet, seed 0), also with weights corrected by 3 × 2,000 pilot samples of
   seed 2 (`fields.calibrated`);
@@ -42,13 +42,14 @@ from torch import Tensor
 
 import train
 from bd_lightning import checkpoints
+from bd_lightning.dynamics import TrackedPosterior
 from bd_lightning.fields import FieldPair, Mixture, RelativeFields, batched, calibrated, combine
 from bd_lightning.latents import TrainedLatents
 from bd_lightning.modules import RelativeDensities
 from bd_lightning.networks import MLP
 from benchmarks import common
 from benchmarks.common import Rows, mean_sd, table
-from benchmarks.superposition import AveragedScores, ClassFirst, TrackedDensities
+from benchmarks.superposition import AveragedScores, ClassFirst
 from callbacks import ClassifierFeatures
 from callbacks.metrics import frechet_distance
 from callbacks.pictures import grid_image
@@ -58,6 +59,7 @@ DIGITS = [str(c) for c in range(10)]
 HALVES = {"low": DIGITS[:5], "high": DIGITS[5:]}
 PARTS = {"all": DIGITS, **HALVES} | {f"expert{digit}": [digit] for digit in DIGITS}
 THINNED = {digit: round(0.01 ** (c / 9), 4) for c, digit in enumerate(DIGITS)}  # shares kept, from 1 to 0.01
+FULL, FIDS = ("", ", tracked"), ("merge", "union", "ten experts")
 Way = Callable[[Mixture, Tensor], FieldPair]
 """The fields that chains of some numbers (B,) are drawn by, for a mixture."""
 QUIET = ["logger=none", "callbacks.progress=null", "trainer.enable_progress_bar=false", "callbacks.trajectory=null"]
@@ -185,11 +187,12 @@ class Judge:
         parts = images.split(1000)
         return torch.cat([self.features(x) for x in parts]), torch.cat([self.features.classify(x) for x in parts])
 
-    def draw(self, mixture: Mixture, n: int, way: Way = lambda mixture, rows: mixture) -> Tensor:
-        """n images, bytes, of a mixture, in some way."""
+    def draw(self, mixture: Mixture, n: int, sampler: str = "sde", way: Way = lambda mixture, rows: mixture) -> Tensor:
+        """n images, bytes, of a mixture, by a sampler, in some way."""
         model = self.models["all"]
+        model.samplers.setdefault("tracked", TrackedPosterior())  # checkpoints of before have none
         parts = torch.arange(n).split(2000)
-        codes = [model.sample(rows.tolist(), "sde", seed=1, fields=way(mixture, rows)) for rows in parts]
+        codes = [model.sample(rows.tolist(), sampler, seed=1, fields=way(mixture, rows)) for rows in parts]
         return torch.cat([to_uint8(self.space.decode(code)) for code in codes])
 
     def pilot(self, mixture: Mixture) -> Tensor:
@@ -201,15 +204,19 @@ def _shares(labels: Tensor) -> Tensor:
     return torch.bincount(labels, minlength=10) / len(labels)
 
 
-OTHERS = (", class first", ", tracked", ", averaged scores")
-WAYS = ("", ", calibrated", *OTHERS)
-"""How a request is carried out: by the fields, with calibrated weights, and in the ways of `superposition`."""
+OTHERS: dict[str, Way] = {
+    ", class first": ClassFirst,
+    ", averaged scores": lambda mixture, rows: AveragedScores(mixture),
+}
+WAYS = ("", ", calibrated", ", tracked", *OTHERS)
+"""How a request is carried out: by the fields, with calibrated or carried weights, and in those of `superposition`."""
 
 
 def ways(name: str) -> list[str]:
     """The ways in which a request is carried out."""
-    one_model = name.startswith(("weighting", "thinned, asked"))
-    possible = dict.fromkeys(WAYS, "minus" not in name) | dict.fromkeys(WAYS[1:4], one_model) | {"": True}
+    possible = dict.fromkeys(WAYS, "minus" not in name) | {"": True}
+    possible[", class first"] = name.startswith(("weighting", "thinned, asked"))
+    possible[", calibrated"] = "weighting" in name or "asked for" in name
     return [way for way in WAYS if possible[way]]
 
 
@@ -218,13 +225,8 @@ def measure(judge: Judge, mixture: Mixture, wanted: Tensor, way: str, n: int) ->
     """What n images of a request, carried out in some way, are."""
     if way == ", calibrated":
         mixture = calibrated(mixture, judge.pilot)
-    sampler = judge.models["all"].samplers["sde"]
-    others: dict[str, Way] = {
-        ", class first": ClassFirst,
-        ", tracked": lambda mixture, rows: TrackedDensities(mixture, sampler),
-        ", averaged scores": lambda mixture, rows: AveragedScores(mixture),
-    }
-    images = judge.draw(mixture, n, *([others[way]] if way in others else []))
+    sampler = "tracked" if way == ", tracked" else "sde"
+    images = judge.draw(mixture, n, sampler, OTHERS.get(way, lambda mixture, rows: mixture))
     features, labels = judge.judge(images)
     counted = _shares(labels)
     return {
@@ -314,15 +316,17 @@ def _left(row: dict) -> float:
 
 def report(rows: dict[str, dict], names: list[str]) -> None:
     """Print the table of the rows that there are."""
-    names, lines = [name for name in names if name in rows], []
+    names, lines = [name for name in names if any(name + way in rows for way in WAYS)], []
     for name in names:
-        row = rows[name]
-        found = [f"{rows[name + way]['l1']:.3f}" if name + way in rows else "–" for way in WAYS]
-        gone = f"{_left(row):.2%}" if name.startswith(("without", "all minus")) else "–"
-        fid = f"{row['fid']:.2f}" if name in ("merge", "union", "ten experts") else "–"
-        lines.append([name, *found, gone, fid])
-    header = [f"L1{way or ', fields'}" for way in WAYS]
-    print(table(["request", *header, "removed class, fields", "FID, fields"], lines))
+        found = {way: rows[name + way] for way in WAYS if name + way in rows}
+        cells = [f"{found[way]['l1']:.3f}" if way in found else "–" for way in WAYS]
+        for way in FULL:
+            gone = way in found and name.startswith(("without", "all minus"))
+            cells.append(f"{_left(found[way]):.2%}" if gone else "–")
+            cells.append(f"{found[way]['fid']:.2f}" if way in found and name in FIDS else "–")
+        lines.append([name, *cells])
+    heads = [f"{what}{way or ', fields'}" for way in FULL for what in ("removed class", "FID")]
+    print(table(["request", *(f"L1{way or ', fields'}" for way in WAYS), *heads], lines))
     for start in ("weighting", "experts, weighting"):
         asked = [name for name in names if name.startswith(start)]
         for way in WAYS:

@@ -1,11 +1,8 @@
 """Other ways to draw from several densities with the networks that mixtures are made of (see `linearity`)."""
 
-import math
-
 import torch
 from torch import Tensor
 
-from bd_lightning.dynamics import MultistepDynamics
 from bd_lightning.fields import FieldPair, Mixture
 
 
@@ -56,45 +53,3 @@ class ClassFirst(FieldPair):
         """The fields (s, g) at x (B, d) and noise levels sigma (B,), all of them equal."""
         _, scores = components(self.mixture, x, sigma[:1])
         return torch.ones_like(sigma), scores[torch.arange(len(x)), self.chosen] / 2
-
-
-class TrackedDensities(FieldPair):
-    """Σ w_c ∇log p_c with w_c the posterior of class c given the way that a chain has come, not where it is.
-
-    SuperDiff follows log p_c along a chain by the scores alone. Here by Bayes' rule on the steps of the sampler: each
-    is normal, of a mean that depends on the class and a variance that does not. No scalar field is needed. In the limit
-    of small steps the chains have the law of `ClassFirst`.
-
-    Args:
-        mixture: the weights, none of them negative, and the classes.
-        sampler: the sampler that asks, once for each noise level.
-
-    References:
-        | Skreta et al., The Superposition of Diffusion Models Using the Itô Density Estimator, arXiv 2412.17762
-    """
-
-    def __init__(self, mixture: Mixture, sampler: MultistepDynamics) -> None:
-        self.mixture, self.relaxation = mixture, sampler.relaxation
-        self.log_weights = shares_of(mixture).log()
-        self.means: Tensor | None = None
-        self.level = self.behind = 0.0
-
-    def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The fields (s, g) at x (B, d), the states of the same chains one level on, and sigma (B,), all equal."""
-        level = float(sigma[0])
-        _, scores = components(self.mixture, x, sigma[:1])
-        denoised = x[:, None] + level**2 * scores
-        if self.means is None:
-            self.log_weights = self.log_weights.expand(len(x), -1)
-        else:
-            h, kappa = math.log(self.level / level), 1 + self.relaxation
-            aim = self.means + (self.means - self.before) * (h / (2 * self.behind) if self.behind else 0.0)
-            mean = aim + math.exp(-kappa * h) * (self.x[:, None] - aim)
-            variance = level**2 * -math.expm1(-2 * self.relaxation * h)
-            likelihood = -(x[:, None] - mean).square().sum(2) / (2 * variance)
-            self.log_weights = (self.log_weights + likelihood).log_softmax(1)
-            self.behind = h
-        self.before = denoised if self.means is None else self.means
-        self.means, self.level, self.x = denoised, level, x
-        score = torch.einsum("bc,bcd->bd", self.log_weights.exp(), scores)
-        return torch.ones_like(sigma), score / 2

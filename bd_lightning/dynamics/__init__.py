@@ -11,6 +11,7 @@ Bellman Diffusion dynamics (arXiv 2410.01796, §4), whose stationary density is 
 | `MultistepDynamics` | multi-scale | the same SDE while σ falls, by a multistep rule that needs few network calls |
 | `ProbabilityFlow` | multi-scale | the deterministic flow dx/dσ = −σ ∇log p_σ |
 | `FeynmanKac` | multi-scale, guided | the reversed diffusion, chains resampled by the weights of guidance |
+| `TrackedPosterior` | multi-scale, a mixture | the same SDE, the mixture's weights carried along the chains |
 | `ConsistencySteps` | a consistency function | one or a few calls of it |
 
 They take any `fields.FieldPair`: `fields(x, sigma)` returns (s, g) of shapes (B,) and (B, *) for sigma of shape (B,),
@@ -27,6 +28,7 @@ from bd_lightning.dynamics.sampler import (
     Sampler,
     SamplingDiverged,
 )
+from bd_lightning.dynamics.tracking import TrackedPosterior
 
 __all__ = [
     "AnnealedDynamics",
@@ -39,6 +41,7 @@ __all__ = [
     "SampleNoise",
     "Sampler",
     "SamplingDiverged",
+    "TrackedPosterior",
     "bellman_step",
     "edm_grid",
     "geometric_ladder",

@@ -85,6 +85,23 @@ class FieldPair(ABC):
         _, S, slope = self.log_gradients(x, sigma, exact)
         return S - slope
 
+    def densities(self, x: Tensor, sigma: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """The densities that these fields are a weighted sum of, one unless they know better.
+
+        Args:
+            x: points, shape (B, *).
+            sigma: noise levels, shape (B,).
+            exact: as in `log_gradients`.
+
+        Returns:
+            log w_c (B, C), up to a number for each point, and ∇log p_c (B, C, *).
+
+        Raises:
+            UserError: for a sum with negative weights.
+        """
+        score = self.score(x, sigma, exact)
+        return score.new_zeros(len(x), 1), score[:, None]
+
     def weighted_score(self, x: Tensor, sigma: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
         """The score (B, *), and the rate d log W/dt (B,), t = −ln σ, at which chains that follow it are to be weighted.
 

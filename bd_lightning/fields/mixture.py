@@ -136,6 +136,22 @@ class Mixture(FieldPair):
             logs.append(log + weights.to(x).clamp_min(0).log())
         return list(torch.cat(logs, 1).softmax(1).split([log.shape[1] for log in logs], 1))
 
+    def densities(self, x: Tensor, sigma: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+        """log w_c π_c (B, C) and ∇log p_c (B, C, *) of the classes that have a weight, of all sources in order."""
+        logs, scores = [], []
+        center = x / bcast(sigma.square() + self.sigma_data**2, x)
+        for source, weights in self.terms:
+            if (weights < 0).any():
+                raise UserError(
+                    "TrackedPosterior carries the weights of a sum of densities, and here is a negative weight: take "
+                    "another model.sampler"
+                )
+            asked = (weights * source.shares.to(weights)).to(x).expand(len(x), -1)
+            used = (asked > 0).any(0)
+            logs.append(asked[:, used].log())
+            scores.append(source.components(x, sigma)[1][:, used] - center[:, None])
+        return torch.cat(logs, 1), torch.cat(scores, 1)
+
     def log_gradients(self, x: Tensor, sigma: Tensor, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """s (B,), S = ∇log p_σ + ∇log s (B, *) and ∇log s (B, *), always exact."""
         log, slope = self.log_ratio(x, sigma)
@@ -158,6 +174,9 @@ class _AtLevel(FieldPair):
 
     def log_gradients(self, x: Tensor, sigma: Tensor, exact: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         return self.mixture.log_gradients(x, x.new_full((1,), self.level))
+
+    def densities(self, x: Tensor, sigma: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
+        return self.mixture.densities(x, x.new_full((1,), self.level))
 
     def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return self.mixture(x, x.new_full((1,), self.level))

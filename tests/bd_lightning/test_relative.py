@@ -7,7 +7,7 @@ import torch
 
 from bd_lightning import divergences
 from bd_lightning.checks import UserError
-from bd_lightning.dynamics import AnnealedDynamics, MultistepDynamics, ProbabilityFlow, SampleNoise
+from bd_lightning.dynamics import AnnealedDynamics, MultistepDynamics, ProbabilityFlow, SampleNoise, TrackedPosterior
 from bd_lightning.fields import (
     AnalyticRelative,
     AnalyticSource,
@@ -115,6 +115,45 @@ def test_every_sampler_accepts_a_mixture(sampler):
     x = sampler(mixture(1, 0, 3, 1), SampleNoise(range(2000), (2,))).double()
     shares = torch.bincount(truth(1, 1, 1, 1).mode_of(x), minlength=4) / 2000
     assert (shares - truth(1, 0, 3, 1).mode_weights).abs().max() < 0.04
+
+
+class Drifting(AnalyticSource):
+    """Whose scalar fields say nothing: every class is as likely everywhere."""
+
+    def components(self, x, sigma):
+        log, slope = super().components(x, sigma)
+        return torch.zeros_like(log), slope
+
+
+def drawn_shares(sampler, fields, n=2000):
+    x = sampler(fields, SampleNoise(range(n), (2,))).double()
+    nearest = torch.cdist(x, torch.tensor(MEANS, dtype=x.dtype)).argmin(1)
+    return torch.bincount(nearest, minlength=4) / n, float((x - torch.tensor(MEANS, dtype=x.dtype)[nearest]).std())
+
+
+def test_weights_that_are_carried_along_need_no_scalar_field():
+    weights = torch.tensor([1.0, 0.0, 2.0, 3.0], dtype=torch.float64)
+    wrong = Mixture([(Drifting(PARTS, WEIGHTS, sigma_data=1.1), weights)])
+    asked = weights * torch.tensor(WEIGHTS, dtype=torch.float64)
+    asked = asked / asked.sum()
+    tracked = TrackedPosterior(levels=60, relaxation=1.0)
+    _, spread = drawn_shares(MultistepDynamics(levels=60, relaxation=1.0), wrong)
+    assert spread > 0.5  # between the modes
+    experts = Mixture([(AnalyticSource([part], [1.0], 1.1), w[None]) for part, w in zip(PARTS, asked)])
+    for fields in (wrong, experts):
+        shares, spread = drawn_shares(tracked, fields)
+        assert (shares - asked).abs().sum() < 0.08 and 0.27 < spread < 0.33
+
+
+def test_of_one_density_tracked_chains_are_those_of_the_dynamics():
+    noise = [SampleNoise(range(5), (2,)) for _ in range(2)]
+    settings = {"levels": 12, "sigma_max": 10.0, "sigma_min": 0.1}
+    one = mixture(1, 0, 0, 0)
+    torch.testing.assert_close(
+        TrackedPosterior(**settings)(one, noise[0]), MultistepDynamics(**settings)(one, noise[1])
+    )
+    with pytest.raises(UserError, match="here is a negative weight: take another model.sampler"):
+        TrackedPosterior()(mixture(1, 1, -0.5, 0), noise[0])
 
 
 def test_weights_per_sample(points):
