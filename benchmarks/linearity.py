@@ -10,8 +10,8 @@ averaged scores, and with the class of each sample drawn first:
 
 - ten random weightings of the classes (Dirichlet, seed 0), also with weights corrected by 3 × 2,000 pilot samples of
   seed 2 (`fields.calibrated`);
-- the removal of one class, for three classes; and unlearning: the model of all digits minus the model of 5–9, by a
-  negative weight, which leaves what was never told apart by classes;
+- the removal of one class, for three classes; and unlearning: the model of all digits minus the model of 5–9, trained
+  apart, as two densities that know no names, and by the names of their classes, which cancel (`fields.combine`);
 - the merge of the two half models, and of the ten experts, against the model of the union: histogram, and FID to the
   test split; and the first three weightings of the experts;
 - a model of a thinned training set, 100 % of the 0s down to 1 % of the 9s: as it was trained, and asked for all
@@ -125,6 +125,11 @@ def requests(found: Models) -> dict[str, Callable[[], tuple[Mixture, Tensor]]]:
         taken, left = float(shares[5:].sum()), shares * (torch.arange(10) < 5)
         return combine(one()) - taken * combine([(found["high"].fields, HALVES["high"], 1.0)]), left / left.sum()
 
+    def taken() -> tuple[Mixture, Tensor]:
+        _, left = minus()
+        share = float(found["all"].fields.shares[5:].sum())
+        return combine([*one(), (found["high"].fields, HALVES["high"], -share)]), left
+
     def merged() -> tuple[Mixture, Tensor]:
         return combine(both()), torch.cat([found[name].fields.shares for name in HALVES]) / 2
 
@@ -153,7 +158,12 @@ def requests(found: Models) -> dict[str, Callable[[], tuple[Mixture, Tensor]]]:
     asked |= {f"without {digit}": partial(without, digit) for digit in ("1", "4", "7")}
     if found.options.model:
         return asked
-    asked |= {"all minus 5–9": minus, "merge": merged, "merge, uniform": partial(weighted, both, uniform)}
+    asked |= {
+        "all minus 5–9": minus,
+        "all minus 5–9, by name": taken,
+        "merge": merged,
+        "merge, uniform": partial(weighted, both, uniform),
+    }
     asked |= {"union": partial(weighted, one), "ten experts": together}
     asked |= {f"experts, weighting {i}": partial(together, drawn[i]) for i in range(3)}
     asked["thinned, as trained"] = lambda: (combine(thin()), found["thin"].fields.shares)

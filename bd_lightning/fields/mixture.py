@@ -218,12 +218,26 @@ def calibrated(
     return current
 
 
+def _cancel(parts: Sequence[tuple[Source, Sequence[str], Tensor]], known: Sequence[str]) -> None:
+    """Scale the weights (C,) of each source, in place, so that no class is both added and taken."""
+    for name in known:
+        places = [(weights, names.index(name), source) for source, names, weights in parts if name in names]
+        held = [float((weights[c] * source.shares[c]).nan_to_num(0)) for weights, c, source in places]
+        plus, minus = sum(max(part, 0.0) for part in held), -sum(min(part, 0.0) for part in held)
+        if plus and minus:
+            for (weights, c, _), part in zip(places, held):
+                weights[c] *= max(0.0, 1 - minus / plus if part > 0 else 1 - plus / minus)
+
+
 def combine(
     sources: Sequence[tuple[Source, Sequence[str], float]],
     mix: dict[str, float] | None = None,
     remove: Sequence[str] = (),
 ) -> Mixture:
     """The mixture that is asked for by the names of classes.
+
+    What has one name is one density. So a class that is added by one source and taken by another is taken from the
+    former's own fields, where nothing is left of it, and not as the difference of two estimates.
 
     Args:
         sources: each with the names of its classes and a weight for its whole density.
@@ -256,6 +270,7 @@ def combine(
             if name in remove:
                 weights[c] = 0.0
         terms.append((source, weights))
+    _cancel([(source, names, weights) for (source, names, _), (_, weights) in zip(sources, terms)], known)
     asked = dict.fromkeys(known or [""], 0.0)
     for (source, names, _), (_, weights) in zip(sources, terms):
         for name, part in zip(names or [""], (weights * source.shares).nan_to_num(0).tolist()):

@@ -189,6 +189,13 @@ def test_classes_by_name(points):
     assert torch.allclose(both.score(*points), sum_.score(*points), atol=1e-9)
     shared = combine([(low, names[:2], 1.0), (high, names[1:], 1.0)], {"b": 1.0})  # the average of the two
     assert torch.allclose(shared.score(*points), PARTS[1].score(*points), atol=1e-9)
+    less = combine([(SOURCE, names, 1.0), (high, names[1:], -0.5)])  # shares 0.4, 0.3 - 0.25, 0.2 - 0.15, 0.1 - 0.1
+    assert len(less.terms) == 1 and abs(less.mass() - 0.5) < 1e-6
+    rest = GaussianMixture(MEANS[:3], [0.4, 0.05, 0.05], sd=0.3)
+    assert torch.allclose(less.score(*points), rest.score(*points), atol=1e-6)
+    with pytest.warns(UserWarning, match="class 'd' has the negative share"):
+        taken = combine([(SOURCE, names, 1.0), (high, names[1:], -0.6)])
+    assert [(w < 0).any().item() for _, w in taken.terms] == [False, True]
     for bad, sentence in (
         ({"mix": {"e": 1.0}}, "no class 'e': the classes are a, b, c, d"),
         ({"mix": {"a": -1.0}}, "the weights of the mixture sum to -1; they must sum to a positive number"),
