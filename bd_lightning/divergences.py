@@ -55,7 +55,10 @@ from torch.overrides import TorchFunctionMode
 from bd_lightning.checks import UserError, one_of
 
 PROBES = ("hutchinson", "gaussian", "sliced", "exact")
-NOT_TWICE = ("layer_norm", "batch_norm", "instance_norm", "softmax", "log_softmax", "logsumexp")
+NOT_TWICE = (
+    "layer_norm", "batch_norm", "instance_norm", "softmax", "log_softmax", "logsumexp", "softmin", "gumbel_softmax",
+    "logcumsumexp", "glu", "multi_head_attention_forward",
+)  # fmt: skip
 """Functions that PyTorch (2.15) differentiates in forward mode, and whose gradients are then wrong or fail."""
 NO_FORWARD_MODE = (
     "this network cannot be differentiated in forward mode, which a trace by a probe needs: take objective.trace=stein"
@@ -164,7 +167,7 @@ class _Twice(TorchFunctionMode):
     """Refuses functions of a dual tensor that gradients could not be taken through, if they are to be taken."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").removeprefix("special_")
         if name in NOT_TWICE and torch.is_grad_enabled() and args and isinstance(args[0], Tensor):
             if forward_ad.unpack_dual(args[0]).tangent is not None:
                 raise UserError(

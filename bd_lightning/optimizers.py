@@ -51,7 +51,7 @@ class Optimizer(ABC):
 
     def __post_init__(self) -> None:
         _rates(**{f"betas[{i}]": beta for i, beta in enumerate(self.betas)})
-        in_range(0, float("inf"), weight_decay=self.weight_decay)
+        in_range(0, 1e6, weight_decay=self.weight_decay)
         object.__setattr__(self, "betas", tuple(map(float, self.betas)))  # torch refuses integers
 
     def unless(self, optimizer: torch.optim.Optimizer, bad: Tensor) -> None:

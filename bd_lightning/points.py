@@ -32,10 +32,10 @@ class NoiseLevels:
     def __post_init__(self) -> None:
         in_range(-40, 40, mean=self.mean)
         positive(std=self.std)
-        if not abs(self.mean) + 5 * self.std <= 40:
+        if not (self.mean + 5 * self.std <= 10 and self.mean - 5 * self.std >= -40):
             raise ValueError(
-                f"|mean| + 5 std must be at most 40, got mean={self.mean:g} and std={self.std:g}: the squares of such "
-                "noise levels are no numbers of single precision"
+                f"mean ± 5 std must lie between -40 and 10, got mean={self.mean:g} and std={self.std:g}: at such noise "
+                "levels losses are no numbers of single precision"
             )
         in_range(0, math.inf, antithetic=self.antithetic)
 

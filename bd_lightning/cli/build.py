@@ -195,6 +195,8 @@ def locate(path: str, key: str) -> Any:
         ConfigError: if there is no such class.
     """
     module, _, name = str(path).rpartition(".")
+    if not module:
+        raise ConfigError(f"'{key}._target_': {path!r} must be a whole path, as bd_lightning.optimizers.Muon is one")
     try:
         found = getattr(importlib.import_module(module), name, None)
     except (ImportError, ValueError, TypeError) as error:  # TypeError: a path that begins with a dot

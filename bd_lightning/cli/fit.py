@@ -24,7 +24,8 @@ from bd_lightning.cli.folders import claimed, evaluating, first_process, folder_
 from bd_lightning.cli.plan import Plan, settings_of
 from bd_lightning.facts import Facts
 from bd_lightning.loggers import MetricsCSV, WandB
-from callbacks import CallsCurve, Evaluation, FieldLikelihood, FlowLikelihood, Report
+from bd_lightning.report.comparison import flat
+from callbacks import AveragedWeights, CallsCurve, Evaluation, FieldLikelihood, FlowLikelihood, Report
 from callbacks.likelihood import Likelihood
 from callbacks.records import read_record
 
@@ -76,6 +77,8 @@ def _run(plan: Plan, run_dir: Path) -> None:
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
     begin = Begin(plan)
     callbacks = [begin, *objects.callbacks(plan)]
+    if plan.command == "fit":
+        refuse_no_average(model, callbacks)
     if plan.config["calls"]:
         callbacks.append(calls_curve(plan, callbacks, model))
     if plan.config["likelihood"]:
@@ -200,12 +203,39 @@ def refuse_other_optimizer(plan: Plan, model: Any) -> None:
     before, now = (own | (node.get("optimizer") or {}) for node in nodes)
     for name in now | before:
         was, given = before.get(name), now.get(name)
-        if was != given:
+        if was != given and not (name == "_target_" and not any("bd_lightning." in str(one) for one in (was, given))):
             key = "model.optimizer" + ("" if name == "_target_" else f".{name}")
             raise UserError(
                 f"{plan.config['ckpt_path']} was trained with {key}={was}, whose state cannot go on with {given}: "
-                "leave model.optimizer as it is there (model.lr and model.warmup_steps may change), or train anew"
+                "leave model.optimizer as it is there (model.lr, model.warmup_steps and model.lr_decay may change), or "
+                "train anew"
             )
+
+
+def refuse_no_average(model: Any, callbacks: list[Any]) -> None:
+    """Refuse an optimiser that is judged by its own average where nothing would put that in.
+
+    Raises:
+        UserError: naming the callback.
+    """
+    if not model.optimizer.decays and not any(isinstance(one, AveragedWeights) for one in callbacks):
+        raise UserError(
+            f"{type(model.optimizer).__name__} is judged by its own average, which callbacks.ema puts in: leave "
+            "callbacks.ema as it is"
+        )
+
+
+def changed(plan: Plan) -> str:
+    """What a resumed run has otherwise than its checkpoint, in a sentence; empty for nothing."""
+    if plan.checkpoint is None:
+        return ""
+    before, now = flat(plan.checkpoint["hyper_parameters"]), flat(plan.config)
+    keys = [key for key in now | before if key.partition(".")[0] in ("data", "model", "trainer", "callbacks", "seed")]
+    found = [
+        f"{key}={now.get(key)} (was {before.get(key)})" for key in keys if str(before.get(key)) != str(now.get(key))
+    ]
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    return f"not as in the checkpoint: {', '.join(found[:8])}{more}" if found else ""
 
 
 def refuse_other_data(trained: Facts, given: Facts) -> None:
@@ -253,6 +283,8 @@ def build_trainer(plan: Plan, loggers: list[Any], callbacks: list[Any]) -> L.Tra
 def announce(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
     """Say where the run folder is, and what a step is made of."""
     print(f"run folder: {short(plan.run_dir)}", flush=True)
+    if remark := changed(plan):
+        print(remark, flush=True)
     batch, devices, accumulated = data.batch_size, trainer.world_size, trainer.accumulate_grad_batches
     effective = f"{batch} × {devices} devices × {accumulated} accumulated = {batch * devices * accumulated}"
     print(f"effective batch: {effective}; lr_scaling={model.lr_scaling}", flush=True)

@@ -230,5 +230,10 @@ class Module(L.LightningModule):
             optimizer = self.optimizer(self, lr)
         except ValueError as error:
             raise UserError(f"model.optimizer: {error}") from error
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UserError(
+                f"model.optimizer: {type(self.optimizer).__name__} makes a {type(optimizer).__name__}, no "
+                "torch.optim.Optimizer"
+            )
         scheduler = Schedule(optimizer, self.warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -114,9 +114,9 @@ def _jacobian(v: Tensor, x: Tensor, mean: Tensor, r: Tensor, size: tuple[int, in
 def _group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Group normalisation of a dual x (B, C, *). Half precision is raised to single, as autocast does it."""
     value, tangent = (half.to(torch.promote_types(half.dtype, torch.float32)) for half in forward_ad.unpack_dual(x))
-    normal = forward_ad.make_dual(*_Standardise.apply(value, tangent, groups, eps))
+    normal = (half.to(weight.dtype) for half in _Standardise.apply(value, tangent, groups, eps))
     shape = (-1, *(1,) * (x.ndim - 2))
-    return modulate(normal, weight.reshape(shape), bias.reshape(shape))
+    return modulate(forward_ad.make_dual(*normal), weight.reshape(shape), bias.reshape(shape))
 
 
 def _carries_tangent(x: Tensor) -> bool:

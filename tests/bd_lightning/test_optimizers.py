@@ -99,6 +99,29 @@ def test_whole_numbers_are_rates_too():
     assert optimizer.param_groups[0]["betas"] == (0.0, 0.99)
 
 
+def test_an_average_of_its_own_needs_the_callback_that_puts_it_in(tmp_path, capsys):
+    pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    words = ["model.optimizer._target_=bd_lightning.optimizers.ScheduleFree", "model.lr_decay=none"]
+    assert launch(tmp_path / "runs", *words, "callbacks.ema=null") == 2
+    assert "ScheduleFree is judged by its own average, which callbacks.ema puts in" in capsys.readouterr().err
+
+
+def test_a_resumed_run_says_what_is_not_as_it_was(tmp_path, capsys):
+    assert launch(tmp_path / "runs", "run_id=a", "trainer.accumulate_grad_batches=2") == 0
+    last = tmp_path / "runs" / "bellman-diffusion" / "a" / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    assert train.main([f"ckpt_path={last}", "steps=6"]) == 0
+    assert "not as in the checkpoint" not in capsys.readouterr().out
+    assert (
+        train.main(
+            [f"ckpt_path={last}", "steps=8", "trainer=cpu", "model.lr=2e-3", "trainer.enable_progress_bar=false"]
+        )
+        == 0
+    )
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not as in the checkpoint: ")]
+    assert len(said) == 1 and "model.lr=0.002 (was " in said[0] and "trainer.accumulate_grad_batches=" in said[0]
+
+
 def test_muon_asks_for_a_network_with_matrices():
     with pytest.raises(ValueError, match="this model has none: take bd_lightning.optimizers.AdamW"):
         Muon()(torch.nn.Linear(2, 2), 1e-3)
@@ -137,12 +160,21 @@ def test_another_optimizer_cannot_go_on_and_leaves_the_run_alone(tmp_path, capsy
 
 
 def test_an_optimizer_of_another_module_is_another_one(tmp_path, capsys, monkeypatch):
-    (tmp_path / "mine.py").write_text("import bd_lightning.optimizers as o\n\n\nclass AdamW(o.AdamW):\n    pass\n")
+    text = "import bd_lightning.optimizers as o\n\n\nclass AdamW(o.AdamW):\n    pass\n\n\nRenamed = AdamW\n"
+    (tmp_path / "mine.py").write_text(
+        text + "class Empty(o.AdamW):\n    def __call__(self, module, lr):\n        pass\n"
+    )
     monkeypatch.syspath_prepend(tmp_path)
     assert launch(tmp_path / "runs", "run_id=a") == 0
     last = tmp_path / "runs" / "bellman-diffusion" / "a" / "checkpoints" / "last.ckpt"
     assert train.main([f"ckpt_path={last}", "steps=6", "model.optimizer._target_=mine.AdamW"]) == 2
     assert "whose state cannot go on with mine.AdamW" in capsys.readouterr().err
+    assert launch(tmp_path / "runs", "run_id=b", "model.optimizer._target_=mine.AdamW") == 0
+    last = tmp_path / "runs" / "bellman-diffusion" / "b" / "checkpoints" / "last.ckpt"
+    words = [f"ckpt_path={last}", "steps=6", "trust=true"]
+    assert train.main([*words, "model.optimizer._target_=mine.Renamed"]) == 0
+    assert launch(tmp_path / "runs", "run_id=c", "model.optimizer._target_=mine.Empty") == 2
+    assert "model.optimizer: Empty makes a NoneType, no torch.optim.Optimizer" in capsys.readouterr().err
 
 
 def test_a_resumed_run_takes_the_rate_that_it_is_given(tmp_path):
@@ -178,8 +210,10 @@ def test_an_optimizer_that_cannot_train_the_model_is_one_sentence(tmp_path, caps
     assert len(said) == 1 and "this model has none: take bd_lightning.optimizers.AdamW" in said[0]
 
 
-def test_half_precision_has_averages(tmp_path):
-    assert launch(tmp_path / "runs", "run_id=a", "trainer.precision=bf16-true") == 0
+@pytest.mark.parametrize("trace", ["stein", "combined"])
+def test_half_precision_has_averages(trace, tmp_path):
+    words = ["trainer.precision=bf16-true", f"model.objective.trace={trace}"]
+    assert launch(tmp_path / "runs", "run_id=a", *words) == 0
 
 
 def test_an_optimizer_that_is_not_there_is_one_sentence(monkeypatch):
