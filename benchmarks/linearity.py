@@ -19,156 +19,48 @@ averaged scores, and with the class of each sample drawn first:
 
 L1 is the sum over classes of |share counted − share asked|. A finished row is kept in OUT/rows.jsonl with its settings
 and not computed again; with --only PATTERN requests whose names the pattern is not found in are left out, with the
-models that they alone need, and with --model all that need more than one model, which is then this one. --cost prints
-the processor time of ten experts instead (set OMP_NUM_THREADS=1). The classifier is the one that FID takes its features
-from; its accuracy is printed, and so is the L1 that it finds between real test images and their labels. With --figure
-it draws samples of some requests, and beside FILE, as FILE with the suffix .gif, the way from one class to another by
-their weights, always from the same seeds.
+models that they alone need, and with --model all that need more than one model, which is then this one, of whatever
+images. --cost prints the processor time of ten experts instead (set OMP_NUM_THREADS=1). The classifier is the one that
+FID takes its features from; its accuracy is printed, and so is the L1 that it finds between real test images and their
+labels. With --figure it draws samples of some requests, and beside FILE, as FILE with the suffix .gif, the way from
+one class to another by their weights, always from the same seeds.
 """
 
 import argparse
-import hashlib
 import re
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-import train
-from bd_lightning import checkpoints
 from bd_lightning.dynamics import TrackedPosterior
 from bd_lightning.fields import FieldPair, Mixture, RelativeFields, batched, calibrated, combine
-from bd_lightning.latents import TrainedLatents
-from bd_lightning.modules import RelativeDensities
 from bd_lightning.networks import MLP
 from benchmarks import common
 from benchmarks.common import Rows, mean_sd, table
+from benchmarks.linearity_requests import DIGITS, Models, requests
 from benchmarks.superposition import AveragedScores, ClassFirst
 from callbacks import ClassifierFeatures
 from callbacks.metrics import frechet_distance
 from callbacks.pictures import grid_image
-from datamodules import MNIST, to_uint8
+from datamodules import to_uint8
+from datamodules.subsets import random_subset
 
-DIGITS = [str(c) for c in range(10)]
-HALVES = {"low": DIGITS[:5], "high": DIGITS[5:]}
-PARTS = {"all": DIGITS, **HALVES} | {f"expert{digit}": [digit] for digit in DIGITS}
-THINNED = {digit: round(0.01 ** (c / 9), 4) for c, digit in enumerate(DIGITS)}  # shares kept, from 1 to 0.01
 FULL, FIDS = ("", ", tracked"), ("merge", "union", "ten experts")
 Way = Callable[[Mixture, Tensor], FieldPair]
 """The fields that chains of some numbers (B,) are drawn by, for a mixture."""
-QUIET = ["logger=none", "callbacks.progress=null", "trainer.enable_progress_bar=false", "callbacks.trajectory=null"]
 
 
-def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
-    """The last checkpoint of a run by these words, which is trained if it is not there."""
-    if name == "autoencoder" and options.autoencoder:
-        return options.autoencoder
-    run_id = f"{name}-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}"
-    own = [f"run_id={run_id}", "ckpt_path=last", f"root={options.out}", f"data.root={options.data}"]
-    if train.main([*words, *QUIET, *own]) != 0:
-        sys.exit(f"training of {name} failed")
-    folder = options.out / "bellman-diffusion" / run_id / "checkpoints"
-    return str(folder / ("best.ckpt" if name == "autoencoder" else "last.ckpt"))
-
-
-class Models(dict[str, RelativeDensities]):
-    """Models of all digits, of the halves, of thinned classes and of each digit, trained when they are asked for.
-
-    Args:
-        options: the command line.
-        code: the checkpoint of the autoencoder.
-    """
-
-    def __init__(self, options: argparse.Namespace, code: str) -> None:
-        self.options, self.code = options, code
-        if options.model:
-            self["all"] = checkpoints.load(options.model, RelativeDensities)[0]
-
-    def __missing__(self, name: str) -> RelativeDensities:
-        if name == "thin":
-            keep = "{" + ", ".join(f"{digit}: {share}" for digit, share in THINNED.items()) + "}"
-        else:
-            keep = f"[{','.join(PARTS[name])}]"
-        steps = self.options.steps // (2 if name == "thin" or name.startswith("expert") else 1)
-        words = [
-            "experiment=mnist_latent",
-            "model=relative",
-            f"data.autoencoder.ckpt_path={self.code}",
-            "model.lr=2e-3",
-        ]
-        words += ["callbacks.metrics=null", "callbacks.best=null"]
-        words += [f"steps={steps}", f"eval_every={steps}", f"data.images.keep={keep}"]
-        words += ["model.network.width=64"] if name.startswith("expert") else []
-        self[name] = checkpoints.load(checkpoint(self.options, name, *words), RelativeDensities)[0]
-        return self[name]
-
-
-def requests(found: Models) -> dict[str, Callable[[], tuple[Mixture, Tensor]]]:
-    """What is asked for: a mixture and the histogram that it should have."""
-
-    def weighted(parts: Callable[[], list[Any]], weights: Tensor | None = None) -> tuple[Mixture, Tensor]:
-        weights = found["all"].fields.shares if weights is None else weights
-        return combine(parts(), dict(zip(DIGITS, weights.tolist()))), weights
-
-    def without(digit: str) -> tuple[Mixture, Tensor]:
-        left = found["all"].fields.shares * torch.tensor([name != digit for name in DIGITS])
-        return combine(one(), remove=[digit]), left / left.sum()
-
-    def minus() -> tuple[Mixture, Tensor]:
-        shares = found["all"].fields.shares
-        taken, left = float(shares[5:].sum()), shares * (torch.arange(10) < 5)
-        return combine(one()) - taken * combine([(found["high"].fields, HALVES["high"], 1.0)]), left / left.sum()
-
-    def taken() -> tuple[Mixture, Tensor]:
-        _, left = minus()
-        share = float(found["all"].fields.shares[5:].sum())
-        return combine([*one(), (found["high"].fields, HALVES["high"], -share)]), left
-
-    def merged() -> tuple[Mixture, Tensor]:
-        return combine(both()), torch.cat([found[name].fields.shares for name in HALVES]) / 2
-
-    def together(weights: Tensor | None = None) -> tuple[Mixture, Tensor]:
-        mixture, wanted = weighted(experts, weights)
-        return batched(mixture), wanted
-
-    def one() -> list[Any]:
-        return [(found["all"].fields, DIGITS, 1.0)]
-
-    def both() -> list[Any]:
-        return [(found[name].fields, digits, 1.0) for name, digits in HALVES.items()]
-
-    def experts() -> list[Any]:
-        return [(found[f"expert{digit}"].fields, [digit], 1.0) for digit in DIGITS]
-
-    def thin() -> list[Any]:
-        return [(found["thin"].fields, DIGITS, 1.0)]
-
-    torch.manual_seed(0)
-    drawn = [torch.distributions.Dirichlet(torch.full((10,), 0.5)).sample() for _ in range(10)]
-    uniform = torch.full((10,), 0.1)
-    asked: dict[str, Callable[[], tuple[Mixture, Tensor]]] = {
-        f"weighting {i}": partial(weighted, one, weights) for i, weights in enumerate(drawn)
-    }
-    asked |= {f"without {digit}": partial(without, digit) for digit in ("1", "4", "7")}
-    if found.options.model:
-        return asked
-    asked |= {
-        "all minus 5–9": minus,
-        "all minus 5–9, by name": taken,
-        "merge": merged,
-        "merge, uniform": partial(weighted, both, uniform),
-    }
-    asked |= {"union": partial(weighted, one), "ten experts": together}
-    asked |= {f"experts, weighting {i}": partial(together, drawn[i]) for i in range(3)}
-    asked["thinned, as trained"] = lambda: (combine(thin()), found["thin"].fields.shares)
-    asked["thinned, asked for uniform"] = partial(weighted, thin, uniform)
-    return asked
+def images_of(data: Any, split: str) -> tuple[Tensor, Tensor]:
+    """The images of a split, bytes (N, C, H, W), and their classes (N,)."""
+    batches = torch.utils.data.DataLoader(data.load_split(split), 1000, collate_fn=data.collate)
+    images, labels = zip(*((to_uint8(x), label) for x, label in batches))
+    return torch.cat(images), torch.cat(labels)
 
 
 class Judge:
@@ -179,18 +71,19 @@ class Judge:
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        code = checkpoint(options, "autoencoder", "experiment=autoencoder")
-        self.space, self.models = TrainedLatents(code), Models(options, code)
-        data = MNIST(root=options.data)
+        self.models = Models(options)
+        data = self.models.data.observed
+        data.prepare_data()
         self.features = ClassifierFeatures()
         self.features.prepare(data)
-        test = data.load_split("test")
-        self.real, labels = self.judge(test.x)
-        own = float((_shares(labels) - _shares(test.labels)).abs().sum())
-        seen, _ = self.judge(data.load_split("train").x[:10_000])
+        test, truth = images_of(data, "test")
+        self.real, labels = self.judge(test)
+        own = float((_shares(labels) - _shares(truth)).abs().sum())
+        train, _ = images_of(data, "train")
+        seen, _ = self.judge(train[random_subset(len(train), min(10_000, len(train)))])
         floor = frechet_distance(self.real, seen)
         print(f"classifier: accuracy {self.features.accuracy:.1%} on validation, L1 {own:.4f} on the test split;")
-        print(f"FID of 10,000 training images to the test split {floor:.2f}")
+        print(f"FID of {len(seen)} training images to the test split {floor:.2f}")
 
     def judge(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, f) and classes (N,) of images, bytes (N, C, H, W)."""
@@ -203,15 +96,15 @@ class Judge:
         model.samplers.setdefault("tracked", TrackedPosterior())  # checkpoints of before have none
         parts = torch.arange(n).split(2000)
         codes = [model.sample(rows.tolist(), sampler, seed=1, fields=way(mixture, rows)) for rows in parts]
-        return torch.cat([to_uint8(self.space.decode(code)) for code in codes])
+        return torch.cat([to_uint8(self.models.data.decode(code)) for code in codes])
 
     def pilot(self, mixture: Mixture) -> Tensor:
         """2,000 codes of another seed."""
         return self.models["all"].sample(range(2000), "sde", seed=2, fields=mixture)
 
 
-def _shares(labels: Tensor) -> Tensor:
-    return torch.bincount(labels, minlength=10) / len(labels)
+def _shares(labels: Tensor, classes: int = 10) -> Tensor:
+    return torch.bincount(labels, minlength=classes) / len(labels)
 
 
 OTHERS: dict[str, Way] = {
@@ -238,7 +131,7 @@ def measure(judge: Judge, mixture: Mixture, wanted: Tensor, way: str, n: int) ->
     sampler = "tracked" if way == ", tracked" else "sde"
     images = judge.draw(mixture, n, sampler, OTHERS.get(way, lambda mixture, rows: mixture))
     features, labels = judge.judge(images)
-    counted = _shares(labels)
+    counted = _shares(labels, len(wanted))
     return {
         "asked": [round(w, 4) for w in wanted.tolist()],
         "counted": [round(w, 4) for w in counted.tolist()],

@@ -197,7 +197,8 @@ def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys
 
     class Judge:
         def __init__(self, options):
-            self.models = linearity.Models(options, "code")
+            options.autoencoder = "pretrained/mnist/autoencoder"
+            self.models = linearity.Models(options)
             self.models["all"] = model
 
     def measure(judge, mixture, wanted, way, n):

@@ -1,0 +1,147 @@
+"""What `linearity.py` asks for, and the models that it is asked of, trained when they are needed."""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import train
+from bd_lightning import checkpoints, facts
+from bd_lightning.cli import build
+from bd_lightning.fields import Mixture, batched, combine
+from bd_lightning.modules import RelativeDensities
+from benchmarks import common
+
+DIGITS = [str(c) for c in range(10)]
+HALVES = {"low": DIGITS[:5], "high": DIGITS[5:]}
+PARTS = {"all": DIGITS, **HALVES} | {f"expert{digit}": [digit] for digit in DIGITS}
+THINNED = {digit: round(0.01 ** (c / 9), 4) for c, digit in enumerate(DIGITS)}  # shares kept, from 1 to 0.01
+QUIET = ["logger=none", "callbacks.progress=null", "trainer.enable_progress_bar=false", "callbacks.trajectory=null"]
+
+
+def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
+    """The last checkpoint of a run by these words, which is trained if it is not there."""
+    if name == "autoencoder" and options.autoencoder:
+        return options.autoencoder
+    run_id = f"{name}-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}"
+    own = [f"run_id={run_id}", "ckpt_path=last", f"root={options.out}", f"data.root={options.data}"]
+    if train.main([*words, *QUIET, *own]) != 0:
+        sys.exit(f"training of {name} failed")
+    folder = options.out / "bellman-diffusion" / run_id / "checkpoints"
+    return str(folder / ("best.ckpt" if name == "autoencoder" else "last.ckpt"))
+
+
+class Models(dict[str, RelativeDensities]):
+    """Models of all digits, of the halves, of thinned classes and of each digit, trained when they are asked for.
+
+    Args:
+        options: the command line.
+
+    Attributes:
+        names: names of the classes.
+        data: the data that they learn, with the images that they stand for.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.names, self.code = options, DIGITS, ""
+        if options.model:
+            self["all"], stored = checkpoints.load(options.model, RelativeDensities)
+            self.names = facts.read(stored["facts"]).class_names
+            config = stored["data"]
+        else:
+            self.code = checkpoint(options, "autoencoder", "experiment=autoencoder")
+            config = common.compose("experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}")["data"]
+        self.data = build.instantiate(rooted(config, str(options.data)), "data")
+
+    def __missing__(self, name: str) -> RelativeDensities:
+        if name == "thin":
+            keep = "{" + ", ".join(f"{digit}: {share}" for digit, share in THINNED.items()) + "}"
+        else:
+            keep = f"[{','.join(PARTS[name])}]"
+        steps = self.options.steps // (2 if name == "thin" or name.startswith("expert") else 1)
+        words = [
+            "experiment=mnist_latent",
+            "model=relative",
+            f"data.autoencoder.ckpt_path={self.code}",
+            "model.lr=2e-3",
+        ]
+        words += ["callbacks.metrics=null", "callbacks.best=null"]
+        words += [f"steps={steps}", f"eval_every={steps}", f"data.images.keep={keep}"]
+        words += ["model.network.width=64"] if name.startswith("expert") else []
+        self[name] = checkpoints.load(checkpoint(self.options, name, *words), RelativeDensities)[0]
+        return self[name]
+
+
+def rooted(node: Any, root: str) -> Any:
+    """A node of the config with the data elsewhere."""
+    if not isinstance(node, Mapping):
+        return node
+    return {key: root if key == "root" else rooted(value, root) for key, value in node.items()}
+
+
+def requests(found: Models) -> dict[str, Callable[[], tuple[Mixture, Tensor]]]:
+    """What is asked for: a mixture and the histogram that it should have."""
+    names = found.names
+
+    def weighted(parts: Callable[[], list[Any]], weights: Tensor | None = None) -> tuple[Mixture, Tensor]:
+        weights = found["all"].fields.shares if weights is None else weights
+        return combine(parts(), dict(zip(names, weights.tolist()))), weights
+
+    def without(one_class: str) -> tuple[Mixture, Tensor]:
+        left = found["all"].fields.shares * torch.tensor([name != one_class for name in names])
+        return combine(one(), remove=[one_class]), left / left.sum()
+
+    def minus() -> tuple[Mixture, Tensor]:
+        shares = found["all"].fields.shares
+        taken, left = float(shares[5:].sum()), shares * (torch.arange(10) < 5)
+        return combine(one()) - taken * combine([(found["high"].fields, HALVES["high"], 1.0)]), left / left.sum()
+
+    def taken() -> tuple[Mixture, Tensor]:
+        _, left = minus()
+        share = float(found["all"].fields.shares[5:].sum())
+        return combine([*one(), (found["high"].fields, HALVES["high"], -share)]), left
+
+    def merged() -> tuple[Mixture, Tensor]:
+        return combine(both()), torch.cat([found[name].fields.shares for name in HALVES]) / 2
+
+    def together(weights: Tensor | None = None) -> tuple[Mixture, Tensor]:
+        mixture, wanted = weighted(experts, weights)
+        return batched(mixture), wanted
+
+    def one() -> list[Any]:
+        return [(found["all"].fields, names, 1.0)]
+
+    def both() -> list[Any]:
+        return [(found[name].fields, digits, 1.0) for name, digits in HALVES.items()]
+
+    def experts() -> list[Any]:
+        return [(found[f"expert{digit}"].fields, [digit], 1.0) for digit in DIGITS]
+
+    def thin() -> list[Any]:
+        return [(found["thin"].fields, DIGITS, 1.0)]
+
+    torch.manual_seed(0)
+    drawn = [torch.distributions.Dirichlet(torch.full((len(names),), 0.5)).sample() for _ in range(10)]
+    uniform = torch.full((10,), 0.1)
+    asked: dict[str, Callable[[], tuple[Mixture, Tensor]]] = {
+        f"weighting {i}": partial(weighted, one, weights) for i, weights in enumerate(drawn)
+    }
+    asked |= {f"without {digit}": partial(without, digit) for digit in names[1::3][:3]}
+    if found.options.model:
+        return asked
+    asked |= {
+        "all minus 5–9": minus,
+        "all minus 5–9, by name": taken,
+        "merge": merged,
+        "merge, uniform": partial(weighted, both, uniform),
+    }
+    asked |= {"union": partial(weighted, one), "ten experts": together}
+    asked |= {f"experts, weighting {i}": partial(together, drawn[i]) for i in range(3)}
+    asked["thinned, as trained"] = lambda: (combine(thin()), found["thin"].fields.shares)
+    asked["thinned, asked for uniform"] = partial(weighted, thin, uniform)
+    return asked
