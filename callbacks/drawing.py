@@ -74,7 +74,10 @@ def check(trainer: L.Trainer, pl_module: Any, owner: str, kind: str, samplers: I
         raise UserError(f"{owner} is for {kind}, and a sample has shape {shape}: choose callbacks={others}")
     for name in samplers:
         if name is not None and name not in pl_module.samplers:
-            raise UserError(f"{owner}: no sampler named '{name}'; the model has {', '.join(pl_module.samplers)}")
+            raise UserError(
+                f"{owner}: no sampler named '{name}'; the model has {', '.join(pl_module.samplers)}: name one of them, "
+                "or leave the callback out by callbacks.NAME=null"
+            )
 
 
 def data_of(trainer: L.Trainer) -> DataModule:
