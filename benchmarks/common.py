@@ -4,6 +4,7 @@ import argparse
 import importlib
 import json
 import math
+import os
 import statistics
 import sys
 import time
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from bd_lightning.checks import UserError
+from bd_lightning.checks import UserError, regular_file
 from bd_lightning.cli import build
 from bd_lightning.cli import config as configs
 from bd_lightning.modules.base import Module, Schedule
@@ -106,6 +107,19 @@ def batches(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
 # ---- training
 
 
+def averaging(config: Mapping[str, Any]) -> float:
+    """Weight of the past in the moving average of a config.
+
+    Raises:
+        UserError: if it has no such average.
+    """
+    average = (config["callbacks"] or {}).get("ema") or {}
+    if "decay" not in average:
+        raise UserError("the benchmarks average with a constant decay, which callbacks.ema of this config does not say")
+    build.instantiate(average, "callbacks.ema")  # refuses a decay out of range
+    return average["decay"]
+
+
 @dataclass(frozen=True)
 class Recipe:
     """How train.py trains: the arguments of `modules.base.Module`, with clipping and averaging.
@@ -140,7 +154,7 @@ class Recipe:
             warmup_steps=model.warmup_steps,
             decay=model.lr_decay == "cosine",
             clip=config["trainer"].get("gradient_clip_val"),
-            averaging=config["callbacks"]["ema"]["decay"],
+            averaging=averaging(config),
             bf16=bf16,
         )
 
@@ -236,32 +250,10 @@ class Turns:
         return statistics.median(a / b for a, b in pairs)
 
 
-def step_memory(loss: Callable[[], Tensor], model: nn.Module) -> float:
-    """Bytes of a training step: the peak on a GPU; on a CPU what autograd keeps for its backward pass."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        loss().backward()
-        return float(torch.cuda.max_memory_allocated(device))
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        try:
-            key, size = t.untyped_storage().data_ptr(), t.untyped_storage().nbytes()
-        except RuntimeError:  # inside forward-mode differentiation tensors do not show their storage
-            key, size = -len(kept), t.nbytes
-        if key not in own:
-            kept[key] = size
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        value = loss()
-    value.backward()
-    return float(sum(kept.values()))
-
-
 # ---- weights, rows and tables
+
+UNFINISHED = b" (unfinished)"
+"""The end of a line that a killed run began and another one found."""
 
 
 def save(weights: Mapping[str, Tensor], path: Path) -> None:
@@ -272,22 +264,49 @@ def save(weights: Mapping[str, Tensor], path: Path) -> None:
     part.replace(path)
 
 
+def restore(module: nn.Module, path: Path, device: torch.device | str = "cpu") -> None:
+    """Give a module the weights of a file.
+
+    Raises:
+        UserError: if they are not there, not whole, or another module's.
+    """
+    regular_file(path, "file of weights")
+    try:
+        module.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+    except Exception as error:  # whatever the reader raises, the file is at fault
+        raise UserError(f"{path} is damaged, or the weights of another model: delete it to train anew") from error
+
+
 class Rows(Sequence[dict[str, Any]]):
     """Finished rows, one JSON object a line, so that a benchmark can be stopped and repeated.
 
-    A line that a killed run left unfinished is dropped.
+    A line that a killed run left unfinished is left out. It stays in the file, which other processes may write to, and
+    is marked as unfinished by the next row that follows it.
 
     Args:
         path: the file; it need not be there.
+
+    Raises:
+        UserError: naming the first line that is no row.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        text = path.read_text() if path.is_file() else ""
-        whole, _, rest = text.rpartition("\n")
-        self.rows: list[dict[str, Any]] = [json.loads(line) for line in whole.splitlines()]
-        if rest:
-            path.write_text(f"{whole}\n" if whole else "")
+        self.rows: list[dict[str, Any]] = []
+        try:
+            *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        except OSError as error:
+            raise UserError(f"cannot read the rows in {path}: {error.strerror}") from error
+        for number, line in enumerate(lines, 1):
+            if line.endswith(UNFINISHED):
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number} is damaged, it holds no row: delete that line, or mend it")
+            self.rows.append(row)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -299,8 +318,11 @@ class Rows(Sequence[dict[str, Any]]):
         """Keep one more row."""
         self.rows.append(row)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        with self.path.open("a+b") as file:
+            end = file.seek(0, os.SEEK_END)
+            file.seek(max(end - 1, 0))
+            torn = file.read(1) not in (b"", b"\n")
+            file.write((UNFINISHED + b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
         return row
 
     def say(self, **row: Any) -> dict[str, Any]:
@@ -311,6 +333,10 @@ class Rows(Sequence[dict[str, Any]]):
     def where(self, **values: Any) -> list[dict[str, Any]]:
         """The rows that have these values, oldest first."""
         return [row for row in self.rows if all(key in row and row[key] == v for key, v in values.items())]
+
+    def of_seeds(self, seeds: Iterable[int], **values: Any) -> list[dict[str, Any]]:
+        """The first row of each of some seeds that has these values: two of one seed are no two seeds."""
+        return [found[0] for seed in seeds if (found := self.where(**values, seed=seed))]
 
 
 def mean_sd(values: Iterable[float], digits: int = 2) -> str:

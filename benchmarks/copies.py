@@ -79,7 +79,7 @@ def trained(out: Path, config: Any, data: Any, steps: int) -> Any:
     model = common.make_model(config, facts)
     path = out / f"model-{steps}.pt"
     if path.is_file():
-        model.load_state_dict(torch.load(path, weights_only=True))
+        common.restore(model, path)
         return model.eval()
     rows = data.load_split("train")
     codes, label = duplicated(rows.x, rows.labels)
@@ -142,7 +142,7 @@ def main() -> None:
             images = torch.cat([features(to_uint8(data.decode(part))) for part in x.split(500)])
             values["fid"] = frechet_distance(images, embedded)
             print(rows.add(**key, seed=seed, **values), flush=True)
-        found = [row for row in rows.where(**key) if row["seed"] <= options.seeds]
+        found = rows.of_seeds(range(1, options.seeds + 1), **key)
         late = (f"{guidance.before:g}", guidance.transition) if guidance.transition else ("–", "–")
         shares = [mean_sd((100 * row[name] for row in found), 1) for name in ("duplicates", "copies")]
         lines.append([f"{guidance.scale:g}", *late, *shares, mean_sd((row["fid"] for row in found), 1)])

@@ -297,8 +297,13 @@ def main() -> None:
         for row in pool.imap_unordered(one_row, tasks):
             kept.add(**row)
             print(f"{len(kept)} rows, last: {row['target']} {row['name']} seed {row['seed']}", file=sys.stderr)
-    wanted = [row for row in kept.where(steps=options.steps) if row["seed"] < options.seeds]
-    report([row for row in wanted if row["target"] in options.targets], json.loads(timing.read_text()))
+    rows = [
+        row
+        for target in options.targets
+        for name in NAMES
+        for row in kept.of_seeds(range(options.seeds), target=target, name=name, steps=options.steps)
+    ]
+    report(rows, json.loads(timing.read_text()))
 
 
 if __name__ == "__main__":

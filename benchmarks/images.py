@@ -17,22 +17,24 @@ pixels; a GPU: `--experiment mnist` or `cifar10`.
 - Flow matching: independent coupling, sampled by Heun's method.
 
 A finished row is kept in OUT/rows.jsonl with the settings that it is of, trained weights beside it, and neither is
-computed again; other settings may go to the same folder, and only rows of those asked for are shown. A training that
-is kept is not repeated for another curve. Prints Markdown tables: FID, KID, precision and recall of n samples against
-the test split, mean over seeds; FID of --n-curve samples (0: none) after each quarter of the training; the time of a
-training step relative to DDPM's (all take turns, step by step; median over rounds), memory (on a GPU the peak of a
-training step; on a CPU what autograd keeps for its backward pass), and sampling time per 1,000 images. FID without
-averaging comes beside; --habits also trains the default with each other habit switched: clipping, warm-up, decay,
-bf16, and where they apply mirrored images, channels-last and compilation. --only takes methods or habits. --figure
-draws grids and curves.
+computed again; other settings may go to the same folder. A training that is kept is not repeated for another curve.
+KEY=VALUE are settings of the data, the model, callbacks.metrics.features, callbacks.ema.decay and
+trainer.gradient_clip_val. Prints Markdown tables of the settings, methods, habits and seeds that are asked for: FID,
+KID, precision and recall of n samples against the test split, mean over seeds; FID of --n-curve samples (0: none) after
+each quarter of the training; the time of a training step relative to DDPM's (all take turns, step by step; median over
+rounds), memory (on a GPU the peak of a training step; on a CPU what autograd keeps for its backward pass), and sampling
+time per 1,000 images. FID without averaging comes beside; --habits also trains the default with each other habit
+switched: clipping, warm-up, decay, bf16, and where they apply mirrored images, channels-last and compilation. --only
+takes methods or habits, and may be repeated. --figure draws grids and curves of seed 0.
 """
 
 import argparse
 import hashlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +42,12 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from bd_lightning.checks import UserError
 from bd_lightning.cli import build
 from bd_lightning.dynamics import SamplingDiverged
-from benchmarks import common
-from benchmarks.common import Recipe, Rows, Training, Turns, now, optional, step_memory
+from benchmarks import arguments, common
+from benchmarks.common import Recipe, Rows, Training, optional
+from benchmarks.images_costs import speed
 from benchmarks.images_report import costs_of, draw, report
 from benchmarks.peers import CALLS, DDPM, Draw, FlowMatching
 from callbacks.metrics import NEIGHBOURS, Given, frechet_distance, precision_recall
@@ -72,6 +76,14 @@ OURS = {
 }  # fmt: skip
 PEERS = {DDPM_NAME: DDPM, "flow matching": FlowMatching}
 NAMES = [DEFAULT, "score matching", *PEERS, *list(OURS)[2:]]
+READ = ("data", "data.", "model", "model.", "callbacks", "callbacks.metrics.features", "callbacks.metrics.features.")
+READ += ("callbacks.ema.decay", "trainer.gradient_clip_val")
+INSTEAD = {word.partition("=")[0]: "all methods make as many network calls" for word in EQUAL} | {
+    "experiment": "use --experiment", "steps": "use --steps", "seed": "use --seeds", "precision": "use --bf16",
+    "callbacks.metrics.n": "use --n", "callbacks.metrics.n_test": "use --n", "trainer.precision": "use --bf16",
+    "trainer.max_steps": "use --steps", "trainer.accelerator": "use --device", "root": "use --out", "n": "use --n",
+    "trainer.accumulate_grad_batches": "use data.batch_size",
+}  # fmt: skip
 
 
 class Bellman(nn.Module):
@@ -114,7 +126,7 @@ class Habit:
 class Suite:
     """The data, the features, how methods are built, trained and scored, and the settings that rows of each are of."""
 
-    names, default = NAMES, DEFAULT
+    default, base = DEFAULT, DDPM_NAME
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
@@ -132,7 +144,7 @@ class Suite:
         )
         self.real = torch.cat([self.features(to_uint8(x).to(self.device)).cpu() for x, _ in split])
         self.steps = options.steps or self.config["steps"]
-        self.speeds = {"experiment": options.experiment, "words": sorted(options.words)}
+        self.speeds = {"experiment": options.experiment, "words": options.words}
         self.speeds |= {"bf16": options.bf16, "device": options.device}
         self.trained = {**self.speeds, "steps": self.steps}
         self.curved, self.scored = {**self.trained, "n": options.n_curve}, {**self.trained, "n": options.n}
@@ -184,7 +196,7 @@ class Suite:
 
     def restore(self, method: Any, name: str, seed: int) -> Any:
         """A method with weights that were kept, in evaluation mode."""
-        method.load_state_dict(torch.load(self.weights(name, seed), map_location=self.device, weights_only=True))
+        common.restore(method, self.weights(name, seed), self.device)
         return method.eval()
 
     def train(self, name: str, seed: int, habit: Habit = Habit()) -> Iterator[tuple[int, Any, Any]]:
@@ -194,7 +206,7 @@ class Suite:
         mirrored = self.mirrored if habit.mirrored is None else habit.mirrored
         quarters = [round(self.steps * k / 4) for k in (1, 2, 3, 4)]
         for done, (x, label) in zip(range(1, self.steps + 1), self.batches(seed, mirrored)):
-            training.step(_loss(method, x, label))
+            training.step(partial(method.loss, x, label))
             if done in quarters:
                 state = torch.get_rng_state()
                 yield done, training.averaged, method.eval()
@@ -234,48 +246,6 @@ class Suite:
         return values
 
 
-def _loss(method: Any, x: Tensor, label: Tensor) -> Callable[[], Tensor]:
-    return lambda: method.loss(x, label)
-
-
-def speed(suite: Suite, names: list[str], rounds: int = 30) -> dict[str, dict[str, float]]:
-    """Step time relative to DDPM's (which must be there), memory, and sampling time per 1,000 images of methods."""
-    methods = {name: suite.build(name, 0) for name in names}
-    trainings = {name: Training(method, suite.recipe_of(method)) for name, method in methods.items()}
-    turns = Turns(names, suite.device, skip=3)
-    source = suite.batches(0, suite.mirrored)
-    for _ in range(rounds + turns.skip):
-        x, label = next(source)
-        for name in turns.next():
-            loss = _loss(trainings[name].model, x, label)
-            with turns.clock(name):
-                trainings[name].update(loss)
-    return {
-        name: {
-            "step": turns.ratio(name, DDPM_NAME),
-            "milliseconds": 1000 * turns.median(name),
-            "sampling": sampling_time(suite, training.model.eval()),
-            "memory": step_memory(_loss(training.model.train(), x, torch.zeros_like(label)), training.model) / 2**20,
-        }
-        for name, training in trainings.items()
-    }
-
-
-@torch.no_grad()
-def sampling_time(suite: Suite, method: Any) -> float:
-    """Seconds for 1,000 samples, the least of three times; NaN for an untrained model that loses chains."""
-    seconds: list[float] = []
-    while len(seconds) < 3 and sum(seconds) <= 60:
-        start = now(suite.device)
-        label = torch.zeros(1000, dtype=torch.long, device=suite.device) if method.conditional else None
-        try:
-            method.samplers[method.main](method, range(1000), label)
-        except SamplingDiverged:
-            break
-        seconds.append(now(suite.device) - start)
-    return min(seconds, default=math.nan)
-
-
 def learn(suite: Suite, name: str, seed: int, rows: Rows) -> None:
     """Train a method, and keep its curve and its weights."""
     averaged: Any = None
@@ -303,27 +273,52 @@ def judge(suite: Suite, name: str, seed: int, rows: Rows) -> None:
             rows.say(**key, **suite.score(suite.restore(method, what, seed), sampler, suite.options.n))
 
 
+def check(options: argparse.Namespace) -> None:
+    """Refuse words and configs that the benchmark has no use for, before anything is computed."""
+    options.words = arguments.settings(options.words, READ, INSTEAD)
+    words = [f"experiment={options.experiment}", *options.words]
+    config = common.compose(*words)
+    build.check_kind(config["model"], "model", "bd_lightning.modules.BellmanDiffusion")
+    metrics = (config["callbacks"] or {}).get("metrics") or {}
+    if not metrics.get("features"):
+        raise UserError("this benchmark is of images, and callbacks.metrics of this config have no features of them")
+    common.averaging(config)
+    for name in [name for name in OURS if name in options.only] or [DEFAULT] if options.only else OURS:
+        common.compose(*words, *OURS[name])
+
+
+def quoted(names: Sequence[str]) -> str:
+    """Names, some of which have commas, in one sentence."""
+    return ", ".join(f"'{name}'" for name in names)
+
+
 def main() -> None:
     """Train what is missing, print the tables."""
     parser = common.parser(__doc__)
     parser.add_argument("--experiment", default="mnist_latent", help="as in train.py")
-    parser.add_argument("--out", type=Path, default=Path("runs/images"), help="folder of rows and weights")
+    parser.add_argument("--out", type=arguments.folder, default=Path("runs/images"), help="folder of rows and weights")
     parser.add_argument("--steps", type=common.count, help="of each training; the experiment's own if left out")
     parser.add_argument("--seeds", type=common.count, default=1, help="how many trainings of each method")
     parser.add_argument("--n", type=common.at_least(NEIGHBOURS + 1), default=10_000, help="samples of a score")
     parser.add_argument("--n-curve", type=common.at_least(0), default=2000, help="samples of a point of a curve")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=arguments.device, default=device, help="cpu or cuda")
     parser.add_argument("--bf16", action="store_true", help="train and sample in bfloat16")
     parser.add_argument("--habits", action="store_true", help="train the default with each habit switched")
-    parser.add_argument("--only", action="append", help="a method or a habit to train; may be repeated")
-    parser.add_argument("--figure", type=Path, help="file of the grids; curves go beside it")
+    parser.add_argument("--only", action="append", help="a method or a habit; may be repeated")
+    picture = arguments.picture(".png", ".jpg", ".pdf")
+    parser.add_argument("--figure", type=picture, help="file of the grids; curves go beside it")
     parser.add_argument("words", nargs="*", help="settings of the config, as in train.py")
     options = parser.parse_intermixed_args()
+    rows = Rows(options.out / "rows.jsonl")
+    check(options)
     options.out.mkdir(parents=True, exist_ok=True)
-    suite, rows = Suite(options), Rows(options.out / "rows.jsonl")
+    suite = Suite(options)
     habits = suite.habits()
+    if UNAVERAGED in (options.only or ()):
+        parser.error(f"--only: '{UNAVERAGED}' comes beside '{DEFAULT}', ask for that")
     if unknown := set(options.only or ()) - {*NAMES, *habits}:
-        parser.error(f"--only: no {', '.join(sorted(unknown))}; there are {', '.join([*NAMES, *habits])}")
+        parser.error(f"--only: no {quoted(sorted(unknown))}; there are {quoted([*NAMES, *habits])}")
     methods = [name for name in NAMES if not options.only or name in options.only]
     chosen = [name for name in habits if options.habits or name in (options.only or ())]
 
@@ -341,9 +336,9 @@ def main() -> None:
             if not rows.where(**key):
                 *_, (_, averaged, _) = suite.train(DEFAULT, seed, habits[name])
                 rows.say(**key, **suite.score(averaged, averaged.main, options.n))
-    report(suite, rows)
+    report(suite, rows, methods, [UNAVERAGED, *chosen] if DEFAULT in methods else chosen)
     if options.figure:
-        draw(suite, rows, options.figure)
+        draw(suite, rows, methods, options.figure)
 
 
 if __name__ == "__main__":

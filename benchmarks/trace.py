@@ -21,7 +21,7 @@ E‖D(x + σn) − x‖²/d, on held-out data at noise levels 0.1, 0.3, 1 and 3 
 time of the training steps in one thread.
 
 A finished row is kept in OUT/rows.jsonl with the settings that it is of, and not computed again. Prints Markdown tables
-of the settings asked for.
+of the settings and seeds asked for.
 """
 
 import argparse
@@ -38,10 +38,11 @@ from torch import Tensor
 
 from bd_lightning import kernels
 from bd_lightning.checks import UserError
+from bd_lightning.cli import build
 from bd_lightning.distances import relative_error
 from bd_lightning.objectives import FieldDivergence, NoiseLevels
 from bd_lightning.targets import Density, GaussianMixture
-from benchmarks import common
+from benchmarks import arguments, common
 from benchmarks.common import Recipe, Rows, Training, mean_sd, table
 
 BATCH, LEVELS = 64, (0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0)
@@ -70,6 +71,10 @@ PROBLEMS: dict[str, list[str]] = {
     "mnist_codes": ["experiment=mnist_latent"],
     "mnist_pixels": ["experiment=mnist_small"],
 }
+READ = ("data.", "model", "model.", "callbacks.ema.decay", "trainer.gradient_clip_val")
+INSTEAD = {"seed": "use --seeds", "experiment": "use --problems", "steps": "use --steps, or --learn"}
+MEASURED = {**INSTEAD, "model.warmup_steps": "it is a tenth of --steps", "data.batch_size": "batches have 64 rows"}
+LEARNED = {**INSTEAD, **dict.fromkeys(("model.kernel", "model.objective.trace"), "all are compared")}
 
 
 def words_of(name: str, words: list[str]) -> list[str]:
@@ -81,11 +86,13 @@ def words_of(name: str, words: list[str]) -> list[str]:
 
 def check(options: argparse.Namespace) -> None:
     """Refuse words that are wrong or for none of the problems, before anything is measured."""
-    for name in options.problems:
-        common.compose(*PROBLEMS[name], *words_of(name, options.words))
+    options.words = arguments.settings(options.words, READ, LEARNED if options.learn else MEASURED)
     unused = set(options.words).difference(*(words_of(name, options.words) for name in options.problems))
     if unused:
         raise UserError(f"{', '.join(sorted(unused))}: not for {', '.join(options.problems)}, leave it out")
+    for name in options.problems:
+        config = common.compose(*PROBLEMS[name], *words_of(name, options.words))
+        build.check_kind(config["model"], "model", "bd_lightning.modules.BellmanDiffusion")
 
 
 def problem_of(name: str, words: list[str]) -> tuple[dict[str, Any], Any]:
@@ -234,9 +241,10 @@ def report_learning(rows: Rows, options: argparse.Namespace) -> None:
     for name, kernel in itertools.product(options.problems, KERNELS):
         lines = []
         for way in WAYS:
-            mine = rows.where(**learned(name, options), kernel=kernel, way=way)
-            for done in sorted({row["done"] for row in mine}):
-                part = [row for row in mine if row["done"] == done]
+            key = {**learned(name, options), "kernel": kernel, "way": way}
+            for done in sorted({row["done"] for row in rows.where(**key)}):
+                if not (part := rows.of_seeds(range(options.seeds), **key, done=done)):
+                    continue
                 cells = [
                     "; ".join(mean_sd((row["errors"][key][i] for row in part), 3) for i in range(len(JUDGED)))
                     for key in ("s", "g", "denoised")
@@ -257,8 +265,9 @@ def main() -> None:
     parser.add_argument("--draws", type=common.at_least(2), default=200, help="gradients that a variance is taken of")
     parser.add_argument("--learn", type=int, metavar="STEPS", help="train by each way instead, a multiple of 4 steps")
     parser.add_argument("--problems", action="append", choices=list(PROBLEMS), help="all if left out; may be repeated")
-    parser.add_argument("--out", type=Path, default=Path("runs/trace"), help="folder of the rows")
-    parser.add_argument("--figure", type=Path, help="file of the variances' figure")
+    parser.add_argument("--out", type=arguments.folder, default=Path("runs/trace"), help="folder of the rows")
+    picture = arguments.picture(".png", ".jpg", ".pdf", ".svg")
+    parser.add_argument("--figure", type=picture, help="file of the variances' figure")
     parser.add_argument("words", nargs="*", help="settings of MNIST's problems, as in train.py")
     options = parser.parse_intermixed_args()
     options.problems = list(dict.fromkeys(options.problems or PROBLEMS))
@@ -266,8 +275,8 @@ def main() -> None:
         parser.error("--learn must be a positive multiple of 4")
     if options.learn and options.figure:
         parser.error("--figure draws variances, which --learn does not take: leave one of them out")
-    check(options)
     rows = Rows(options.out / "rows.jsonl")
+    check(options)
     if options.learn:
         measure_learning(rows, options)
         return report_learning(rows, options)
@@ -316,11 +325,11 @@ def report(rows: Rows, options: argparse.Namespace) -> None:
         for kernel in KERNELS:
             lines = []
             for level in LEVELS:
-                part = rows.where(**measured(name, options), kernel=kernel, level=level)
+                part = rows.of_seeds(range(options.seeds), **measured(name, options), kernel=kernel, level=level)
                 ways = [mean_sd((row[way] for row in part if way in row), 3) for way in list(WAYS)[1:]]
-                lines.append([level, *ways, *(mean_sd(row[key] for row in part) for key in ("a", "c"))])
+                lines.append([level, *ways, *(mean_sd(row[key] for row in part) for key in ("a", "c")), len(part)])
             print(f"\n{name}, {kernel}: variance of the gradient in units of that by Stein's identity")
-            print(table(["σ/σ_data", *list(WAYS)[1:], "best a", "its c"], lines))
+            print(table(["σ/σ_data", *list(WAYS)[1:], "best a", "its c", "seeds"], lines))
 
 
 def draw(rows: Rows, options: argparse.Namespace) -> None:
@@ -332,9 +341,10 @@ def draw(rows: Rows, options: argparse.Namespace) -> None:
     axes = figure.subplots(len(KERNELS), len(names), sharex=True, sharey=True, squeeze=False)
     for i, kernel in enumerate(KERNELS):
         for j, name in enumerate(names):
+            key = {**measured(name, options), "kernel": kernel}
+            found = {level: rows.of_seeds(range(options.seeds), **key, level=level) for level in LEVELS}
             for way in WAYS:
-                mine = [row for row in rows.where(**measured(name, options), kernel=kernel) if way in row]
-                points = {level: [row[way] for row in mine if row["level"] == level] for level in LEVELS}
+                points = {level: [row[way] for row in part if way in row] for level, part in found.items()}
                 seen = {level: sum(values) / len(values) for level, values in points.items() if values}
                 axes[i, j].plot(list(seen), list(seen.values()), "o-", ms=3, label=way)
             axes[i, j].set(xscale="log", yscale="log", title=f"{name.replace('_', ' ')}, {kernel}")

@@ -66,8 +66,39 @@ def test_rows_are_kept_and_a_torn_line_is_dropped(tmp_path):
     assert list(again) == list(rows)
     assert again.where(name="a", seed=1) == [{"name": "a", "seed": 1, "fid": 2.5}]
     assert not again.where(name="b") and len(again.where(name="a")) == 2
+    common.Rows(path).add(name="a", seed=2)  # by another process
     again.add(name="b", seed=0)
-    assert list(common.Rows(path)) == [*rows, {"name": "b", "seed": 0}]
+    assert list(common.Rows(path)) == [*rows, {"name": "a", "seed": 2}, {"name": "b", "seed": 0}]
+
+
+@pytest.mark.parametrize("line", ['{"name": "b", "se', "", "3", "\xff"])
+def test_a_damaged_row_is_one_sentence(tmp_path, line):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b'{"seed": 0}\n' + line.encode("latin-1") + b'\n{"seed": 1}\n')
+    with pytest.raises(UserError, match=r"rows\.jsonl, line 2 is damaged"):
+        common.Rows(path)
+
+
+def test_rows_of_one_seed_count_once(tmp_path):
+    rows = common.Rows(tmp_path / "rows.jsonl")
+    for seed, fid in ((1, 5.0), (0, 1.0), (0, 2.0), (2, 9.0)):
+        rows.add(name="a", seed=seed, fid=fid)
+    assert [row["fid"] for row in rows.of_seeds(range(2), name="a")] == [1.0, 5.0]
+
+
+def test_damaged_weights_are_one_sentence(tmp_path):
+    path, module = tmp_path / "a.pt", torch.nn.Linear(2, 1)
+    with pytest.raises(UserError, match="file of weights not found: .*a.pt"):
+        common.restore(module, path)
+    common.save(module.state_dict(), path)
+    whole = path.read_bytes()
+    common.restore(module, path)
+    common.save(torch.nn.Linear(3, 1).state_dict(), path)
+    other = path.read_bytes()
+    for content in (b"", b"PK", whole[: len(whole) // 2], other):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"a\.pt is damaged.*delete it"):
+            common.restore(module, path)
 
 
 def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyond_the_ends():

@@ -1,5 +1,7 @@
 """Benchmarks that are stopped and repeated, and given other settings: what is kept, counted and shown."""
 
+import re
+
 import pytest
 import torch
 
@@ -7,7 +9,7 @@ from bd_lightning.checks import UserError
 from bd_lightning.dynamics import MultistepDynamics
 from bd_lightning.modules import RelativeDensities
 from bd_lightning.networks import MLP
-from benchmarks import common, fields, images, linearity, trace
+from benchmarks import arguments, common, fields, images, linearity, trace
 
 FLOW, OURS = "flow matching", images.DEFAULT
 COST = {"step": 1.0, "milliseconds": 1.0, "sampling": 1.0, "memory": 1.0}
@@ -28,6 +30,12 @@ class Bench:
         self.capsys.readouterr()
         self.module.main()
         return self.rows()[before:], self.capsys.readouterr().out
+
+    def warned(self, sentence, *words):
+        """A call that says a sentence beside what it prints."""
+        self.patch.setattr("sys.argv", ["bench.py", "--out", str(self.folder), *words])
+        self.module.main()
+        assert sentence in self.capsys.readouterr().err
 
     def rows(self):
         return list(common.Rows(self.folder / "rows.jsonl"))
@@ -99,6 +107,26 @@ def test_images_of_other_settings_are_other_rows(pictures, tmp_path):
     assert bench(*words) == ([], said)
     figure = tmp_path / "grid.png"
     assert bench(*words, "--figure", str(figure))[0] == [] and figure.is_file()
+    for row in bench.rows()[:2] * 2:  # as a second process would have, and another seed and method
+        common.Rows(bench.folder / "rows.jsonl").add(**{**row, "fid": 9.0})
+        common.Rows(bench.folder / "rows.jsonl").add(**{**row, "seed": 1})
+        common.Rows(bench.folder / "rows.jsonl").add(**{**row, "name": "score matching"})
+    assert bench(*words) == ([], said)
+    for path in bench.folder.glob("*.pt"):
+        path.unlink()
+    figure.unlink()
+    bench.warned(f"--figure leaves '{FLOW}' out: file of weights not found", *words, "--figure", str(figure))
+    assert not figure.exists()
+
+
+def test_names_with_commas_are_quoted(monkeypatch, tmp_path, capsys):
+    suite = type("Suite", (), {"habits": lambda self: {}})
+    monkeypatch.setattr(images, "Suite", lambda options: suite())
+    for name, sentence in (("a, b", "no 'a, b'; there are 'Bellman"), (images.UNAVERAGED, "comes beside 'Bellman")):
+        monkeypatch.setattr("sys.argv", ["bench.py", "--out", str(tmp_path), "data=digits", "--only", name])
+        with pytest.raises(SystemExit):
+            images.main()
+        assert sentence in capsys.readouterr().err
 
 
 def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -134,6 +162,8 @@ def test_variances_of_other_settings_are_other_rows(traces):
     assert traces(*words, "--draws", "4") == ([], said)
     seeds, other = traces(*words, "--draws", "4", "--seeds", "2")
     assert len(seeds) == len(first) and "±" in other
+    common.Rows(traces.folder / "rows.jsonl").add(**{**first[0], "combined": 9.0})
+    assert traces(*words, "--draws", "4") == ([], said)
 
 
 def test_what_is_learned_in_other_settings_is_other_rows(traces):
@@ -157,8 +187,9 @@ def test_words_of_problems():
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["foo.bar=1", "--problems", "mixture_2d"], "foo.bar=1: not for mixture_2d, leave it out"),
-        (["--problems", "mixture_2d", "--seeds", "1", "foo.bar=1", "--problems", "mnist_pixels"], "unknown key 'foo'"),
+        (["foo.bar=1", "--problems", "mixture_2d"], "'foo.bar=1' would not be read: leave it out"),
+        (["data.root=R", "--problems", "mixture_2d"], "data.root=R: not for mixture_2d, leave it out"),
+        (["--problems", "mixture_2d", "--seeds", "1", "model.foo=1", "--problems", "mnist_pixels"], "key 'model.foo'"),
         (["--problems", "mnist_pixels", "data.autoencoder.ckpt_path=A"], "ckpt_path=A: not for mnist_pixels"),
     ],
 )
@@ -179,6 +210,13 @@ def test_words_that_no_problem_takes_are_refused(traces, words, sentence):
         (images, "--n 3", "--n: must be a whole number, at least 4"),
         (images, "--n-curve -1", "--n-curve: must be a whole number, at least 0"),
         (images, "--steps many", "--steps: must be a whole number, at least 1, got 'many'"),
+        (images, "--device foo", "--device: must be cpu or cuda, got 'foo'"),
+        (images, "--device cuda:99", "--device: there is no GPU for 'cuda:99'"),
+        (images, f"--out {__file__}", "is a file, not a folder"),
+        (images, "--figure f.foo", "--figure: must end in .png"),
+        (images, "--figure no/such/f.png", "--figure: there is no folder no/such"),
+        (trace, f"--out {__file__}/out", "is a file, not a folder"),
+        (trace, "--figure f.foo", "--figure: must end in .png"),
         (fields, "--seeds 0", "--seeds: must be a whole number"),
         (linearity, "--n 0", "--n: must be a whole number"),
     ],
@@ -188,6 +226,37 @@ def test_numbers_without_a_meaning_are_refused(module, words, sentence, monkeypa
     with pytest.raises(SystemExit) as stop:
         module.main()
     assert stop.value.code == 2 and sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("trainer.precision=bf16-mixed", "would not be read: use --bf16"),
+        ("seed=5", "would not be read: use --seeds"),
+        ("ckpt_path=foo.ckpt", "would not be read: leave it out"),
+        ("callbacks.ema=null", "would not be read"),
+        ("callbacks.ema._target_=callbacks.PowerAverages", "would not be read"),
+        ("callbacks.metrics=null", "would not be read"),
+        ("callbacks=points", "this benchmark is of images"),
+        ("model.samplers.sde.levels=4", "all methods make as many network calls"),
+        ("model.samplers.sde=null", "'model.samplers.sde' must be Sampler"),
+        ("model=relative", "must be a BellmanDiffusion"),
+        ("word", "cannot read 'word': expected KEY=VALUE"),
+        ("model.lr=1e-4 model.lr=1e-1", "'model.lr=1e-1' and 'model.lr=1e-4' contradict each other"),
+        ("model.noise={mean:0} model.noise.std=1", "'model.noise={mean:0}' and 'model.noise.std=1' contradict"),
+    ],
+)
+def test_words_that_images_does_not_read_are_refused(words, sentence, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "Suite", lambda options: pytest.fail("computed"))
+    monkeypatch.setattr("sys.argv", ["bench.py", "--out", str(tmp_path / "out"), "data=digits", *words.split()])
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        images.main()
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_are_applied_in_the_order_that_rows_name_them():
+    words = ["data.images.folder=F", "model.lr=1", "data.images._target_=T", "data=d"]
+    assert arguments.settings(words, ("data", "data.", "model."), {}) == sorted(words)
 
 
 def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys):
