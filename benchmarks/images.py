@@ -310,13 +310,13 @@ def main() -> None:
     parser.add_argument("--figure", type=picture, help="file of the grids; curves go beside it")
     parser.add_argument("words", nargs="*", help="settings of the config, as in train.py")
     options = parser.parse_intermixed_args()
+    if UNAVERAGED in (options.only or ()):
+        parser.error(f"--only: '{UNAVERAGED}' comes beside '{DEFAULT}', ask for that")
     rows = Rows(options.out / "rows.jsonl")
     check(options)
     options.out.mkdir(parents=True, exist_ok=True)
     suite = Suite(options)
     habits = suite.habits()
-    if UNAVERAGED in (options.only or ()):
-        parser.error(f"--only: '{UNAVERAGED}' comes beside '{DEFAULT}', ask for that")
     if unknown := set(options.only or ()) - {*NAMES, *habits}:
         parser.error(f"--only: no {quoted(sorted(unknown))}; there are {quoted([*NAMES, *habits])}")
     methods = [name for name in NAMES if not options.only or name in options.only]
