@@ -115,9 +115,12 @@ def parse(argv: Sequence[str]) -> Request:
 
 def _parse_value(key: str, text: str) -> Any:
     try:
-        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore
+        value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore
     except Exception as error:  # whatever the YAML reader raises, the text is at fault
         raise ConfigError(f"cannot read the value of '{key}': {text!r} is not valid YAML") from error
+    if isinstance(value, Mapping) and value and ": " not in text and all(one is None for one in value.values()):
+        raise ConfigError(f"cannot read the value of '{key}': YAML wants a space after each colon of {text!r}")
+    return value
 
 
 def load(path: str | Path) -> dict[str, Any]:
