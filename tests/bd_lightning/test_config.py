@@ -170,7 +170,6 @@ MISTAKES = [
     ("seed=-1", "'seed' must lie between 0 and 4294967295, got -1"),
     ("model._target_=builtins.int", "'model._target_' must be a Module, got 'builtins.int'"),
     ("callbacks.grid._target_=.callbacks.SampleGrid", "'callbacks.grid._target_': cannot import"),
-    ("mix={3:0.7,8:0.3}", "YAML wants a space after each colon of '{3:0.7,8:0.3}'"),
     ("model.lr=[1", "cannot read the value of 'model.lr': '[1' is not valid YAML"),
     ("model.lr=${nothing}", "cannot resolve 'model.lr': Interpolation key 'nothing' not found"),
     ("model.network._target_=bd_lightning.networks.Unet", "has no class 'Unet'. Did you mean 'UNet'?"),
@@ -195,6 +194,11 @@ MISTAKES = [
     ("logger.projct=a", "unknown key 'logger.projct' for WandB. Did you mean 'project'?"),
     ("data=folder", "'data.folder' is missing: ImageFolder needs it"),
 ]
+
+
+def test_a_mapping_wants_spaces():
+    with pytest.raises(UserError, match="YAML wants a space after each colon of '{3:0.7,8:0.3}'"):
+        composed("mix={3:0.7,8:0.3}")
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES)
