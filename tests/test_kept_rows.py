@@ -59,6 +59,7 @@ class Bench:
 def pictures(tmp_path, monkeypatch, capsys):
     """images.py with features of the first run, and without its timing."""
     monkeypatch.setattr(images, "speed", lambda suite, names: dict.fromkeys(names, COST))
+    monkeypatch.setattr(images, "optional", lambda package: None)  # diffusers, which the timing of DDPM alone needs
     bench = Bench(images, tmp_path / "out", monkeypatch, capsys)
     words = ["--experiment", "score_matching", *SMALL, f"data.root={tmp_path}", "--steps", "4", "--n", "12"]
     return lambda *more: (bench, [*words, "--n-curve", "0", *more])

@@ -58,6 +58,8 @@ class Schedule(LambdaLR):
         """Go on from the step of a state, once the optimiser has its own."""
         rates = self.base_lrs
         super().load_state_dict(state_dict)
+        if self.base_lrs == rates:  # the rate of the next step is in the optimiser's state
+            return
         self.base_lrs = rates
         self._last_lr = [full * share(self.last_epoch) for full, share in zip(rates, self.lr_lambdas)]
         for group, full, rate in zip(self.optimizer.param_groups, rates, self._last_lr):

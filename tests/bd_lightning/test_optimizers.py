@@ -161,19 +161,19 @@ def test_another_optimizer_cannot_go_on_and_leaves_the_run_alone(tmp_path, capsy
 
 def test_an_optimizer_of_another_module_is_another_one(tmp_path, capsys, monkeypatch):
     text = "import bd_lightning.optimizers as o\n\n\nclass AdamW(o.AdamW):\n    pass\n\n\nRenamed = AdamW\n"
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "own_optimizers.py").write_text(
         text + "class Empty(o.AdamW):\n    def __call__(self, module, lr):\n        pass\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     assert launch(tmp_path / "runs", "run_id=a") == 0
     last = tmp_path / "runs" / "bellman-diffusion" / "a" / "checkpoints" / "last.ckpt"
-    assert train.main([f"ckpt_path={last}", "steps=6", "model.optimizer._target_=mine.AdamW"]) == 2
-    assert "whose state cannot go on with mine.AdamW" in capsys.readouterr().err
-    assert launch(tmp_path / "runs", "run_id=b", "model.optimizer._target_=mine.AdamW") == 0
+    assert train.main([f"ckpt_path={last}", "steps=6", "model.optimizer._target_=own_optimizers.AdamW"]) == 2
+    assert "whose state cannot go on with own_optimizers.AdamW" in capsys.readouterr().err
+    assert launch(tmp_path / "runs", "run_id=b", "model.optimizer._target_=own_optimizers.AdamW") == 0
     last = tmp_path / "runs" / "bellman-diffusion" / "b" / "checkpoints" / "last.ckpt"
     words = [f"ckpt_path={last}", "steps=6", "trust=true"]
-    assert train.main([*words, "model.optimizer._target_=mine.Renamed"]) == 0
-    assert launch(tmp_path / "runs", "run_id=c", "model.optimizer._target_=mine.Empty") == 2
+    assert train.main([*words, "model.optimizer._target_=own_optimizers.Renamed"]) == 0
+    assert launch(tmp_path / "runs", "run_id=c", "model.optimizer._target_=own_optimizers.Empty") == 2
     assert "model.optimizer: Empty makes a NoneType, no torch.optim.Optimizer" in capsys.readouterr().err
 
 
