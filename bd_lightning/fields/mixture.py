@@ -221,7 +221,10 @@ def calibrated(
 def _cancel(parts: Sequence[tuple[Source, Sequence[str], Tensor]], known: Sequence[str]) -> None:
     """Scale the weights (C,) of each source, in place, so that no class is both added and taken."""
     for name in known:
-        places = [(weights, names.index(name), source) for source, names, weights in parts if name in names]
+        places = [  # a source of one density has one weight, whatever names its data has
+            (weights, c, source) for source, names, weights in parts for c, own in zip(range(len(weights)), names)
+            if own == name
+        ]  # fmt: skip
         held = [float((weights[c] * source.shares[c]).nan_to_num(0)) for weights, c, source in places]
         plus, minus = sum(max(part, 0.0) for part in held), -sum(min(part, 0.0) for part in held)
         if plus and minus:

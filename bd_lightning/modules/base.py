@@ -43,7 +43,7 @@ def learning_rate(step: int, warmup_steps: int = 0, decay_steps: int | None = No
 class Schedule(LambdaLR):
     """The schedule of an optimiser's rate (see `learning_rate`), to be stepped with it.
 
-    Of a state it takes the step alone: a run goes on with the rates that its config gives now.
+    A run that goes on from a state has the full rates that its config gives now.
 
     Args:
         optimizer: an optimiser at its full rates.
@@ -55,7 +55,7 @@ class Schedule(LambdaLR):
         super().__init__(optimizer, lambda step: learning_rate(step, warmup_steps, decay_steps))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the step of a state, once the optimiser has its own."""
+        """Go on from the step of a state, once the optimiser has its own; at that state's rate if none has changed."""
         rates = self.base_lrs
         super().load_state_dict(state_dict)
         if self.base_lrs == rates:  # the rate of the next step is in the optimiser's state

@@ -193,6 +193,8 @@ def test_classes_by_name(points):
     assert len(less.terms) == 1 and abs(less.mass() - 0.5) < 1e-6
     rest = GaussianMixture(MEANS[:3], [0.4, 0.05, 0.05], sd=0.3)
     assert torch.allclose(less.score(*points), rest.score(*points), atol=1e-6)
+    one = AnalyticSource(PARTS[:1], [1.0], 1.1)  # of one density, from data of four names
+    assert combine([(one, names, 1.0), (AnalyticSource(PARTS[:1], [1.0], 1.1), names, 1.0)]).mass() == 2
     with pytest.warns(UserWarning, match="class 'd' has the negative share"):
         taken = combine([(SOURCE, names, 1.0), (high, names[1:], -0.6)])
     assert [(w < 0).any().item() for _, w in taken.terms] == [False, True]
