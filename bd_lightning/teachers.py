@@ -46,6 +46,18 @@ class Teacher:
         return denoised + bcast(r / t, x) * (x - denoised)
 
 
+def check_space(path: str, theirs: Facts, mine: Facts) -> None:
+    """Refuse a model of samples of another kind; facts are of the data of either.
+
+    Raises:
+        UserError: saying that it was trained elsewhere.
+    """
+    if theirs.space != mine.space:
+        raise UserError(
+            f"{path} does not fit: it was trained in another space (pixels, or the codes of one autoencoder)"
+        )
+
+
 def check_fit(student: Any, model: Any, path: str, theirs: Facts, mine: Facts) -> None:
     """Refuse a model of other data or noise levels; facts are of the data of either.
 
@@ -56,10 +68,7 @@ def check_fit(student: Any, model: Any, path: str, theirs: Facts, mine: Facts) -
         raise UserError(f"{path} has fields at a single scale: a consistency model needs those of every noise level")
     here: dict[str, Any] = {"shape of a sample": list(student.shape), "sigma_data": student.fields.sigma_data}
     its: dict[str, Any] = {"shape of a sample": list(model.shape), "sigma_data": model.fields.sigma_data}
-    if theirs.space != mine.space:
-        raise UserError(
-            f"{path} does not fit: it was trained in another space (pixels, or the codes of one autoencoder)"
-        )
+    check_space(path, theirs, mine)
     for what, value in here.items():
         if its[what] != value:
             raise UserError(f"{path} does not fit: its {what} is {its[what]}, here it is {value}")
@@ -71,19 +80,23 @@ def check_fit(student: Any, model: Any, path: str, theirs: Facts, mine: Facts) -
         )
 
 
-def begin_from(student: Any, path: str, facts: Facts) -> None:
-    """Give a model, of data with some facts, the weights of the fields of a checkpoint.
+def begin_from(model: Generator, path: str, facts: Facts) -> None:
+    """Give a model, of data with some facts, the (averaged) weights of the networks of a checkpoint.
 
     Raises:
-        UserError: if they are those of another network, or of other data.
+        UserError: if they are those of other networks, of fields of another kind, or of another space.
     """
-    model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
-    check_fit(student, model, path, facts_of.read(stored["facts"]), facts)
-    weights = model.fields.network.state_dict()
-    reason = checkpoints.misfit(weights, student.fields.network.state_dict())
-    if reason:
-        raise UserError(f"the network in {path} is another one: set model.network as it is there ({reason})")
-    student.fields.network.load_state_dict(weights)
+    other, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
+    model.check_init(other, path, facts_of.read(stored["facts"]), facts)
+    if other.fields.learned != model.fields.learned:
+        raise UserError(f"{path} has learned {other.fields.learned}, and {model.fields.learned} are learned here")
+    theirs = dict(other.fields.named_children())
+    weights = {name: theirs[name].state_dict() if name in theirs else {} for name, _ in model.fields.named_children()}
+    for name, part in model.fields.named_children():
+        if reason := checkpoints.misfit(weights[name], part.state_dict()):
+            raise UserError(f"the {name} in {path} is another one: set model.{name} as it is there ({reason})")
+    for name, part in model.fields.named_children():
+        part.load_state_dict(weights[name])
 
 
 def load(

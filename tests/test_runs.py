@@ -286,3 +286,22 @@ def test_states_that_are_not_sound_are_one_sentence(key, run, capsys):
     torch.save({key: value for key, value in checkpoint.items() if key != "optimizer_states"}, path)
     assert train.main([f"ckpt_path={path}", "steps=6"]) == 2
     assert "only weights to evaluate and sample from" in capsys.readouterr().err
+
+
+def test_a_run_begins_with_the_weights_of_another_model(run, capsys):
+    root = run.parents[1]
+    trained, _ = checkpoints.load(run / "checkpoints" / "last.ckpt")
+    words = ["run_id=tuned", f"model.init={run / 'checkpoints' / 'last.ckpt'}", "data.keep=[3]", "model.lr=1e-12"]
+    assert launch(root, *words, "callbacks.ema=null") == 0
+    tuned, stored = checkpoints.load(root / "bellman-diffusion" / "tuned" / "checkpoints" / "last.ckpt")
+    for (name, a), b in zip(trained.fields.network.named_parameters(), tuned.fields.network.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6, msg=name)
+    assert stored["facts"]["class_names"] == ["3"]
+    begin = f"model.init={run / 'checkpoints' / 'last.ckpt'}"
+    assert "has learned factored fields, and direct fields are" in refused(
+        root, capsys, begin, "model.parametrisation=direct"
+    )
+    assert "the network in" in refused(root, capsys, begin, "model.network.depth=2")
+    relative = [begin, "model=relative", "model.network.per_class=false", "model.sampler=ode"]
+    assert "densities relative to a Gaussian are learned here" in refused(root, capsys, *relative)
+    assert "checkpoint not found: nowhere.ckpt" in refused(root, capsys, "model.init=nowhere.ckpt")

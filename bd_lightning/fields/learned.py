@@ -32,6 +32,9 @@ class LearnedFields(nn.Module, FieldPair):
             `scalar_head` and `gradient_head` that go unused are frozen.
         no_class: the label that stands for no class in particular, if a conditional network has learned one.
 
+    Attributes:
+        learned: what the networks stand for, in words.
+
     References:
         | Li et al., Bellman Diffusion, arXiv 2410.01796, §3
     """
@@ -52,6 +55,7 @@ class LearnedFields(nn.Module, FieldPair):
         self.network, self.scalar_network = network, scalar_network
         self.kernel, self.sigma_data, self.dim, self.no_class = kernel, sigma_data, dim, no_class
         self.parametrisation: Parametrisation = PARAMETRISATIONS[parametrisation]
+        self.learned = f"{parametrisation} fields"
         self.mobility_is_density = kernel.mobility_is_density
         if scalar_network is not None:  # heads that no loss reaches would make DDP wait for their gradients
             network.scalar_head.requires_grad_(False)

@@ -37,12 +37,14 @@ class RelativeFields(nn.Module, FieldPair):
 
     Attributes:
         shares: share of each class in the training data seen so far.
+        learned: what the network stands for, in words.
     """
 
     def __init__(self, network: Network, sigma_data: float, classes: int = 1) -> None:
         super().__init__()
         positive(sigma_data=sigma_data, classes=classes)
         self.network, self.sigma_data = network, sigma_data
+        self.learned = "densities relative to a Gaussian"
         self.counts: Tensor
         self.register_buffer("counts", torch.zeros(classes))
 

@@ -43,7 +43,7 @@ class BellmanDiffusion(Generator):
         guidance_interval: noise levels, in data units, between which guidance acts.
         compile: compile the networks with torch.compile at their first use; worth it on GPUs. Not for objectives that
             differentiate in forward mode, which the compiler does not take.
-        options: arguments of `Module`.
+        options: `init`, a checkpoint whose weights a new run begins with (see `Generator`), and arguments of `Module`.
 
     Raises:
         ValueError: for values out of range and for combinations that have no meaning.

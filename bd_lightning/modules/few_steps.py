@@ -43,7 +43,6 @@ class FewStepGenerator(Generator):
         sampler: name of the one that prediction and metrics use.
         noise: noise levels of the data that it learns from; None if it learns from none.
         huber: c of the loss √(‖error‖² + c²) − c, in units of √d · σ_d.
-        init: checkpoint of the same network, whose weights a new run begins with; None begins anew.
         teacher: checkpoint whose flow is learned; None is none.
         mix: of a teacher by model=relative, weights of classes.
         remove: classes left out.
@@ -52,7 +51,7 @@ class FewStepGenerator(Generator):
         labels: classes of a conditional teacher that a conditional network learns; None takes all.
         guidance: scale of the teacher's guidance.
         guidance_interval: noise levels between which it acts.
-        options: arguments of `Module`.
+        options: arguments of `Generator` and `Module`.
 
     Raises:
         ValueError: for values out of range, and for samplers that need a score.
@@ -72,7 +71,6 @@ class FewStepGenerator(Generator):
         sampler: str = "two",
         noise: NoiseLevels | None = None,
         huber: float = 0.03,
-        init: str | None = None,
         teacher: str | None = None,
         mix: dict[int | str, float] | None = None,
         remove: list[int | str] | None = None,
@@ -102,7 +100,7 @@ class FewStepGenerator(Generator):
         self.fields = LearnedFields(network, Constant(), sigma_data, self.dim)
         network.scalar_head.requires_grad_(False)  # no loss reaches it, and DDP would wait for its gradient
         self.huber = huber
-        self.init, self.teacher_path, self.asked_of = init, teacher, given | {"calibrate": calibrate}
+        self.teacher_path, self.asked_of = teacher, given | {"calibrate": calibrate}
         self.teacher_guidance = guidance
         self.sigma_max = max(one.start_scale for one in self.samplers.values())
         self.frozen: tuple[Any, ...] = ()
@@ -116,10 +114,15 @@ class FewStepGenerator(Generator):
         from bd_lightning import teachers  # which builds models
 
         self.know(facts)
-        if fresh and self.init is not None:
-            teachers.begin_from(self, self.init, facts)
+        super().prepare(fresh, facts)
         if self.teacher_path is not None:
             self.frozen = (teachers.load(self, self.teacher_path, facts, self.teacher_guidance, **self.asked_of),)
+
+    def check_init(self, other: Generator, path: str, theirs: Facts, mine: Facts) -> None:
+        """Refuse weights of other noise levels too, where training is along a flow of the same data."""
+        from bd_lightning import teachers
+
+        teachers.check_fit(self, other, path, theirs, mine)
 
     def know(self, facts: Facts) -> None:
         """Take note of which classes of the data are learned."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bd_lightning.checks import UserError, one_of, plain_name
 from bd_lightning.dynamics import SampleNoise, Sampler
+from bd_lightning.facts import Facts
 from bd_lightning.fields import FieldPair, Guidance
 from bd_lightning.modules.base import Module
 from bd_lightning.objectives import Losses, NoiseLevels, Objective
@@ -31,6 +32,7 @@ class Generator(Module):
         guidance: scale of classifier-free guidance when classes are asked for; 1 is none. Or a mapping of the arguments
             of `fields.Guidance`.
         guidance_interval: noise levels, in data units, between which guidance acts.
+        init: checkpoint of the same networks, whose weights a new run begins with; None begins anew.
         options: arguments of `Module`.
 
     Attributes:
@@ -63,9 +65,11 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         noise: NoiseLevels | None,
         guidance: float | dict[str, Any],
         guidance_interval: tuple[float, float],
+        init: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__(**options)
+        self.init = init
         self.samplers = {name: one for name, one in samplers.items() if one is not None}
         for name in self.samplers:  # their pictures are files of that name
             plain_name(**{"the name of a sampler": name})
@@ -88,6 +92,27 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         self.shape, self.num_classes, self.dim = tuple(shape), num_classes, math.prod(shape)
         self.sampler = sampler
         self.guidance = Guidance.read(guidance, guidance_interval)
+
+    def prepare(self, fresh: bool, facts: Facts) -> None:
+        """Take the weights of `init`, if the run is new.
+
+        Raises:
+            UserError: for a checkpoint that does not fit this model.
+        """
+        if fresh and self.init is not None:
+            from bd_lightning import teachers  # which builds models
+
+            teachers.begin_from(self, self.init, facts)
+
+    def check_init(self, other: "Generator", path: str, theirs: Facts, mine: Facts) -> None:
+        """Refuse to begin with the weights of another model, from a path; facts are of the data of either.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        from bd_lightning import teachers
+
+        teachers.check_space(path, theirs, mine)
 
     @property
     def drawn_classes(self) -> list[int]:

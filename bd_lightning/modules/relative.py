@@ -30,7 +30,7 @@ class RelativeDensities(Generator):
             of `fields.Guidance`: scale, interval, before, transition.
         guidance_interval: noise levels, in data units, between which guidance acts.
         compile: compile the network with torch.compile at its first use; worth it on GPUs.
-        options: arguments of `Module`.
+        options: `init`, a checkpoint whose weights a new run begins with (see `Generator`), and arguments of `Module`.
 
     Raises:
         ValueError: for values out of range and for combinations that have no meaning.
