@@ -10,20 +10,23 @@ averaged scores, and with the class of each sample drawn first:
 
 - ten random weightings of the classes (Dirichlet, seed 0), also with weights corrected by 3 × 2,000 pilot samples of
   seed 2 (`fields.calibrated`);
-- the removal of one class, for three classes; and unlearning: the model of all digits minus the model of 5–9, trained
-  apart, as two densities that know no names, and by the names of their classes, which cancel (`fields.combine`);
+- the removal of one class, for three classes; and unlearning of 5–9: the model of all digits minus the model of 5–9,
+  trained apart, as two densities that know no names, and by the names of their classes, which cancel
+  (`fields.combine`); beside the model that saw 0–4 alone, and one without classes (`experiment=mnist_latent`), trained
+  on all and then on 0–4 for an eighth of the steps;
 - the merge of the two half models, and of the ten experts, against the model of the union: histogram, and FID to the
   test split; and the first three weightings of the experts;
 - a model of a thinned training set, 100 % of the 0s down to 1 % of the 9s: as it was trained, and asked for all
   classes alike.
 
-L1 is the sum over classes of |share counted − share asked|. A finished row is kept in OUT/rows.jsonl with its settings
-and not computed again; with --only PATTERN requests whose names the pattern is not found in are left out, with the
-models that they alone need, and with --model all that need more than one model, which is then this one, of whatever
-images. --cost prints the processor time of ten experts instead (set OMP_NUM_THREADS=1). The classifier is the one that
-FID takes its features from; its accuracy is printed, and so is the L1 that it finds between real test images and their
-labels. With --figure it draws samples of some requests, and beside FILE, as FILE with the suffix .gif, the way from
-one class to another by their weights, always from the same seeds.
+L1 is the sum over classes of |share counted − share asked|; FID is to the test images of the classes asked for. A
+finished row is kept in OUT/rows.jsonl with its settings and not computed again; with --only PATTERN requests whose
+names the pattern is not found in are left out, with the models that they alone need, and with --model all that need
+more than one model, which is then this one, of whatever images. --cost prints the processor time of ten experts instead
+(set OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its accuracy is printed, and so is
+the L1 that it finds between real test images and their labels. With --figure it draws samples of some requests, and
+beside FILE, as FILE with the suffix .gif, the way from one class to another by their weights, always from the same
+seeds.
 """
 
 import argparse
@@ -51,8 +54,8 @@ from callbacks.pictures import grid_image
 from datamodules import to_uint8
 from datamodules.subsets import random_subset
 
-FULL, FIDS = ("", ", tracked"), ("merge", "union", "ten experts")
-Way = Callable[[Mixture, Tensor], FieldPair]
+FULL, FIDS = ("", ", tracked"), ("merge", "union", "ten experts", "without", "all minus", "trained on")
+Way = Callable[[Any, Tensor], FieldPair]
 """The fields that chains of some numbers (B,) are drawn by, for a mixture."""
 
 
@@ -78,6 +81,7 @@ class Judge:
         self.features.prepare(data)
         test, truth = images_of(data, "test")
         self.real, labels = self.judge(test)
+        self.truth = truth
         own = float((_shares(labels) - _shares(truth)).abs().sum())
         train, _ = images_of(data, "train")
         seen, _ = self.judge(train[random_subset(len(train), min(10_000, len(train)))])
@@ -90,8 +94,14 @@ class Judge:
         parts = images.split(1000)
         return torch.cat([self.features(x) for x in parts]), torch.cat([self.features.classify(x) for x in parts])
 
-    def draw(self, mixture: Mixture, n: int, sampler: str = "sde", way: Way = lambda mixture, rows: mixture) -> Tensor:
-        """n images, bytes, of a mixture, by a sampler, in some way."""
+    def distance(self, features: Tensor, asked: Tensor) -> float:
+        """FID of features (N, f) to those of the test images of the classes asked for, shares (C,)."""
+        return frechet_distance(self.real[asked[self.truth] > 0], features)
+
+    def draw(
+        self, mixture: FieldPair, n: int, sampler: str = "sde", way: Way = lambda mixture, rows: mixture
+    ) -> Tensor:
+        """n images, bytes, of fields, by a sampler, in some way."""
         model = self.models["all"]
         model.samplers.setdefault("tracked", TrackedPosterior())  # checkpoints of before have none
         parts = torch.arange(n).split(2000)
@@ -117,14 +127,14 @@ WAYS = ("", ", calibrated", ", tracked", *OTHERS)
 
 def ways(name: str) -> list[str]:
     """The ways in which a request is carried out."""
-    possible = dict.fromkeys(WAYS, "minus" not in name) | {"": True}
+    possible = dict.fromkeys(WAYS, not name.startswith(("all", "trained"))) | {"": True}
     possible[", class first"] = name.startswith(("weighting", "thinned, asked"))
     possible[", calibrated"] = "weighting" in name or "asked for" in name
     return [way for way in WAYS if possible[way]]
 
 
 @torch.no_grad()
-def measure(judge: Judge, mixture: Mixture, wanted: Tensor, way: str, n: int) -> dict[str, Any]:
+def measure(judge: Judge, mixture: Any, wanted: Tensor, way: str, n: int) -> dict[str, Any]:
     """What n images of a request, carried out in some way, are."""
     if way == ", calibrated":
         mixture = calibrated(mixture, judge.pilot)
@@ -136,7 +146,7 @@ def measure(judge: Judge, mixture: Mixture, wanted: Tensor, way: str, n: int) ->
         "asked": [round(w, 4) for w in wanted.tolist()],
         "counted": [round(w, 4) for w in counted.tolist()],
         "l1": float((counted - wanted).abs().sum()),
-        "fid": frechet_distance(judge.real, features),
+        "fid": judge.distance(features, wanted),
     }
 
 
@@ -200,7 +210,7 @@ def main() -> None:
         draw(judge, asked, options.figure)
 
 
-def draw(judge: Judge, asked: dict[str, tuple[Mixture, Tensor]], path: Path) -> None:
+def draw(judge: Judge, asked: dict[str, Callable[[], tuple[FieldPair, Tensor]]], path: Path) -> None:
     """Samples of some requests, and the way from one class to another."""
     names = ("weighting 0", "without 1", "without 7", "all minus 5–9", "merge")
     grid_image(torch.cat([judge.draw(asked[name]()[0], 16) for name in names]), columns=16).save(path)
@@ -224,9 +234,9 @@ def report(rows: dict[str, dict], names: list[str]) -> None:
         found = {way: rows[name + way] for way in WAYS if name + way in rows}
         cells = [f"{found[way]['l1']:.3f}" if way in found else "–" for way in WAYS]
         for way in FULL:
-            gone = way in found and name.startswith(("without", "all minus"))
+            gone = way in found and name.startswith(("without", "all minus", "trained on"))
             cells.append(f"{_left(found[way]):.2%}" if gone else "–")
-            cells.append(f"{found[way]['fid']:.2f}" if way in found and name in FIDS else "–")
+            cells.append(f"{found[way]['fid']:.2f}" if way in found and name.startswith(FIDS) else "–")
         lines.append([name, *cells])
     heads = [f"{what}{way or ', fields'}" for way in FULL for what in ("removed class", "FID")]
     print(table(["request", *(f"L1{way or ', fields'}" for way in WAYS), *heads], lines))

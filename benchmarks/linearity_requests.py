@@ -13,8 +13,9 @@ from torch import Tensor
 import train
 from bd_lightning import checkpoints, facts
 from bd_lightning.cli import build
-from bd_lightning.fields import Mixture, batched, combine
+from bd_lightning.fields import FieldPair, Mixture, batched, combine
 from bd_lightning.modules import RelativeDensities
+from bd_lightning.modules.generator import Generator
 from benchmarks import common
 
 DIGITS = [str(c) for c in range(10)]
@@ -22,6 +23,7 @@ HALVES = {"low": DIGITS[:5], "high": DIGITS[5:]}
 PARTS = {"all": DIGITS, **HALVES} | {f"expert{digit}": [digit] for digit in DIGITS}
 THINNED = {digit: round(0.01 ** (c / 9), 4) for c, digit in enumerate(DIGITS)}  # shares kept, from 1 to 0.01
 QUIET = ["logger=none", "callbacks.progress=null", "trainer.enable_progress_bar=false", "callbacks.trajectory=null"]
+UNJUDGED = ["callbacks.metrics=null", "callbacks.best=null"]
 
 
 def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
@@ -36,8 +38,11 @@ def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
     return str(folder / ("best.ckpt" if name == "autoencoder" else "last.ckpt"))
 
 
-class Models(dict[str, RelativeDensities]):
+class Models(dict[str, Any]):
     """Models of all digits, of the halves, of thinned classes and of each digit, trained when they are asked for.
+
+    "whole" is one of all digits that knows no classes, by the default objective, and "tuned" what it becomes when it is
+    trained on, for an eighth of the steps, without 5–9.
 
     Args:
         options: the command line.
@@ -58,7 +63,10 @@ class Models(dict[str, RelativeDensities]):
             config = common.compose("experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}")["data"]
         self.data = build.instantiate(rooted(config, str(options.data)), "data")
 
-    def __missing__(self, name: str) -> RelativeDensities:
+    def __missing__(self, name: str) -> Generator:
+        if name in ("whole", "tuned"):
+            self[name] = checkpoints.load(self._nameless(name), Generator)[0]  # type: ignore[type-abstract]
+            return self[name]
         if name == "thin":
             keep = "{" + ", ".join(f"{digit}: {share}" for digit, share in THINNED.items()) + "}"
         else:
@@ -70,11 +78,24 @@ class Models(dict[str, RelativeDensities]):
             f"data.autoencoder.ckpt_path={self.code}",
             "model.lr=2e-3",
         ]
-        words += ["callbacks.metrics=null", "callbacks.best=null"]
-        words += [f"steps={steps}", f"eval_every={steps}", f"data.images.keep={keep}"]
+        words += [*UNJUDGED, *lasting(steps), f"data.images.keep={keep}"]
         words += ["model.network.width=64"] if name.startswith("expert") else []
         self[name] = checkpoints.load(checkpoint(self.options, name, *words), RelativeDensities)[0]
         return self[name]
+
+    def _nameless(self, name: str) -> str:
+        """The checkpoint of a model without classes."""
+        words = ["experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}", *UNJUDGED]
+        whole = checkpoint(self.options, "whole", *words, *lasting(self.options.steps))
+        if name == "whole":
+            return whole
+        words += [f"model.init={whole}", f"data.images.keep=[{','.join(HALVES['low'])}]"]
+        return checkpoint(self.options, name, *words, *lasting(self.options.steps // 8))
+
+
+def lasting(steps: int) -> list[str]:
+    """The words for a number of steps."""
+    return [f"steps={steps}", f"eval_every={steps}"]
 
 
 def rooted(node: Any, root: str) -> Any:
@@ -84,8 +105,8 @@ def rooted(node: Any, root: str) -> Any:
     return {key: root if key == "root" else rooted(value, root) for key, value in node.items()}
 
 
-def requests(found: Models) -> dict[str, Callable[[], tuple[Mixture, Tensor]]]:
-    """What is asked for: a mixture and the histogram that it should have."""
+def requests(found: Models) -> dict[str, Callable[[], tuple[FieldPair, Tensor]]]:
+    """What is asked for: fields, mostly those of a mixture, and the histogram that they should have."""
     names = found.names
 
     def weighted(parts: Callable[[], list[Any]], weights: Tensor | None = None) -> tuple[Mixture, Tensor]:
@@ -96,15 +117,17 @@ def requests(found: Models) -> dict[str, Callable[[], tuple[Mixture, Tensor]]]:
         left = found["all"].fields.shares * torch.tensor([name != one_class for name in names])
         return combine(one(), remove=[one_class]), left / left.sum()
 
-    def minus() -> tuple[Mixture, Tensor]:
-        shares = found["all"].fields.shares
-        taken, left = float(shares[5:].sum()), shares * (torch.arange(10) < 5)
-        return combine(one()) - taken * combine([(found["high"].fields, HALVES["high"], 1.0)]), left / left.sum()
+    def low(fields: Callable[[], FieldPair]) -> tuple[FieldPair, Tensor]:
+        left = found["all"].fields.shares * (torch.arange(10) < 5)
+        return fields(), left / left.sum()
 
-    def taken() -> tuple[Mixture, Tensor]:
-        _, left = minus()
-        share = float(found["all"].fields.shares[5:].sum())
-        return combine([*one(), (found["high"].fields, HALVES["high"], -share)]), left
+    def minus() -> Mixture:
+        taken = float(found["all"].fields.shares[5:].sum())
+        return combine(one()) - taken * combine([(found["high"].fields, HALVES["high"], 1.0)])
+
+    def minus_by_name() -> Mixture:
+        taken = float(found["all"].fields.shares[5:].sum())
+        return combine([*one(), (found["high"].fields, HALVES["high"], -taken)])
 
     def merged() -> tuple[Mixture, Tensor]:
         return combine(both()), torch.cat([found[name].fields.shares for name in HALVES]) / 2
@@ -128,15 +151,18 @@ def requests(found: Models) -> dict[str, Callable[[], tuple[Mixture, Tensor]]]:
     torch.manual_seed(0)
     drawn = [torch.distributions.Dirichlet(torch.full((len(names),), 0.5)).sample() for _ in range(10)]
     uniform = torch.full((10,), 0.1)
-    asked: dict[str, Callable[[], tuple[Mixture, Tensor]]] = {
+    asked: dict[str, Callable[[], tuple[FieldPair, Tensor]]] = {
         f"weighting {i}": partial(weighted, one, weights) for i, weights in enumerate(drawn)
     }
     asked |= {f"without {digit}": partial(without, digit) for digit in names[1::3][:3]}
     if found.options.model:
         return asked
     asked |= {
-        "all minus 5–9": minus,
-        "all minus 5–9, by name": taken,
+        "all minus 5–9": partial(low, minus),
+        "all minus 5–9, by name": partial(low, minus_by_name),
+        "trained on 0–4": partial(low, lambda: combine([(found["low"].fields, HALVES["low"], 1.0)])),
+        "trained on all": partial(low, lambda: found["whole"].fields),
+        "trained on all, tuned to 0–4": partial(low, lambda: found["tuned"].fields),
         "merge": merged,
         "merge, uniform": partial(weighted, both, uniform),
     }
