@@ -4,7 +4,7 @@
 
 Trains, where OUT does not have them yet, an autoencoder (or takes --autoencoder) and `model=relative` models in its
 codes: of all digits, of 0–4, of 5–9, of thinned classes (half the steps), and ten experts, one of each class (a
-quarter of the width, half the steps). Then draws n samples for each request by the fields, also with the weights
+quarter of the width, so that all ten together take fewer operations than one of the others). Then draws n samples for each request by the fields, also with the weights
 carried along the chains (`dynamics.TrackedPosterior`), and n-averaged samples in other ways (see `superposition`): from
 averaged scores, and with the class of each sample drawn first:
 

@@ -71,7 +71,7 @@ class Models(dict[str, Any]):
             keep = "{" + ", ".join(f"{digit}: {share}" for digit, share in THINNED.items()) + "}"
         else:
             keep = f"[{','.join(PARTS[name])}]"
-        steps = self.options.steps // (2 if name == "thin" or name.startswith("expert") else 1)
+        steps = self.options.steps // (2 if name == "thin" else 1)
         words = [
             "experiment=mnist_latent",
             "model=relative",
