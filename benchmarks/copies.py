@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader
 
 from bd_lightning.dynamics import MultistepDynamics, SampleNoise
 from bd_lightning.fields import Guidance
-from benchmarks import common
+from benchmarks import arguments, common
 from benchmarks.common import Recipe, Rows, Training, mean_sd, table
 from callbacks import ClassifierFeatures
 from callbacks.memorisation import memorisation
@@ -110,7 +110,7 @@ def main() -> None:
     parser = common.parser(__doc__)
     parser.add_argument("--autoencoder", required=True)
     parser.add_argument("--data", default="data")
-    parser.add_argument("--out", type=Path, default=Path("runs/copies"))
+    parser.add_argument("--out", type=arguments.folder, default=Path("runs/copies"))
     parser.add_argument("--n", type=common.count, default=1000)
     parser.add_argument("--steps", type=common.count, default=10000)
     parser.add_argument("--seeds", type=common.count, default=3)

@@ -42,7 +42,7 @@ from bd_lightning.cli import build
 from bd_lightning.distances import wasserstein2
 from bd_lightning.dynamics import MultistepDynamics, ProbabilityFlow, Sampler
 from bd_lightning.modules import Generator
-from benchmarks import common
+from benchmarks import arguments, common
 from benchmarks.common import Recipe, Rows, Training, Turns, mean_sd, table
 from benchmarks.peers import DDPM, diffusers_solver
 from callbacks.metrics import frechet_distance, kernel_distance, precision_recall
@@ -188,12 +188,12 @@ def main() -> None:
     parser.add_argument("--calls", type=int, nargs="+", default=[5, 8, 10, 15, 20, 35])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--rules", nargs="+", choices=list(RULES), default=list(RULES))
-    parser.add_argument("--out", type=Path, default=Path("runs/few_steps"))
+    parser.add_argument("--out", type=arguments.folder, default=Path("runs/few_steps"))
     parser.add_argument("--split", choices=["test", "val"], default="test")
     parser.add_argument("--sigma-min", type=float)
     parser.add_argument("--asked")
     parser.add_argument("--time", action="store_true")
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--figure", type=arguments.picture(".png", ".jpg", ".pdf", ".svg"))
     parser.add_argument("--ddpm", nargs="+", default=[], metavar="FILE")
     options = parser.parse_intermixed_args()
     check(options)

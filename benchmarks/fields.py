@@ -33,7 +33,7 @@ from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP
 from bd_lightning.objectives import FieldDivergence, KernelRegression, Partners
 from bd_lightning.targets import Density
-from benchmarks import common
+from benchmarks import arguments, common
 from benchmarks.common import Recipe, Rows, Training, Turns, mean_sd, optional, table
 from callbacks.points import lattice
 from datamodules import Synthetic
@@ -279,7 +279,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=common.count, default=3)
     parser.add_argument("--targets", nargs="+", choices=TARGETS, default=TARGETS)
     parser.add_argument("--jobs", type=common.count, default=2, help="processes of one thread each")
-    parser.add_argument("--out", type=Path, default=Path("runs/fields"))
+    parser.add_argument("--out", type=arguments.folder, default=Path("runs/fields"))
     options = parser.parse_args()
     optional("azula")
     kept, timing = Rows(options.out / "rows.jsonl"), options.out / "times.json"

@@ -42,7 +42,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from bd_lightning.checks import UserError
-from benchmarks import common
+from benchmarks import arguments, common
 from benchmarks.common import Recipe, Rows, Training, now
 from benchmarks.gpu_report import report
 from tests.gpu_steps import CASES, built, step_and_sample
@@ -331,7 +331,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--call", type=float, help="stop after so many seconds; the same command goes on")
     parser.add_argument("--eager", action="store_true", help="leave compilation out")
-    parser.add_argument("--out", type=Path, default=Path("runs/gpu"))
+    parser.add_argument("--out", type=arguments.folder, default=Path("runs/gpu"))
     parser.add_argument("words", nargs="*", help="settings of the config, as in train.py")
     options = parser.parse_intermixed_args()
     if not options.minutes > 0 or (options.call is not None and not options.call > 0):

@@ -44,9 +44,9 @@ from torch import Tensor
 from bd_lightning.dynamics import TrackedPosterior
 from bd_lightning.fields import FieldPair, Mixture, RelativeFields, batched, calibrated, combine
 from bd_lightning.networks import MLP
-from benchmarks import common
+from benchmarks import arguments, common
 from benchmarks.common import Rows, mean_sd, table
-from benchmarks.linearity_requests import DIGITS, Models, requests
+from benchmarks.linearity_requests import Models, requests
 from benchmarks.superposition import AveragedScores, ClassFirst
 from callbacks import ClassifierFeatures
 from callbacks.metrics import frechet_distance
@@ -181,14 +181,14 @@ def main() -> None:
     """Train what is missing, run what is not in rows.jsonl, print the tables."""
     parser = common.parser(__doc__)
     parser.add_argument("--data", default="data")
-    parser.add_argument("--out", type=Path, default=Path("runs/linearity"))
+    parser.add_argument("--out", type=arguments.folder, default=Path("runs/linearity"))
     parser.add_argument("--n", type=common.count, default=10_000)
     parser.add_argument("--n-averaged", type=common.count, default=2500)
     parser.add_argument("--steps", type=common.count, default=8000)
     parser.add_argument("--autoencoder")
     parser.add_argument("--model")
     parser.add_argument("--only", default="")
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--figure", type=arguments.picture(".png", ".jpg"))
     parser.add_argument("--cost", action="store_true")
     options = parser.parse_args()
     if options.cost:
@@ -212,11 +212,12 @@ def main() -> None:
 
 def draw(judge: Judge, asked: dict[str, Callable[[], tuple[FieldPair, Tensor]]], path: Path) -> None:
     """Samples of some requests, and the way from one class to another."""
-    names = ("weighting 0", "without 1", "without 7", "all minus 5–9", "merge")
-    grid_image(torch.cat([judge.draw(asked[name]()[0], 16) for name in names]), columns=16).save(path)
+    names, classes = ("weighting 0", "without 1", "without 7", "all minus 5–9", "merge"), judge.models.names
+    shown = [judge.draw(asked[name]()[0], 16) for name in names if name in asked]
+    grid_image(torch.cat(shown), columns=16).save(path)
     frames = []
     for t in torch.linspace(0, 1, 21).tolist():
-        mixture = combine([(judge.models["all"].fields, DIGITS, 1.0)], {"1": 1 - t, "7": t})
+        mixture = combine([(judge.models["all"].fields, classes, 1.0)], {classes[1]: 1 - t, classes[-3]: t})
         frames.append(grid_image(judge.draw(mixture, 32)))
     there_and_back = frames[1:] + frames[-2:0:-1]
     frames[0].save(path.with_suffix(".gif"), save_all=True, append_images=there_and_back, duration=150, loop=0)

@@ -76,7 +76,6 @@ class Models(dict[str, Any]):
             "experiment=mnist_latent",
             "model=relative",
             f"data.autoencoder.ckpt_path={self.code}",
-            "model.lr=2e-3",
         ]
         words += [*UNJUDGED, *lasting(steps), f"data.images.keep={keep}"]
         words += ["model.network.width=64"] if name.startswith("expert") else []

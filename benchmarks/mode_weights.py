@@ -31,7 +31,7 @@ from bd_lightning.dynamics import AnnealedDynamics, MultistepDynamics, Probabili
 from bd_lightning.fields import AnalyticFields
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.targets import GaussianMixture
-from benchmarks import common
+from benchmarks import arguments, common
 from benchmarks.common import table
 
 RANGE: dict[str, Any] = {"sigma_max": 10.0, "sigma_min": 0.01, "exact_score": True}
@@ -131,7 +131,7 @@ def main() -> None:
     """Run and print the table."""
     parser = common.parser(__doc__)
     parser.add_argument("--chains", type=common.count, default=10_000)
-    parser.add_argument("--figure", type=Path)
+    parser.add_argument("--figure", type=arguments.picture(".png", ".jpg", ".pdf", ".svg"))
     parser.add_argument("--checkpoint")
     options = parser.parse_args()
     target = build.instantiate(common.compose("data=gaussians_2d")["data"]["density"], "data.density")

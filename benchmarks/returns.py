@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 
 from bd_lightning.checks import UserError, regular_file, suggest
-from benchmarks import returns_linearity
+from benchmarks import arguments, returns_linearity
 from benchmarks.common import Rows, optional, parser, run
 from benchmarks.returns_evaluation import LEARNERS, evaluate, examples
 from benchmarks.returns_peer import PEERS, same_update, windows
@@ -201,8 +201,8 @@ def main() -> None:
     words.add_argument(
         "--seeds", type=int, help="seeds from 0 on; 5, but for control, where experiments have their own"
     )
-    words.add_argument("--out", type=Path, default=Path("runs/returns"))
-    words.add_argument("--figure", type=Path)
+    words.add_argument("--out", type=arguments.folder, default=Path("runs/returns"))
+    words.add_argument("--figure", type=arguments.picture(".png", ".jpg", ".pdf", ".svg"))
     options = words.parse_args()
     check(options)
     os.environ["OMP_NUM_THREADS"] = "1"
