@@ -219,7 +219,10 @@ def test_words_that_no_problem_takes_are_refused(traces, words, sentence):
         (trace, f"--out {__file__}/out", "is a file, not a folder"),
         (trace, "--figure f.foo", "--figure: must end in .png"),
         (fields, "--seeds 0", "--seeds: must be a whole number"),
+        (fields, f"--out {__file__}", "is a file, not a folder"),
         (linearity, "--n 0", "--n: must be a whole number"),
+        (linearity, f"--out {__file__}", "is a file, not a folder"),
+        (linearity, "--figure no/such/f.png", "--figure: there is no folder no/such"),
     ],
 )
 def test_numbers_without_a_meaning_are_refused(module, words, sentence, monkeypatch, capsys):
