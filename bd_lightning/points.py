@@ -127,8 +127,8 @@ class Partners:
 
     Args:
         pairs: "all" pairs of a batch except a point with itself, or a "single" partner for each point, as in the paper.
-        queries: how many points of a batch the fields are trained at; the others are partners only, which cost little
-            and make the mobility's estimate less noisy. None takes all.
+        queries: at how many points of a batch, at most, the fields are trained; the others are partners only, which
+            cost little and make the mobility's estimate less noisy. None takes all.
         gather: in training, take partners from the batches of all devices. A step is then that of one device with the
             joined batch; otherwise every device has its own, noisier, estimate of the mobility.
     """
