@@ -82,6 +82,7 @@ OURS: dict[str, dict[str, Any]] = {
     "multi-scale | trace by Stein, drawn slices": multi(SLICED, "stein"),
     "multi-scale | trace by Stein, exact kernel": multi(EXACT, "stein"),
     BASE: multi(CONSTANT, "stein"),
+    "multi-scale | trace combined, closed-form slices": multi(SLICES, "combined"),
     "multi-scale | exact trace, closed-form slices": multi(SLICES, "exact"),
     "multi-scale | trace by Hutchinson": multi(SLICES, "hutchinson"),
     "multi-scale | trace by Gaussian v": multi(SLICES, "gaussian"),
