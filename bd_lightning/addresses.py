@@ -40,6 +40,8 @@ def local(place: str | Path) -> str:
     Raises:
         UserError: for an address that is not one, does not exist or is private, and for a hub that cannot be reached.
     """
+    if not str(place):
+        raise UserError("a checkpoint has the empty path '': give a file, a folder or an address")
     scheme, marked, rest = str(place).partition("://")
     if not marked:
         kind, colon, _ = str(place).partition(":")

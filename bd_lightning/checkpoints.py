@@ -1,6 +1,7 @@
 """Reading and writing checkpoints: tensors and plain data only, with the config that rebuilds the model."""
 
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -86,6 +87,8 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def _file(path: str | Path) -> dict[str, Any]:
+    if not zipfile.is_zipfile(path):
+        raise ValueError("it is not what torch.save writes, or not the whole of it")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
 
 

@@ -87,8 +87,12 @@ def combined(
         networks.append(stored["model"]["network"])
         sources.append((other.mixture_source(), its.class_names, weight))
     names = list(dict.fromkeys(name for _, known, _ in sources for name in known))
-    weights = {class_name(label, names): weight for label, weight in mix.items()} if mix else None
-    mixture = fields.combine(sources, weights, [class_name(label, names) for label in remove or []])
+    weights: dict[str, float] = {}
+    for label, weight in (mix or {}).items():
+        if (name := class_name(label, names)) in weights:
+            raise UserError(f"mix names class '{name}' twice, by its name and by its index: leave one of them out")
+        weights[name] = weight
+    mixture = fields.combine(sources, weights or None, [class_name(label, names) for label in remove or []])
     alike = all(network == networks[0] for network in networks) and not any(
         checkpoints.misfit(source.state_dict(), sources[0][0].state_dict()) for source, _, _ in sources
     )

@@ -1,6 +1,7 @@
 """Options and words that are checked before a benchmark computes anything; each refusal is one sentence."""
 
 import os
+import re
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,17 @@ def folder(text: str) -> Path:
     there = next((part for part in (path, *path.parents) if part.exists()), path)
     if there.exists() and not there.is_dir():
         raise ArgumentTypeError(f"{there} is a file, not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ArgumentTypeError(f"cannot write into {there}")
     return path
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    """A type of arguments: a regular expression."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ArgumentTypeError(f"is no regular expression, {error}: {text!r}") from None
 
 
 def picture(*kinds: str) -> Callable[[str], Path]:

@@ -315,14 +315,24 @@ class Rows(Sequence[dict[str, Any]]):
         return self.rows[index]
 
     def add(self, **row: Any) -> dict[str, Any]:
-        """Keep one more row."""
+        """Keep one more row.
+
+        Raises:
+            UserError: with the row, if it cannot be written.
+        """
         self.rows.append(row)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a+b") as file:
-            end = file.seek(0, os.SEEK_END)
-            file.seek(max(end - 1, 0))
-            torn = file.read(1) not in (b"", b"\n")
-            file.write((UNFINISHED + b"\n" if torn else b"") + json.dumps(row).encode() + b"\n")
+        text = json.dumps(row)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(end - 1, 0))
+                torn = file.read(1) not in (b"", b"\n")
+                file.write((UNFINISHED + b"\n" if torn else b"") + text.encode() + b"\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path} ({error.strerror}): add this row there by hand: {text}"
+            ) from error
         return row
 
     def say(self, **row: Any) -> dict[str, Any]:

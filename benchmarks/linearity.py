@@ -29,7 +29,6 @@ beside FILE, as FILE with the suffix .gif, the way from one class to another by 
 seeds.
 """
 
-import argparse
 import re
 import statistics
 import sys
@@ -70,11 +69,11 @@ class Judge:
     """What draws images, and counts their classes.
 
     Args:
-        options: the command line.
+        models: what is asked.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.models = Models(options)
+    def __init__(self, models: Models) -> None:
+        self.models = models
         data = self.models.data.observed
         data.prepare_data()
         self.features = ClassifierFeatures()
@@ -187,20 +186,23 @@ def main() -> None:
     parser.add_argument("--steps", type=common.count, default=8000)
     parser.add_argument("--autoencoder")
     parser.add_argument("--model")
-    parser.add_argument("--only", default="")
+    parser.add_argument("--only", type=arguments.pattern, default=re.compile(""))
     parser.add_argument("--figure", type=arguments.picture(".png", ".jpg"))
     parser.add_argument("--cost", action="store_true")
     options = parser.parse_args()
     if options.cost:
         return cost()
-    rows, judge = Rows(options.out / "rows.jsonl"), Judge(options)
-    asked = requests(judge.models)
-    settings = {"steps": options.steps, "autoencoder": options.autoencoder, "model": options.model}
+    rows, models = Rows(options.out / "rows.jsonl"), Models(options)
+    asked = requests(models)
+    if not any(options.only.search(name + way) for name in asked for way in ways(name)):
+        parser.error(f"--only finds none of {', '.join(asked)}, alone or followed by one of {'; '.join(WAYS[1:])}")
+    judge = Judge(models)
+    settings = {"steps": options.steps, "autoencoder": options.autoencoder, "model": models.known}
     done = {}
     for name, make in asked.items():
         for way in ways(name):
             kept = {"request": name + way, "n": options.n_averaged if way in OTHERS else options.n, **settings}
-            if re.search(options.only, name + way) and not rows.where(**kept):
+            if options.only.search(name + way) and not rows.where(**kept):
                 row = rows.add(**kept, **measure(judge, *make(), way, kept["n"]))
                 print(f"{name + way}: L1 {row['l1']:.3f}", file=sys.stderr)
             for row in rows.where(**kept)[:1]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import train
-from bd_lightning import checkpoints, facts
+from bd_lightning import addresses, checkpoints, facts
 from bd_lightning.cli import build
 from bd_lightning.fields import FieldPair, Mixture, batched, combine
 from bd_lightning.modules import RelativeDensities
@@ -50,14 +50,17 @@ class Models(dict[str, Any]):
     Attributes:
         names: names of the classes.
         data: the data that they learn, with the images that they stand for.
+        known: what a model that was given is known by, its weights.
     """
 
     def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.names, self.code = options, DIGITS, ""
+        self.options, self.names, self.code, self.known = options, DIGITS, "", None
         if options.model:
             self["all"], stored = checkpoints.load(options.model, RelativeDensities)
             self.names = facts.read(stored["facts"]).class_names
             config = stored["data"]
+            with addresses.weights_of(options.model).open("rb") as file:
+                self.known = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         else:
             self.code = checkpoint(options, "autoencoder", "experiment=autoencoder")
             config = common.compose("experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}")["data"]

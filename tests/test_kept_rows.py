@@ -1,6 +1,7 @@
 """Benchmarks that are stopped and repeated, and given other settings: what is kept, counted and shown."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -269,10 +270,9 @@ def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys
     model.fields.count(torch.arange(10))
 
     class Judge:
-        def __init__(self, options):
-            options.autoencoder = "pretrained/mnist/autoencoder"
-            self.models = linearity.Models(options)
-            self.models["all"] = model
+        def __init__(self, models):
+            self.models = models
+            models["all"] = model
 
     def measure(judge, mixture, wanted, way, n):
         asked.append(n)
@@ -281,7 +281,15 @@ def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(linearity, "Judge", Judge)
     monkeypatch.setattr(linearity, "measure", measure)
     bench = Bench(linearity, tmp_path, monkeypatch, capsys)
+    given = ["--autoencoder", "pretrained/mnist/autoencoder"]
     for words, value in (([], 1), (["--steps", "8"], 2), (["--n", "40"], 3), ([], 1)):
-        _, text = bench("--n", "30", "--only", "union$", *words)
+        _, text = bench(*given, "--n", "30", "--only", "union$", *words)
         assert f"| union | {value}.000 |" in text
     assert asked == [30, 30, 40]
+    for word, sentence in (("(", "is no regular expression, missing )"), ("wieghting", "--only finds none of ")):
+        with pytest.raises(SystemExit) as stop:
+            bench(*given, "--only", word)
+        assert stop.value.code == 2 and sentence in capsys.readouterr().err
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(UserError, match=r"No space left on device\): add this row there by hand: \{.*\"l1\": 4"):
+        bench(*given, "--n", "50", "--only", "union$")

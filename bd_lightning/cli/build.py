@@ -111,6 +111,9 @@ def check_keys(config: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"'likelihood' is ode, by the probability flow, or fields, in one call; got {config['likelihood']!r}"
         )
+    for key in ("mix", "remove", "merge"):
+        if config[key] is not None and not config[key]:
+            raise ConfigError(f"'{key}' is empty: name what it is for, or leave it out")
     if not 0 <= config["seed"] < 2**32:
         raise ConfigError(f"'seed' must lie between 0 and {2**32 - 1}, got {config['seed']}")
     if config["calibrate"] < 0:

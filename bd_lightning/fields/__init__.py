@@ -17,8 +17,9 @@ from bd_lightning.fields.base import ConditionedFields, FieldPair, log_gradient
 from bd_lightning.fields.experts import Experts, batched
 from bd_lightning.fields.guided import DynamicGuidedFields, Guidance, GuidedFields, LateGuidedFields
 from bd_lightning.fields.learned import LearnedFields
-from bd_lightning.fields.mixture import Mixture, Source, calibrated, combine
+from bd_lightning.fields.mixture import Mixture, Source
 from bd_lightning.fields.relative import AnalyticSource, RelativeFields
+from bd_lightning.fields.shares import calibrated, combine
 
 __all__ = [
     "AnalyticFields",

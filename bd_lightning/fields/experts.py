@@ -35,6 +35,9 @@ class Experts:
         bases = {one.sigma_data for one in members}
         if len(bases) != 1:
             raise ValueError(f"the base Gaussians differ: sigma_data is {' and '.join(map(str, sorted(bases)))}")
+        shapes = [{name: value.shape for name, value in one.network.state_dict().items()} for one in members]
+        if any(one != shapes[0] for one in shapes):
+            raise ValueError("the networks differ in more than their weights: use the mixture itself, not batched")
         self.members, self.sigma_data = list(members), bases.pop()
         self.stacked: dict[str, Tensor] | None = None
 
@@ -66,6 +69,11 @@ class Experts:
 
 
 def batched(mixture: Mixture) -> Mixture:
-    """The same mixture of learned fields whose networks differ in their weights alone, with one call for all."""
+    """The same mixture of learned fields whose networks differ in their weights alone, with one call for all.
+
+    Raises:
+        ValueError: for networks that differ in more than that, and for a mixture without a positive weight.
+    """
+    mixture.check()
     members, weights = zip(*mixture.terms)
     return Mixture([(Experts(members), torch.cat(weights, -1))], mixture.mobility, mixture.floor)

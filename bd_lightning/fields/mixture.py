@@ -12,8 +12,7 @@ References:
 """
 
 import math
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -22,6 +21,9 @@ from torch import Tensor
 from bd_lightning.checks import UserError, one_of
 from bd_lightning.divergences import bcast
 from bd_lightning.fields.base import FieldPair
+
+ROUNDING = 1e-6
+"""What is left of a sum below this share of what was added to it is rounding, and nothing."""
 
 
 class Source(Protocol):
@@ -46,7 +48,8 @@ class Source(Protocol):
 class Mixture(FieldPair):
     """Σ over sources and classes of w π_c p_c, as fields that every sampler accepts. Weights may be negative.
 
-    `a + b`, `a - b` and `2 * a` are the same operations on the densities; the sum is not normalised, and need not be.
+    `a + b`, `a - b`, `2 * a`, `a / 2`, `-a` and `sum([a, b])` are the same operations on the densities; the sum is not
+    normalised, and need not be. It has the mobility and the floor of the first.
 
     Where the negative part N of the sum comes within `floor` of the positive part P, the sum is not a density there, or
     the estimates are not good enough to tell; it is held at floor × P, and such points are counted.
@@ -66,11 +69,12 @@ class Mixture(FieldPair):
 
     def __init__(self, terms: Sequence[tuple[Source, Tensor]], mobility: str = "constant", floor: float = 0.01) -> None:
         one_of(("constant", "density"), mobility=mobility)
-        merged: dict[int, tuple[Source, Tensor]] = {}
+        merged: dict[int, tuple[Source, Tensor, Tensor]] = {}
         for source, weights in terms:
-            before = merged.get(id(source))
-            merged[id(source)] = source, weights if before is None else before[1] + weights
-        self.terms = [(source, weights) for source, weights in merged.values() if weights.any()]
+            _, before, size = merged.get(id(source), (source, torch.zeros_like(weights), torch.zeros_like(weights)))
+            merged[id(source)] = source, before + weights, size + weights.abs()
+        summed = [(one, w.masked_fill(w.abs() <= ROUNDING * size, 0.0)) for one, w, size in merged.values()]
+        self.terms = [(source, weights) for source, weights in summed if weights.any()]
         bases = {source.sigma_data for source, _ in self.terms}
         if len(bases) > 1:
             raise ValueError(f"the base Gaussians differ: sigma_data is {' and '.join(map(str, sorted(bases)))}")
@@ -78,16 +82,37 @@ class Mixture(FieldPair):
         self.queried = self.held = 0
 
     def __mul__(self, factor: float) -> "Mixture":
+        if not isinstance(factor, (int, float)):
+            return NotImplemented
         return Mixture([(source, factor * weights) for source, weights in self.terms], self.mobility, self.floor)
 
     __rmul__ = __mul__
 
+    def __truediv__(self, divisor: float) -> "Mixture":
+        return self * (1 / divisor) if isinstance(divisor, (int, float)) else NotImplemented
+
+    def __neg__(self) -> "Mixture":
+        return -1 * self
+
     def __add__(self, other: "Mixture") -> "Mixture":
+        if not isinstance(other, Mixture):
+            return NotImplemented
         return Mixture([*self.terms, *other.terms], self.mobility, self.floor)
 
+    def __radd__(self, other: int) -> "Mixture":
+        return self if other == 0 else NotImplemented  # what sum() begins with
+
     def __sub__(self, other: "Mixture") -> "Mixture":
-        negative = [(source, -weights) for source, weights in other.terms]
-        return Mixture([*self.terms, *negative], self.mobility, self.floor)
+        return self + -other if isinstance(other, Mixture) else NotImplemented
+
+    def check(self) -> None:
+        """Refuse to be sampled.
+
+        Raises:
+            ValueError: without a positive weight.
+        """
+        if not any((weights > 0).any() for _, weights in self.terms):
+            raise ValueError("a mixture needs a positive weight")
 
     def mass(self) -> float:
         """Sum of w π_c: the integral of the mixture."""
@@ -95,8 +120,7 @@ class Mixture(FieldPair):
 
     def log_ratio(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """log ρ (B,) and U (B, *) of the sum, at x (B, *) and noise levels sigma (B,)."""
-        if not any((weights > 0).any() for _, weights in self.terms):
-            raise ValueError("a mixture needs a positive weight")
+        self.check()
         logs, slopes, signs = [], [], []
         for source, weights in self.terms:
             weights = weights.to(x).expand(len(x), -1)
@@ -130,6 +154,7 @@ class Mixture(FieldPair):
 
     def posterior(self, x: Tensor, sigma: Tensor) -> list[Tensor]:
         """Shares of the classes with positive weights at x (B, *) and sigma (B,): for every source, (B, C)."""
+        self.check()
         logs = []
         for source, weights in self.terms:
             log, _ = source.components(x, sigma)
@@ -138,13 +163,14 @@ class Mixture(FieldPair):
 
     def densities(self, x: Tensor, sigma: Tensor, exact: bool = False) -> tuple[Tensor, Tensor]:
         """log w_c π_c (B, C) and ∇log p_c (B, C, *) of the classes that have a weight, of all sources in order."""
+        self.check()
         logs, scores = [], []
         center = x / bcast(sigma.square() + self.sigma_data**2, x)
         for source, weights in self.terms:
             if (weights < 0).any():
                 raise UserError(
-                    "TrackedPosterior carries the weights of a sum of densities, and here is a negative weight: take "
-                    "another model.sampler"
+                    "weights are carried along chains of a sum of densities, and here is a negative weight: take "
+                    "another model.sampler than tracked"
                 )
             asked = (weights * source.shares.to(weights)).to(x).expand(len(x), -1)
             used = (asked > 0).any(0)
@@ -180,112 +206,3 @@ class _AtLevel(FieldPair):
 
     def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         return self.mixture(x, x.new_full((1,), self.level))
-
-
-@torch.no_grad()
-def calibrated(
-    mixture: Mixture, draw: Callable[[Mixture], Tensor], sigma: float = 0.1, rounds: int = 3, floor: float = 1e-4
-) -> Mixture:
-    """The mixture with weights corrected so that its samples have the shares that were asked for.
-
-    With exact fields the mean of the classes' posterior is the same at every noise level, namely what was asked for.
-    Errors of learned fields let it drift on the way down, mostly towards the training data's shares. Each round draws
-    pilot samples, takes the mean posterior at the end, by the fields themselves, and multiplies the weights by what is
-    missing. No classifier is involved.
-
-    Args:
-        mixture: what is asked for.
-        draw: draws pilot samples of a mixture, shape (N, *).
-        sigma: noise level at which the posterior is taken, in data units.
-        rounds: how often the weights are corrected.
-        floor: shares below it are not corrected.
-
-    Returns:
-        The corrected mixture.
-    """
-    asked = [(weights * source.shares.to(weights)).clamp_min(0) for source, weights in mixture.terms]
-    total = sum(part.sum() for part in asked)
-    current = mixture
-    for _ in range(rounds):
-        x = draw(current)
-        found = [part.mean(0) for part in mixture.posterior(x, x.new_full((len(x),), sigma))]
-        terms = []
-        for (source, weights), wanted, have in zip(current.terms, asked, found):
-            wanted = (wanted / total).to(have)
-            factor = torch.where((wanted > floor) & (have > floor), wanted / have.clamp_min(floor), 1.0)
-            terms.append((source, weights * factor.to(weights)))
-        current = Mixture(terms, mixture.mobility, mixture.floor)
-    return current
-
-
-def _cancel(parts: Sequence[tuple[Source, Sequence[str], Tensor]], known: Sequence[str]) -> None:
-    """Scale the weights (C,) of each source, in place, so that no class is both added and taken."""
-    for name in known:
-        places = [  # a source of one density has one weight, whatever names its data has
-            (weights, c, source) for source, names, weights in parts for c, own in zip(range(len(weights)), names)
-            if own == name
-        ]  # fmt: skip
-        held = [float((weights[c] * source.shares[c]).nan_to_num(0)) for weights, c, source in places]
-        plus, minus = sum(max(part, 0.0) for part in held), -sum(min(part, 0.0) for part in held)
-        if plus and minus:
-            for (weights, c, _), part in zip(places, held):
-                weights[c] *= max(0.0, 1 - minus / plus if part > 0 else 1 - plus / minus)
-
-
-def combine(
-    sources: Sequence[tuple[Source, Sequence[str], float]],
-    mix: dict[str, float] | None = None,
-    remove: Sequence[str] = (),
-) -> Mixture:
-    """The mixture that is asked for by the names of classes.
-
-    What has one name is one density. So a class that is added by one source and taken by another is taken from the
-    former's own fields, where nothing is left of it, and not as the difference of two estimates.
-
-    Args:
-        sources: each with the names of its classes and a weight for its whole density.
-        mix: weight of each class, all others zero; a class that several sources have is their average. None takes each
-            source's density as it was trained.
-        remove: classes whose weight becomes zero.
-
-    Returns:
-        The mixture. With a warning where a class would have a negative share, so that the sum is not a density: what is
-        sampled then is its positive part.
-
-    Raises:
-        UserError: for unknown classes, and for weights whose sum is not positive.
-    """
-    known = list(dict.fromkeys(name for _, names, _ in sources for name in names))
-    for name in [*(mix or ()), *remove]:
-        if name not in known:
-            raise UserError(f"no class '{name}': the classes are {', '.join(known) or 'not known'}")
-    terms = []
-    for source, names, weight in sources:
-        weights = torch.full_like(source.shares, weight)
-        for c, name in enumerate(names):
-            if mix is not None:
-                owners = sum(name in others for _, others, _ in sources)
-                share = float(source.shares[c])
-                wanted = mix.get(name, 0.0)
-                if wanted and not share > 0:
-                    raise UserError(f"class '{name}' was not seen in training")
-                weights[c] = wanted / owners / share if wanted else 0.0
-            if name in remove:
-                weights[c] = 0.0
-        terms.append((source, weights))
-    _cancel([(source, names, weights) for (source, names, _), (_, weights) in zip(sources, terms)], known)
-    asked = dict.fromkeys(known or [""], 0.0)
-    for (source, names, _), (_, weights) in zip(sources, terms):
-        for name, part in zip(names or [""], (weights * source.shares).nan_to_num(0).tolist()):
-            asked[name] += part
-    total = sum(asked.values())
-    if not total > 0:
-        raise UserError(f"the weights of the mixture sum to {total:.3g}; they must sum to a positive number")
-    for name, part in asked.items():
-        if part < -0.01 * total:
-            warnings.warn(
-                f"class '{name}' has the negative share {part / total:.3g}: that is not a density; its positive "
-                "part is sampled",
-                stacklevel=2,
-            )
-    return Mixture(terms)

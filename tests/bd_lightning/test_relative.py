@@ -13,8 +13,6 @@ from bd_lightning.fields import (
     AnalyticSource,
     Mixture,
     RelativeFields,
-    batched,
-    calibrated,
     combine,
     log_ratio,
 )  # fmt: skip
@@ -22,29 +20,12 @@ from bd_lightning.kernels import Constant
 from bd_lightning.modules import BellmanDiffusion, RelativeDensities
 from bd_lightning.networks import MLP, UNet
 from bd_lightning.objectives import DensityRatio, NoiseLevels
-from bd_lightning.targets import GaussianMixture
-
-MEANS, WEIGHTS = [[1.0, 1.0], [-1.0, -1.0], [1.0, -1.0], [-1.0, 1.0]], [0.4, 0.3, 0.2, 0.1]
-PARTS = [GaussianMixture([mean], sd=0.3) for mean in MEANS]
-SOURCE = AnalyticSource(PARTS, WEIGHTS, sigma_data=1.1)
-
-
-def mixture(*weights, **options):
-    return Mixture([(SOURCE, torch.tensor(weights, dtype=torch.float64))], **options)
-
-
-def truth(*weights):
-    return GaussianMixture(MEANS, [w * share for w, share in zip(weights, WEIGHTS)], sd=0.3)
+from four_modes import MEANS, PARTS, SOURCE, WEIGHTS, learned, mixture, noised_points, truth
 
 
 @pytest.fixture
 def points():
-    sigma = torch.tensor([0.01, 0.1, 0.3, 1.0, 5.0, 20.0], dtype=torch.float64).repeat_interleave(50)
-    return truth(1, 1, 1, 1).sample(300, torch.Generator().manual_seed(0)) * (1 + sigma[:, None]), sigma
-
-
-def same(a: Mixture, b: Mixture, points) -> bool:
-    return all(torch.allclose(p, q, atol=1e-9) for p, q in zip(a.log_ratio(*points), b.log_ratio(*points)))
+    return noised_points()
 
 
 @pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 0, 0, 2.5), (0, 0, 3, 0)])
@@ -68,15 +49,6 @@ def test_what_is_removed_is_gone(points):
     x = MultistepDynamics(levels=40, sigma_max=10.0, sigma_min=0.01)(rest, SampleNoise(range(4000), (2,)))
     shares = torch.bincount(truth(1, 1, 1, 1).mode_of(x.double()), minlength=4) / 4000
     assert shares[2] <= 0.005 and (shares - truth(1, 1, 0, 1).mode_weights).abs().max() < 0.03
-
-
-def test_laws_of_the_algebra(points):
-    a, b, c = mixture(1, 2, 0, 0), mixture(0, 1, 0, 1), mixture(0, 0, 0.5, 0)
-    assert same(a + b, b + a, points) and same((a + b) + c, a + (b + c), points)
-    assert same(2 * (a + b), 2 * a + 2 * b, points) and same(a + a, 2 * a, points)
-    assert same((a + b) - b, a, points) and same(a + 0 * b, a, points)
-    assert (a - a).terms == [] and (a + b).mass() == pytest.approx(a.mass() + b.mass())
-    assert torch.allclose((3 * a).score(*points), a.score(*points))  # a scale is no matter to the density
 
 
 @pytest.mark.parametrize("mobility", ["constant", "density"])
@@ -152,59 +124,8 @@ def test_of_one_density_tracked_chains_are_those_of_the_dynamics():
     torch.testing.assert_close(
         TrackedPosterior(**settings)(one, noise[0]), MultistepDynamics(**settings)(one, noise[1])
     )
-    with pytest.raises(UserError, match="here is a negative weight: take another model.sampler"):
+    with pytest.raises(UserError, match="here is a negative weight: take another model.sampler than tracked"):
         TrackedPosterior()(mixture(1, 1, -0.5, 0), noise[0])
-
-
-def test_weights_per_sample(points):
-    x, sigma = points[0][:4], points[1][:4]
-    each = Mixture([(SOURCE, torch.eye(4, dtype=torch.float64))]).score(x, sigma)
-    for i in range(4):
-        assert torch.allclose(each[i], PARTS[i].score(x[i : i + 1], sigma[i : i + 1])[0])
-
-
-def test_more_taken_than_there_is():
-    fields = mixture(1, 1, -1.5, 1)
-    x = MultistepDynamics(levels=20, sigma_max=10.0, sigma_min=0.01)(fields, SampleNoise(range(500), (2,)))
-    assert x.isfinite().all() and 0 < fields.held <= fields.queried
-    names = ["a", "b", "c", "d"]
-    with pytest.warns(UserWarning, match="class 'c' has the negative share -0.2: that is not a density"):
-        combine([(SOURCE, names, 1.0)], {"a": 0.6, "b": 0.6, "c": -0.2})
-    with pytest.raises(ValueError, match="needs a positive weight"):
-        mixture(-1, 0, 0, 0)(torch.zeros(2, 2), torch.ones(2))
-    other = AnalyticSource(PARTS, WEIGHTS, sigma_data=2.0)
-    with pytest.raises(ValueError, match=r"the base Gaussians differ: sigma_data is 1\.1 and 2\.0"):
-        mixture(1, 1, 1, 1) + Mixture([(other, torch.ones(4))])
-
-
-def test_classes_by_name(points):
-    names = ["a", "b", "c", "d"]
-    asked = combine([(SOURCE, names, 1.0)], {"a": 0.5, "d": 0.5})
-    assert torch.allclose(asked.score(*points), GaussianMixture([MEANS[0], MEANS[3]], sd=0.3).score(*points), atol=1e-9)
-    less = combine([(SOURCE, names, 1.0)], remove=["c"])
-    assert torch.allclose(less.score(*points), truth(1, 1, 0, 1).score(*points), atol=1e-9)
-    low, high = AnalyticSource(PARTS[:2], [0.6, 0.4], 1.1), AnalyticSource(PARTS[1:], [0.5, 0.3, 0.2], 1.1)
-    both = combine([(low, names[:2], 1.0), (high, names[1:], 3.0)])
-    sum_ = GaussianMixture([*MEANS[:2], *MEANS[1:]], [0.6, 0.4, 1.5, 0.9, 0.6], sd=0.3)
-    assert torch.allclose(both.score(*points), sum_.score(*points), atol=1e-9)
-    shared = combine([(low, names[:2], 1.0), (high, names[1:], 1.0)], {"b": 1.0})  # the average of the two
-    assert torch.allclose(shared.score(*points), PARTS[1].score(*points), atol=1e-9)
-    less = combine([(SOURCE, names, 1.0), (high, names[1:], -0.5)])  # shares 0.4, 0.3 - 0.25, 0.2 - 0.15, 0.1 - 0.1
-    assert len(less.terms) == 1 and abs(less.mass() - 0.5) < 1e-6
-    rest = GaussianMixture(MEANS[:3], [0.4, 0.05, 0.05], sd=0.3)
-    assert torch.allclose(less.score(*points), rest.score(*points), atol=1e-6)
-    one = AnalyticSource(PARTS[:1], [1.0], 1.1)  # of one density, from data of four names
-    assert combine([(one, names, 1.0), (AnalyticSource(PARTS[:1], [1.0], 1.1), names, 1.0)]).mass() == 2
-    with pytest.warns(UserWarning, match="class 'd' has the negative share"):
-        taken = combine([(SOURCE, names, 1.0), (high, names[1:], -0.6)])
-    assert [(w < 0).any().item() for _, w in taken.terms] == [False, True]
-    for bad, sentence in (
-        ({"mix": {"e": 1.0}}, "no class 'e': the classes are a, b, c, d"),
-        ({"mix": {"a": -1.0}}, "the weights of the mixture sum to -1; they must sum to a positive number"),
-        ({"remove": names}, "sum to 0"),
-    ):
-        with pytest.raises(UserError, match=sentence):
-            combine([(SOURCE, names, 1.0)], **bad)
 
 
 def test_ratio_loss_is_minimised_by_the_log_ratios():
@@ -228,63 +149,6 @@ def test_ratio_loss_is_minimised_by_the_log_ratios():
     assert min(max(slopes(scale, shift)) for scale, shift in ((0.9, 0.0), (-1.0, 0.0), (1.0, 0.2))) > 0.01
 
 
-def learned(count, classes=2, width=16):
-    torch.manual_seed(0)
-    found = []
-    for _ in range(count):
-        fields = RelativeFields(MLP((3,), classes, per_class=True, width=width, depth=2), 1.1, classes)
-        for parameter in fields.parameters():
-            torch.nn.init.normal_(parameter, std=0.3)
-        fields.count(torch.randint(classes, (50,)))
-        found.append(fields.requires_grad_(False).eval())
-    return found
-
-
-@pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.2, 3.0, 0.5), (1.0, 2.0, -0.1)])
-def test_experts_are_asked_in_one_call(weights):
-    members = learned(3)
-    apart = sum((w * Mixture([(one, torch.ones(2))]) for w, one in zip(weights[1:], members[1:])),
-                weights[0] * Mixture([(members[0], torch.ones(2))]))  # fmt: skip
-    together, calls = batched(apart), []
-    for one in members:
-        one.network.register_forward_hook(lambda *_: calls.append(1))
-    x, sigma = 3 * torch.randn(40, 3), torch.rand(40) + 0.1
-    found = together.log_ratio(x, sigma)
-    assert len(calls) == 1
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(apart.log_ratio(x, sigma), found))
-    assert together.mass() == pytest.approx(apart.mass())
-    assert torch.allclose(
-        torch.cat(together.posterior(x, sigma), 1), torch.cat(apart.posterior(x, sigma), 1), atol=1e-4
-    )
-
-
-def test_many_points_on_a_cpu_are_given_to_one_expert_after_the_other():
-    members, calls = learned(3), []
-    together = batched(sum((Mixture([(one, torch.ones(2))]) for one in members[1:]),
-                           Mixture([(members[0], torch.ones(2))])))  # fmt: skip
-    for one in members:
-        one.network.register_forward_hook(lambda *_: calls.append(1))
-    x, sigma = torch.randn(120, 3), torch.rand(120) + 0.1
-    many = together.log_ratio(x, sigma)
-    assert len(calls) == 3
-    for part, rows in zip(torch.arange(120).split(40), x.split(40)):
-        few = together.log_ratio(rows, sigma[part])
-        assert all(torch.allclose(a[part], b, atol=1e-4) for a, b in zip(many, few))
-    assert len(calls) == 6
-
-
-def test_an_expert_that_comes_later():
-    *first, late = learned(3)
-    both = batched(sum((Mixture([(one, torch.ones(2))]) for one in first[1:]), Mixture([(first[0], torch.ones(2))])))
-    more = both + 0.5 * Mixture([(late, torch.tensor([1.0, 0.0]))])
-    x, sigma = torch.randn(10, 3), torch.ones(10)
-    terms = [*((one, torch.ones(2)) for one in first), (late, torch.tensor([0.5, 0.0]))]
-    assert torch.allclose(more.score(x, sigma), Mixture(terms).score(x, sigma), atol=1e-4)
-    with pytest.raises(ValueError, match=r"the base Gaussians differ: sigma_data is 1\.1 and 2\.0"):
-        late.sigma_data = 2.0
-        batched(Mixture([(first[0], torch.ones(2))]) + Mixture([(late, torch.ones(2))]))
-
-
 @pytest.mark.parametrize("source", [SOURCE, learned(1)[0]], ids=["analytic", "learned"])
 def test_one_noise_level_for_all_points(source):
     fields = Mixture([(source, torch.ones(len(source.shares)))])
@@ -292,33 +156,6 @@ def test_one_noise_level_for_all_points(source):
     here, there = fields.at(0.7), fields
     for a, b in zip(here.log_gradients(x, None), there.log_gradients(x, torch.full((20,), 0.7))):
         assert a.shape == b.shape and torch.allclose(a, b.to(a), atol=1e-5)
-
-
-def test_calibration_corrects_a_drift():
-    """Fields of one class that are too weak lose it; the corrected weights bring its share back."""
-
-    class Weak(AnalyticSource):
-        def components(self, x, sigma):
-            log, slope = super().components(x, sigma)
-            high = (sigma > 1)[:, None]
-            return log + torch.where(high, torch.tensor([-1.0, 0.0, 0.0, 0.0]), 0.0).to(log), slope
-
-    source = Weak(PARTS, WEIGHTS, 1.1)
-    asked = Mixture([(source, torch.tensor([1.0, 1.0, 0.0, 3.0], dtype=torch.float64))])
-    sampler, target = MultistepDynamics(levels=30, sigma_max=10.0, sigma_min=0.01), truth(1, 1, 0, 3)
-
-    def error(mixture):
-        x = sampler(mixture, SampleNoise(range(4000), (2,), seed=5)).double()
-        shares = torch.bincount(truth(1, 1, 1, 1).mode_of(x), minlength=4) / 4000
-        return float((shares - target.mode_weights).abs().sum())
-
-    def pilot(mixture):
-        return sampler(mixture, SampleNoise(range(2000), (2,), seed=6)).double()
-
-    assert error(asked) > 0.15 and error(calibrated(asked, pilot)) < 0.06
-    exact = mixture(1, 1, 0, 3)
-    weights = calibrated(exact, pilot).terms[0][1]
-    assert torch.allclose(weights, exact.terms[0][1], rtol=0.1)  # nothing to correct
 
 
 def small(per_class=True, classes=4, **options):
