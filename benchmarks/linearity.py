@@ -2,11 +2,12 @@
 
     uv run benchmarks/linearity.py [--data data] [--out runs/linearity] [--n 10000] [--figure FILE]
 
-Trains, where OUT does not have them yet, an autoencoder (or takes --autoencoder) and `model=relative` models in its
-codes: of all digits, of 0–4, of 5–9, of thinned classes (half the steps), and ten experts, one of each class (a quarter
-of the width, so that all ten together take fewer operations than one of the others). Then draws n samples for each
-request by the fields, also with the weights carried along the chains (`dynamics.TrackedPosterior`), and n-averaged
-samples in other ways (see `superposition`): from averaged scores, and with the class of each sample drawn first:
+Trains, where OUT does not have them yet, an autoencoder (or takes --autoencoder) and models in its codes by
+`experiment=mnist_latent_relative`: of all digits, of 0–4, of 5–9, of thinned classes (half the steps), and ten experts,
+one of each class (a quarter of the width, so that all ten together take fewer operations than one of the others). Then
+draws n samples for each request by the fields, also with the weights carried along the chains
+(`dynamics.TrackedPosterior`), and n-averaged samples in other ways (see `superposition`): from averaged scores, and
+with the class of each sample drawn first:
 
 - ten random weightings of the classes (Dirichlet, seed 0), also with weights corrected by 3 × 2,000 pilot samples of
   seed 2 (`fields.calibrated`);

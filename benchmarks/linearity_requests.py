@@ -75,7 +75,7 @@ class Models(dict[str, Any]):
         else:
             keep = f"[{','.join(PARTS[name])}]"
         steps = self.options.steps // (2 if name == "thin" else 1)
-        words = ["experiment=mnist_latent", "model=relative", f"data.autoencoder.ckpt_path={self.code}"]
+        words = ["experiment=mnist_latent_relative", f"data.autoencoder.ckpt_path={self.code}"]
         words += [*UNJUDGED, *lasting(steps), f"data.images.keep={keep}"]
         words += ["model.network.width=64"] if name.startswith("expert") else []
         self[name] = checkpoints.load(checkpoint(self.options, name, *words), RelativeDensities)[0]
