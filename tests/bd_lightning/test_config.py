@@ -115,7 +115,9 @@ GAMES = {"rl_breakout": "minatar", "rl_asterix": "minatar", "rl_lunar_lander": "
 """What the environments of some experiments need besides gymnasium."""
 LATENT = {"digits_latent": ((1, 8, 8), "Digits"), "mnist_latent": ((1, 28, 28), "MNIST")}
 LATENT["cifar10_latent"] = ((3, 32, 32), "CIFAR10", (4, 8, 8), (8, 8))
-LATENT |= dict.fromkeys(("paper_mnist_latent", "mnist_latent_cond", "mnist_latent_few", "mnist_latent_relative"), LATENT["mnist_latent"])
+LATENT |= dict.fromkeys(
+    ("paper_mnist_latent", "mnist_latent_cond", "mnist_latent_few", "mnist_latent_relative"), LATENT["mnist_latent"]
+)
 
 
 def needed(name: str, folder) -> list[str]:
