@@ -208,6 +208,19 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
     return _at_home(_resolved(_normalised(config)))
 
 
+def dropped(request: Request) -> str:
+    """What a group chosen on the command line leaves out of an experiment and of files, in a sentence, or ""."""
+    layers = {f"--config {path}": load(path) for path in request.files}
+    if "experiment" in request.choices:
+        layers[f"experiment={request.choices['experiment']}"] = _named("experiment", request.choices["experiment"])
+    found = []
+    for group, name in request.choices.items():
+        for place, layer in layers.items() if group in GROUPS else ():
+            if isinstance(values := layer.get(group), dict) and values and not is_record(layer):
+                found.append(f"{group}={name} leaves out what {place} says of {group}: {', '.join(map(str, values))}")
+    return "; ".join(found)
+
+
 def _rooted(data: Any, words: Any) -> Any:
     """What a data.root of the command line says to data sets within a stored data set, whose root was written out."""
     if not (isinstance(data, dict) and isinstance(words, dict) and "root" in words):

@@ -283,7 +283,7 @@ def build_trainer(plan: Plan, loggers: list[Any], callbacks: list[Any]) -> L.Tra
 def announce(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
     """Say where the run folder is, and what a step is made of."""
     print(f"run folder: {short(plan.run_dir)}", flush=True)
-    if remark := changed(plan):
+    for remark in filter(None, (plan.remark, changed(plan))):
         print(remark, flush=True)
     batch, devices, accumulated = data.batch_size, trainer.world_size, trainer.accumulate_grad_batches
     effective = f"{batch} × {devices} devices × {accumulated} accumulated = {batch * devices * accumulated}"

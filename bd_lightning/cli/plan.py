@@ -34,6 +34,7 @@ class Plan:
         new: whether the run begins in a folder of its own, which must not be there yet.
         checkpoint: the checkpoint that `config["ckpt_path"]` names, as `checkpoints.read` gives it.
         done: whether nothing is left to train.
+        remark: what the user may not expect of the words, in a sentence; empty for nothing.
     """
 
     command: str
@@ -42,6 +43,7 @@ class Plan:
     new: bool = False
     checkpoint: Mapping[str, Any] | None = None
     done: bool = False
+    remark: str = ""
 
     @property
     def facts(self) -> Facts | None:
@@ -121,7 +123,7 @@ def resolve(argv: Sequence[str]) -> Plan:
         done = folders.finished(run_dir, checkpoint, config["steps"])
         if not done:
             checkpoints.refuse_stateless(checkpoint, path)
-    return Plan(request.command, config, run_dir, new, checkpoint, done)
+    return Plan(request.command, config, run_dir, new, checkpoint, done, configs.dropped(request))
 
 
 def settings_of(plan: Plan, *keys: str) -> dict[str, Any]:

@@ -277,3 +277,14 @@ def test_names_read_from_source_are_those_of_the_signature():
     for path in sorted(paths):
         assert set(signatures.arguments(path) or ()) == set(build.signature_of(build.locate(path, path))), path
     assert signatures.arguments("tests.nothing.Here") is signatures.arguments("") is None
+
+
+def test_what_a_chosen_group_leaves_out_is_said(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {lr: 1.0e-2}\nsteps: 4\n")
+    said = configs.dropped(parse(["experiment=mnist_latent", "--config", str(mine), "model=relative"]))
+    assert said == (
+        f"model=relative leaves out what --config {mine} says of model: lr; "
+        "model=relative leaves out what experiment=mnist_latent says of model: lr, optimizer, noise"
+    )
+    assert not configs.dropped(parse(["experiment=mnist_latent", "model.lr=1e-2", "trainer=cpu"]))
