@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+
 from bd_lightning import checkpoints, fields
 from bd_lightning import facts as facts_of
 from bd_lightning.checks import UserError, suggest
@@ -109,4 +111,9 @@ def corrected(model: Any, mixture: fields.Mixture, pilot: int) -> fields.Mixture
     """
     if not pilot:
         return mixture
-    return fields.calibrated(mixture, lambda one: model.sample(range(pilot), seed=PILOT_SEED, fields=one))
+    parts = torch.arange(pilot).split(fields.shares.PILOTS)
+
+    def draw(one: fields.Mixture) -> torch.Tensor:
+        return torch.cat([model.sample(part.tolist(), seed=PILOT_SEED, fields=one) for part in parts])
+
+    return fields.calibrated(mixture, draw)

@@ -11,6 +11,8 @@ from bd_lightning.fields.mixture import ROUNDING, Mixture, Source
 
 LARGEST = 1e30
 """Weights above it are no weights that single precision could add."""
+PILOTS = 500
+"""Pilot samples that a network is asked for at once."""
 
 
 @torch.no_grad()
@@ -39,7 +41,8 @@ def calibrated(
     current = mixture
     for _ in range(rounds):
         x = draw(current)
-        found = [part.mean(0) for part in mixture.posterior(x, x.new_full((len(x),), sigma))]
+        parts = [mixture.posterior(part, part.new_full((len(part),), sigma)) for part in x.split(PILOTS)]
+        found = [torch.cat(part).mean(0) for part in zip(*parts)]
         terms = []
         for (source, weights), wanted, have in zip(current.terms, asked, found):
             wanted = (wanted / total).to(have)
