@@ -169,8 +169,10 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--rates must lie between 0 and 1, got {rate:g}")
     if options.script:
         regular_file(options.script, "cleanrl's c51.py")
-    if options.out.exists() and not options.out.is_dir():
-        raise UserError(f"--out must be a folder, and {options.out} is a file")
+    try:
+        arguments.folder(str(options.out))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"--out: {error}") from error
 
 
 def asked(options: argparse.Namespace) -> list[Setting]:
@@ -201,7 +203,7 @@ def main() -> None:
     words.add_argument(
         "--seeds", type=int, help="seeds from 0 on; 5, but for control, where experiments have their own"
     )
-    words.add_argument("--out", type=arguments.folder, default=Path("runs/returns"))
+    words.add_argument("--out", type=Path, default=Path("runs/returns"))
     words.add_argument("--figure", type=arguments.picture(".png", ".jpg", ".pdf", ".svg"))
     options = words.parse_args()
     check(options)

@@ -129,7 +129,7 @@ def test_a_job_that_was_cut_leaves_nothing_and_is_done_anew(tmp_path, monkeypatc
         ("night --jobs -1", "--jobs must be at least 1, got -1"),
         ("control --rates 0", "--rates must lie between 0 and 1, got 0"),
         ("peer --script nowhere.py", "cleanrl's c51.py not found: nowhere.py"),
-        ("table --out FILE", "--out must be a folder, and FILE is a file"),
+        ("table --out FILE", "--out: FILE is a file, not a folder"),
         ("table", "nothing is finished in runs yet"),
         ("table --out old", "holds a row a line, as an earlier version wrote it"),
     ],
