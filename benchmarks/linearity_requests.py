@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 import train
-from bd_lightning import addresses, checkpoints, facts
+from bd_lightning import checkpoints, facts
 from bd_lightning.cli import build
+from bd_lightning.cli.plan import digest
 from bd_lightning.fields import FieldPair, Mixture, batched, combine
 from bd_lightning.modules import RelativeDensities
 from bd_lightning.modules.generator import Generator
@@ -59,8 +60,7 @@ class Models(dict[str, Any]):
             self["all"], stored = checkpoints.load(options.model, RelativeDensities)
             self.names = facts.read(stored["facts"]).class_names
             config = stored["data"]
-            with addresses.weights_of(options.model).open("rb") as file:
-                self.known = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+            self.known = digest(options.model)
         else:
             self.code = checkpoint(options, "autoencoder", "experiment=autoencoder")
             config = common.compose("experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}")["data"]

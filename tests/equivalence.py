@@ -176,7 +176,9 @@ def main() -> int:
             try:
                 with contextlib.redirect_stdout(io.StringIO()):
                     after = measure(config, Path(folder))
-            except UserError as error:  # a game that is not installed
+            except UserError as error:
+                if "needs packages that are not installed" not in str(error):  # of a game
+                    raise
                 print(f"{config} not measured: {error}", flush=True)
                 continue
             if options.write:

@@ -138,14 +138,15 @@ def settings_of(plan: Plan, *keys: str) -> dict[str, Any]:
     config = plan.config
     files = [config["ckpt_path"], *(config["merge"] or {}), (config["data"].get("autoencoder") or {}).get("ckpt_path")]
     return {
-        "checkpoints": [_digest(file) for file in files if file],  # in order: names may be the same
+        "checkpoints": [digest(file) for file in files if file],  # in order: names may be the same
         **{key: config[key] for key in ("seed", *keys, "model", "data")},
         "precision": config["trainer"].get("precision"),
         "noise": STREAMS,
     }
 
 
-def _digest(file: str | Path) -> str:
+def digest(file: str | Path) -> str:
+    """What the weights of a checkpoint or an exported folder are known by: SHA-256 of their file, in hexadecimal."""
     with addresses.weights_of(file).open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
