@@ -305,3 +305,10 @@ def test_a_run_begins_with_the_weights_of_another_model(run, capsys):
     relative = [begin, "model=relative", "model.network.per_class=false", "model.sampler=ode"]
     assert "densities relative to a Gaussian are learned here" in refused(root, capsys, *relative)
     assert "checkpoint not found: nowhere.ckpt" in refused(root, capsys, "model.init=nowhere.ckpt")
+    last = root / "bellman-diffusion" / "tuned" / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    assert train.main([f"ckpt_path={last}", "steps=30", "model.init=nowhere.ckpt"]) == 2
+    assert "began with the weights of" in capsys.readouterr().err
+    assert train.main([f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", "steps=30", begin]) == 2
+    assert "of a run that began anew and goes on with its own: leave model.init" in capsys.readouterr().err
+    assert last.read_bytes() == before

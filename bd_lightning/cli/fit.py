@@ -73,6 +73,7 @@ def _run(plan: Plan, run_dir: Path) -> None:
     model = objects.model(plan, data.facts)
     if plan.command == "fit":
         refuse_other_optimizer(plan, model)
+        refuse_other_beginning(plan)
         model.prepare(plan.checkpoint is None, data.facts)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
     begin = Begin(plan)
@@ -210,6 +211,23 @@ def refuse_other_optimizer(plan: Plan, model: Any) -> None:
                 "leave model.optimizer as it is there (model.lr, model.warmup_steps and model.lr_decay may change), or "
                 "train anew"
             )
+
+
+def refuse_other_beginning(plan: Plan) -> None:
+    """Refuse other weights to begin with for a run that goes on, which has its own.
+
+    Raises:
+        UserError: naming both.
+    """
+    if plan.checkpoint is None:
+        return
+    was, given = (node.get("init") for node in (plan.checkpoint["hyper_parameters"]["model"], plan.config["model"]))
+    if was != given:
+        began = f"began with the weights of {was}" if was else "began anew"
+        raise UserError(
+            f"{plan.config['ckpt_path']} is of a run that {began} and goes on with its own: leave model.init={given} "
+            "out, or start a new run with it"
+        )
 
 
 def refuse_no_average(model: Any, callbacks: list[Any]) -> None:
