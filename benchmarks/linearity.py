@@ -20,14 +20,16 @@ with the class of each sample drawn first:
 - a model of a thinned training set, 100 % of the 0s down to 1 % of the 9s: as it was trained, and asked for all
   classes alike.
 
-L1 is the sum over classes of |share counted − share asked|; FID is to the test images of the classes asked for. A
-finished row is kept in OUT/rows.jsonl with its settings and not computed again; with --only PATTERN requests whose
-names the pattern is not found in are left out, with the models that they alone need, and with --model all that need
-more than one model, which is then this one, of whatever images. --cost prints the processor time of ten experts instead
-(set OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its accuracy is printed, and so is
-the L1 that it finds between real test images and their labels. With --figure it draws samples of some requests, and
-beside FILE, as FILE with the suffix .gif, the way from one class to another by their weights, always from the same
-seeds.
+L1 is the sum over classes of |share counted − share asked|; FID is to the test images of the classes asked for.
+"Nearer" is, for unlearning, the share of samples that are nearer to a removed training image than to any of as many
+test images of those classes, 0.5 where nothing of the images is remembered; "of real images" the same of test images of
+the classes that stay. Models are trained by --seeds seeds; the table has means ± sd over them. A finished row is kept
+in OUT/rows.jsonl with its settings and not computed again; with --only PATTERN requests whose names the pattern is not
+found in are left out, with the models that they alone need, and with --model all that need more than one model, which
+is then this one, of whatever images. --cost prints the processor time of ten experts instead (set OMP_NUM_THREADS=1).
+The classifier is the one that FID takes its features from; its accuracy is printed, and so is the L1 that it finds
+between real test images and their labels. With --figure it draws samples of some requests, and beside FILE, as FILE
+with the suffix .gif, the way from one class to another by their weights, always from the same seeds.
 """
 
 import re
@@ -55,6 +57,7 @@ from datamodules import to_uint8
 from datamodules.subsets import random_subset
 
 FULL, FIDS = ("", ", tracked"), ("merge", "union", "ten experts", "without", "all minus", "trained on")
+UNLEARNED = ("all minus", "trained on")
 Way = Callable[[Any, Tensor], FieldPair]
 """The fields that chains of some numbers (B,) are drawn by, for a mixture."""
 
@@ -79,11 +82,10 @@ class Judge:
         data.prepare_data()
         self.features = ClassifierFeatures()
         self.features.prepare(data)
-        test, truth = images_of(data, "test")
-        self.real, labels = self.judge(test)
-        self.truth = truth
-        own = float((_shares(labels) - _shares(truth)).abs().sum())
-        train, _ = images_of(data, "train")
+        self.test, self.truth = images_of(data, "test")
+        self.real, labels = self.judge(self.test)
+        own = float((_shares(labels) - _shares(self.truth)).abs().sum())
+        self.train, self.classes = train, _ = images_of(data, "train")
         seen, _ = self.judge(train[random_subset(len(train), min(10_000, len(train)))])
         floor = frechet_distance(self.real, seen)
         print(f"classifier: accuracy {self.features.accuracy:.1%} on validation, L1 {own:.4f} on the test split;")
@@ -97,6 +99,12 @@ class Judge:
     def distance(self, features: Tensor, asked: Tensor) -> float:
         """FID of features (N, f) to those of the test images of the classes asked for, shares (C,)."""
         return frechet_distance(self.real[asked[self.truth] > 0], features)
+
+    def remembered(self, images: Tensor, asked: Tensor) -> dict[str, float]:
+        """Shares of images, and of real ones, that are `nearer` to training images of classes not asked for (C,)."""
+        removed = [found[asked[its] == 0] for found, its in ((self.train, self.classes), (self.test, self.truth))]
+        real = self.test[asked[self.truth] > 0]
+        return {"nearer": nearer(images, *removed), "nearer_real": nearer(real, *removed)}
 
     def draw(
         self, mixture: FieldPair, n: int, sampler: str = "sde", way: Way = lambda mixture, rows: mixture
@@ -113,6 +121,15 @@ class Judge:
         return self.models["all"].sample(range(2000), "sde", seed=2, fields=mixture)
 
 
+def nearer(images: Tensor, train: Tensor, test: Tensor) -> float:
+    """Share of images, bytes (n, C, H, W), that are nearer to a training image than to any of as many test images."""
+    n = min(len(train), len(test))
+    known = [found[random_subset(len(found), n)].flatten(1).float() for found in (train, test)]
+    parts = images.flatten(1).float().split(1000)
+    train_distance, test_distance = (torch.cat([torch.cdist(part, x).amin(1) for part in parts]) for x in known)
+    return float((train_distance < test_distance).double().mean())
+
+
 def _shares(labels: Tensor, classes: int = 10) -> Tensor:
     return torch.bincount(labels, minlength=classes) / len(labels)
 
@@ -127,26 +144,28 @@ WAYS = ("", ", calibrated", ", tracked", *OTHERS)
 
 def ways(name: str) -> list[str]:
     """The ways in which a request is carried out."""
-    possible = dict.fromkeys(WAYS, not name.startswith(("all", "trained"))) | {"": True}
+    possible = dict.fromkeys(WAYS, not name.startswith(UNLEARNED)) | {"": True}
     possible[", class first"] = name.startswith(("weighting", "thinned, asked"))
     possible[", calibrated"] = "weighting" in name or "asked for" in name
     return [way for way in WAYS if possible[way]]
 
 
 @torch.no_grad()
-def measure(judge: Judge, mixture: Any, wanted: Tensor, way: str, n: int) -> dict[str, Any]:
-    """What n images of a request, carried out in some way, are."""
+def measure(judge: Judge, name: str, mixture: Any, wanted: Tensor, way: str, n: int) -> dict[str, Any]:
+    """What n images of a request of some name, carried out in some way, are."""
     if way == ", calibrated":
         mixture = calibrated(mixture, judge.pilot)
     sampler = "tracked" if way == ", tracked" else "sde"
     images = judge.draw(mixture, n, sampler, OTHERS.get(way, lambda mixture, rows: mixture))
     features, labels = judge.judge(images)
     counted = _shares(labels, len(wanted))
+    unlearned = judge.remembered(images, wanted) if name.startswith(UNLEARNED) else {}
     return {
         "asked": [round(w, 4) for w in wanted.tolist()],
         "counted": [round(w, 4) for w in counted.tolist()],
         "l1": float((counted - wanted).abs().sum()),
         "fid": judge.distance(features, wanted),
+        **unlearned,
     }
 
 
@@ -185,6 +204,7 @@ def main() -> None:
     parser.add_argument("--n", type=common.count, default=10_000)
     parser.add_argument("--n-averaged", type=common.count, default=2500)
     parser.add_argument("--steps", type=common.count, default=8000)
+    parser.add_argument("--seeds", type=common.count, default=1, help="trainings of each model; samples have seed 1")
     parser.add_argument("--autoencoder")
     parser.add_argument("--model")
     parser.add_argument("--only", type=arguments.pattern, default=re.compile(""))
@@ -193,24 +213,28 @@ def main() -> None:
     options = parser.parse_args()
     if options.cost:
         return cost()
-    rows, models = Rows(options.out / "rows.jsonl"), Models(options)
-    asked = requests(models)
-    if not any(options.only.search(name + way) for name in asked for way in ways(name)):
-        parser.error(f"--only finds none of {', '.join(asked)}, alone or followed by one of {'; '.join(WAYS[1:])}")
-    judge = Judge(models)
-    settings = {"steps": options.steps, "autoencoder": options.autoencoder, "model": models.known}
-    done = {}
-    for name, make in asked.items():
-        for way in ways(name):
-            kept = {"request": name + way, "n": options.n_averaged if way in OTHERS else options.n, **settings}
-            if options.only.search(name + way) and not rows.where(**kept):
-                row = rows.add(**kept, **measure(judge, *make(), way, kept["n"]))
-                print(f"{name + way}: L1 {row['l1']:.3f}", file=sys.stderr)
-            for row in rows.where(**kept)[:1]:
-                done[name + way] = row
-    report(done, list(asked))
+    if options.model and options.seeds > 1:
+        parser.error("--model is one model, which --seeds does not train: leave one of them out")
+    rows, models = Rows(options.out / "rows.jsonl"), [Models(options, seed) for seed in range(options.seeds)]
+    names = list(requests(models[0]))
+    if not any(options.only.search(name + way) for name in names for way in ways(name)):
+        parser.error(f"--only finds none of {', '.join(names)}, alone or followed by one of {'; '.join(WAYS[1:])}")
+    settings = {"steps": options.steps, "autoencoder": options.autoencoder, "model": models[0].known}
+    judge, done = Judge(models[0]), {}
+    for seed, judge.models in enumerate(models):
+        for name, make in requests(judge.models).items():
+            for way in ways(name):
+                kept = {"request": name + way, "n": options.n_averaged if way in OTHERS else options.n}
+                kept |= {"seed": seed, **settings}
+                if options.only.search(name + way) and not rows.where(**kept):
+                    row = rows.add(**kept, **measure(judge, name, *make(), way, kept["n"]))
+                    print(f"seed {seed}, {name + way}: L1 {row['l1']:.3f}", file=sys.stderr)
+                for row in rows.where(**kept)[:1]:
+                    done.setdefault(name + way, []).append(row)
+    report(done, names)
     if options.figure:
-        draw(judge, asked, options.figure)
+        judge.models = models[0]
+        draw(judge, requests(models[0]), options.figure)
 
 
 def draw(judge: Judge, asked: dict[str, Callable[[], tuple[FieldPair, Tensor]]], path: Path) -> None:
@@ -227,29 +251,33 @@ def draw(judge: Judge, asked: dict[str, Callable[[], tuple[FieldPair, Tensor]]],
 
 
 def _left(row: dict) -> float:
-    """Share of the classes that were not asked for."""
-    return sum(share for share, asked in zip(row["counted"], row["asked"]) if asked == 0)
+    """Share of the classes that were not asked for, in percent."""
+    return 100 * sum(share for share, asked in zip(row["counted"], row["asked"]) if asked == 0)
 
 
-def report(rows: dict[str, dict], names: list[str]) -> None:
-    """Print the table of the rows that there are."""
+def report(rows: dict[str, list[dict]], names: list[str]) -> None:
+    """Print the table of the rows that there are, mean ± sd over seeds."""
     names, lines = [name for name in names if any(name + way in rows for way in WAYS)], []
     for name in names:
-        found = {way: rows[name + way] for way in WAYS if name + way in rows}
-        cells = [f"{found[way]['l1']:.3f}" if way in found else "–" for way in WAYS]
+        found = {way: rows.get(name + way, []) for way in WAYS}
+        cells = [mean_sd((row["l1"] for row in part), 3) for part in found.values()]
         for way in FULL:
-            gone = way in found and name.startswith(("without", "all minus", "trained on"))
-            cells.append(f"{_left(found[way]):.2%}" if gone else "–")
-            cells.append(f"{found[way]['fid']:.2f}" if way in found and name.startswith(FIDS) else "–")
+            gone = found[way] if name.startswith(("without", *UNLEARNED)) else []
+            judged = found[way] if name.startswith(FIDS) else []
+            cells += [mean_sd(map(_left, gone)), mean_sd(row["fid"] for row in judged)]
         lines.append([name, *cells])
-    heads = [f"{what}{way or ', fields'}" for way in FULL for what in ("removed class", "FID")]
+    heads = [f"{what}{way or ', fields'}" for way in FULL for what in ("removed class, %", "FID")]
     print(table(["request", *(f"L1{way or ', fields'}" for way in WAYS), *heads], lines))
     for start in ("weighting", "experts, weighting"):
         asked = [name for name in names if name.startswith(start)]
         for way in WAYS:
-            errors = [rows[name + way]["l1"] for name in asked if name + way in rows]
+            errors = [row["l1"] for name in asked for row in rows.get(name + way, [])]
             if errors:
                 print(f"\n{len(errors)} of {start}{way or ', fields'}: L1 {mean_sd(errors, 3)}", end="")
+    for name, part in rows.items():
+        if seen := [row for row in part if "nearer" in row]:
+            ours, real = (mean_sd((row[key] for row in seen), 3) for key in ("nearer", "nearer_real"))
+            print(f"\n{name}: nearer {ours}, of real images {real}", end="")
     print()
 
 

@@ -27,12 +27,13 @@ QUIET = ["logger=none", "callbacks.progress=null", "trainer.enable_progress_bar=
 UNJUDGED = ["callbacks.metrics=null", "callbacks.best=null"]
 
 
-def checkpoint(options: argparse.Namespace, name: str, *words: str) -> str:
+def checkpoint(options: argparse.Namespace, seed: int, name: str, *words: str) -> str:
     """The last checkpoint of a run by these words, which is trained if it is not there."""
     if name == "autoencoder" and options.autoencoder:
         return options.autoencoder
-    run_id = f"{name}-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}"
-    own = [f"run_id={run_id}", "ckpt_path=last", f"root={options.out}", f"data.root={options.data}"]
+    run_id = f"{name}-{seed}-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}"
+    own = [f"run_id={run_id}", f"seed={seed}", "ckpt_path=last"]
+    own += [f"root={options.out}", f"data.root={options.data}"]
     if train.main([*words, *QUIET, *own]) != 0:
         sys.exit(f"training of {name} failed")
     folder = options.out / "bellman-diffusion" / run_id / "checkpoints"
@@ -47,6 +48,7 @@ class Models(dict[str, Any]):
 
     Args:
         options: the command line.
+        seed: of the trainings; the autoencoder's is 0.
 
     Attributes:
         names: names of the classes.
@@ -54,15 +56,15 @@ class Models(dict[str, Any]):
         known: what a model that was given is known by, its weights.
     """
 
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options, self.names, self.code, self.known = options, DIGITS, "", None
+    def __init__(self, options: argparse.Namespace, seed: int) -> None:
+        self.options, self.seed, self.names, self.code, self.known = options, seed, DIGITS, "", None
         if options.model:
             self["all"], stored = checkpoints.load(options.model, RelativeDensities)
             self.names = facts.read(stored["facts"]).class_names
             config = stored["data"]
             self.known = digest(options.model)
         else:
-            self.code = checkpoint(options, "autoencoder", "experiment=autoencoder")
+            self.code = checkpoint(options, 0, "autoencoder", "experiment=autoencoder")
             config = common.compose("experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}")["data"]
         self.data = build.instantiate(rooted(config, str(options.data)), "data")
 
@@ -78,17 +80,17 @@ class Models(dict[str, Any]):
         words = ["experiment=mnist_latent_relative", f"data.autoencoder.ckpt_path={self.code}"]
         words += [*UNJUDGED, *lasting(steps), f"data.images.keep={keep}"]
         words += ["model.network.width=64"] if name.startswith("expert") else []
-        self[name] = checkpoints.load(checkpoint(self.options, name, *words), RelativeDensities)[0]
+        self[name] = checkpoints.load(checkpoint(self.options, self.seed, name, *words), RelativeDensities)[0]
         return self[name]
 
     def _nameless(self, name: str) -> str:
         """The checkpoint of a model without classes."""
         words = ["experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}", *UNJUDGED]
-        whole = checkpoint(self.options, "whole", *words, *lasting(self.options.steps))
+        whole = checkpoint(self.options, self.seed, "whole", *words, *lasting(self.options.steps))
         if name == "whole":
             return whole
         words += [f"model.init={whole}", f"data.images.keep=[{','.join(HALVES['low'])}]"]
-        return checkpoint(self.options, name, *words, *lasting(self.options.steps // 8))
+        return checkpoint(self.options, self.seed, name, *words, *lasting(self.options.steps // 8))
 
 
 def lasting(steps: int) -> list[str]:

@@ -223,6 +223,7 @@ def test_words_that_no_problem_takes_are_refused(traces, words, sentence):
         (fields, f"--out {__file__}", "is a file, not a folder"),
         (linearity, "--n 0", "--n: must be a whole number"),
         (linearity, f"--out {__file__}", "is a file, not a folder"),
+        (linearity, "--model pretrained/mnist --seeds 2", "--model is one model, which --seeds does not train"),
         (linearity, "--figure no/such/f.png", "--figure: there is no folder no/such"),
     ],
 )
@@ -264,6 +265,15 @@ def test_settings_are_applied_in_the_order_that_rows_name_them():
     assert arguments.settings(words, ("data", "data.", "model."), {}) == sorted(words)
 
 
+def test_what_is_remembered_is_nearer_to_training_images_than_to_test_images():
+    drawn = torch.randint(256, (1200, 1, 4, 4), generator=torch.Generator().manual_seed(0)).byte()
+    train, test, other = drawn.split([300, 300, 600])
+    assert linearity.nearer(train, train, test) == 1.0
+    assert linearity.nearer(test, train, test) == 0.0
+    assert linearity.nearer(other, train, test) == pytest.approx(0.5, abs=0.08)  # four standard errors
+    assert linearity.nearer(other, train, test[:30]) < 0.75  # 30 of either: of 300 and 30 it is 0.9
+
+
 def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys):
     network = MLP((2,), 10, per_class=True, width=8)
     model, asked = RelativeDensities(network, (2,), 10, 1.0, {"sde": MultistepDynamics()}), []
@@ -272,24 +282,26 @@ def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys
     class Judge:
         def __init__(self, models):
             self.models = models
-            models["all"] = model
 
-    def measure(judge, mixture, wanted, way, n):
+    def measure(judge, name, mixture, wanted, way, n):
         asked.append(n)
         return {"asked": wanted.tolist(), "counted": wanted.tolist(), "l1": float(len(asked)), "fid": 1.0}
 
     monkeypatch.setattr(linearity, "Judge", Judge)
     monkeypatch.setattr(linearity, "measure", measure)
+    monkeypatch.setattr(linearity.Models, "__missing__", lambda self, name: model)
     bench = Bench(linearity, tmp_path, monkeypatch, capsys)
     given = ["--autoencoder", "pretrained/mnist/autoencoder"]
     for words, value in (([], 1), (["--steps", "8"], 2), (["--n", "40"], 3), ([], 1)):
         _, text = bench(*given, "--n", "30", "--only", "union$", *words)
         assert f"| union | {value}.000 |" in text
-    assert asked == [30, 30, 40]
+    _, text = bench(*given, "--n", "30", "--only", "union$", "--seeds", "2")
+    assert "| union | 2.500 ± 2.121 |" in text  # of the values 1 and 4
+    assert asked == [30, 30, 40, 30]
     for word, sentence in (("(", "is no regular expression, missing )"), ("wieghting", "--only finds none of ")):
         with pytest.raises(SystemExit) as stop:
             bench(*given, "--only", word)
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match=r"No space left on device\): add this row there by hand: \{.*\"l1\": 4"):
+    with pytest.raises(UserError, match=r"No space left on device\): add this row there by hand: \{.*\"l1\": 5"):
         bench(*given, "--n", "50", "--only", "union$")
