@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bd_lightning.checks import UserError, regular_file, suggest
+from bd_lightning.report.comparison import flat
 from bd_lightning.upgrade import is_record, upgrade
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -208,17 +209,48 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
     return _at_home(_resolved(_normalised(config)))
 
 
-def dropped(request: Request) -> str:
-    """What a group chosen on the command line leaves out of an experiment and of files, in a sentence, or ""."""
-    layers = {f"--config {path}": load(path) for path in request.files}
-    if "experiment" in request.choices:
-        layers[f"experiment={request.choices['experiment']}"] = _named("experiment", request.choices["experiment"])
-    found = []
-    for group, name in request.choices.items():
-        for place, layer in layers.items() if group in GROUPS else ():
-            if isinstance(values := layer.get(group), dict) and values and not is_record(layer):
-                found.append(f"{group}={name} leaves out what {place} says of {group}: {', '.join(map(str, values))}")
-    return "; ".join(found)
+def dropped(request: Request, config: Mapping[str, Any]) -> str:
+    """What an experiment and files say that is not in the config, though no later word says otherwise.
+
+    A choice of a group replaces what was said of the group before, and so does the record of a run.
+
+    Args:
+        request: the command line.
+        config: what it comes to.
+
+    Returns:
+        A sentence for each of them, or "".
+    """
+    layers: list[tuple[str, dict[str, Any], Request]] = []
+    before = Request(choices={key: name for key, name in request.choices.items() if key == "experiment"})
+    for name in before.choices.values():
+        layers.append((f"experiment={name}", _named("experiment", name), before))
+    for path in request.files:
+        before = Request(files=[*before.files, path], choices=before.choices)
+        layers.append((f"--config {path}", load(path), before))
+    said, now, found = [key for key, _ in request.values], flat(config), []
+    for place, layer, upto in reversed(layers):
+        try:
+            then = flat(compose(upto))
+        except ConfigError:  # it needs what comes later
+            continue
+        own = flat({key: value for key, value in layer.items() if key not in ("defaults", "eval_every", *NOT_KEPT)})
+        lost = {
+            key: f"{key}={value}" + (f" (now {now[key]})" if key in now else "")
+            for key, value in then.items()
+            if key in own and value != now.get(key) and not any(_says(word, key) for word in said)
+        }
+        more = f" and {len(lost) - 6} more" if len(lost) > 6 else ""
+        if lost:
+            found.append(f"{place} is left out where it says {', '.join(list(lost.values())[:6])}{more}")
+        said += [] if is_record(layer) else list(own)
+    return "; ".join(reversed(found)) + (": choices of whole groups replace what is said before" if found else "")
+
+
+def _says(word: str, key: str) -> bool:
+    """Whether a key of a command line decides on another key: on it, something in it, or what it is in."""
+    node = word.removesuffix("_target_") if word.endswith("._target_") else f"{word}."
+    return word == key or key.startswith(node) or word.startswith(f"{key}.")
 
 
 def _rooted(data: Any, words: Any) -> Any:

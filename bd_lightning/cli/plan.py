@@ -123,7 +123,7 @@ def resolve(argv: Sequence[str]) -> Plan:
         done = folders.finished(run_dir, checkpoint, config["steps"])
         if not done:
             checkpoints.refuse_stateless(checkpoint, path)
-    return Plan(request.command, config, run_dir, new, checkpoint, done, configs.dropped(request))
+    return Plan(request.command, config, run_dir, new, checkpoint, done, configs.dropped(request, config))
 
 
 def settings_of(plan: Plan, *keys: str) -> dict[str, Any]:

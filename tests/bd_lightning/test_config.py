@@ -279,12 +279,32 @@ def test_names_read_from_source_are_those_of_the_signature():
     assert signatures.arguments("tests.nothing.Here") is signatures.arguments("") is None
 
 
-def test_what_a_chosen_group_leaves_out_is_said(tmp_path):
-    mine = tmp_path / "mine.yaml"
+def test_what_a_choice_leaves_out_is_said(tmp_path):
+    def said(*words):
+        request = parse([str(word) for word in words])
+        return configs.dropped(request, configs.compose(request))
+
+    mine, other, record = (tmp_path / f"{name}.yaml" for name in ("mine", "other", "record"))
     mine.write_text("model: {lr: 1.0e-2}\nsteps: 4\n")
-    said = configs.dropped(parse(["experiment=mnist_latent", "--config", str(mine), "model=relative"]))
-    assert said == (
-        f"model=relative leaves out what --config {mine} says of model: lr; "
-        "model=relative leaves out what experiment=mnist_latent says of model: lr, optimizer, noise"
+    other.write_text("defaults: {model: relative}\n")
+    lost = (
+        "experiment=mnist_latent is left out where it says model.noise.antithetic=0.5, model.noise.stratified=True, "
+        "model.optimizer._target_=bd_lightning.optimizers.Muon (now bd_lightning.optimizers.AdamW)"
     )
-    assert not configs.dropped(parse(["experiment=mnist_latent", "model.lr=1e-2", "trainer=cpu"]))
+    end = ": choices of whole groups replace what is said before"
+    rate = f"--config {mine} is left out where it says model.lr=0.01 (now 0.001)"
+    assert said("experiment=mnist_latent", "--config", mine, "model=relative") == f"{lost}; {rate}{end}"
+    assert said("--config", mine, "--config", other) == rate + end  # by a file
+    for kept in ("model.lr=5e-3", "model.lr=0.3"):  # said again, or otherwise
+        assert said("experiment=mnist_latent", "model=relative", kept) == lost + end
+    assert not said("experiment=mnist_latent", "--config", mine, "model.noise.std=2.0", "trainer=cpu")
+    assert not said("experiment=mnist_small", "data=mnist", "data.batch_size=64")  # nothing is lost
+    assert not said("experiment=gaussians_2d", "callbacks=points", "callbacks.metrics=null", "callbacks.figures=null")
+    assert not said("experiment=mnist_latent", "model.optimizer._target_=bd_lightning.optimizers.AdamW")
+    config = {"format": FORMAT, **configs.compose(parse(["experiment=mnist_latent"]))}
+    record.write_text(yaml.dump(config))
+    assert f"--config {record} is left out where it says model._target_=" in said("--config", record, "model=relative")
+    assert "experiment=mnist_small is left out where it says data.batch_size=64" in said(
+        "--config", record, "experiment=mnist_small"
+    )
+    assert not said("--config", record, "model.lr=3")
