@@ -158,6 +158,6 @@ def load(path: str | Path, kind: type[Module] = Module) -> tuple[Any, dict]:
     build.check_kind(stored["model"], "model", build.KINDS["model"])
     module = build.instantiate(stored["model"], "model", facts.read(stored["facts"]).arguments)
     if not isinstance(module, kind):
-        raise UserError(f"{path} holds a {type(module).__name__}; what is needed here is of class {kind.__name__}")
+        raise UserError(f"{path} is of class {type(module).__name__}, and what is needed here is a {kind.__name__}")
     restore(module, checkpoint, path)
     return module.requires_grad_(False).eval(), stored

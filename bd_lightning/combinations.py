@@ -94,7 +94,10 @@ def combined(
         if (name := class_name(label, names)) in weights:
             raise UserError(f"mix names class '{name}' twice, by its name and by its index: leave one of them out")
         weights[name] = weight
-    mixture = fields.combine(sources, weights or None, [class_name(label, names) for label in remove or []])
+    removed = [class_name(label, names) for label in remove or []]
+    if again := [name for name in removed if removed.count(name) > 1]:
+        raise UserError(f"remove names class '{again[0]}' twice: leave one of them out")
+    mixture = fields.combine(sources, weights or None, removed)
     alike = all(network == networks[0] for network in networks) and not any(
         checkpoints.misfit(source.state_dict(), sources[0][0].state_dict()) for source, _, _ in sources
     )

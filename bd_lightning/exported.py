@@ -80,13 +80,14 @@ def _stored(module: nn.Module, precision: str) -> dict[str, Tensor]:
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what belongs to a machine: folders of paths, its devices, W&B's project.
+    """A config without what belongs to a machine: folders of paths, its devices, W&B's project, what it began with.
 
     A callback that is null is left out: in a stored config that is what it means.
     """
     kept = _without_folders({key: value for key, value in config.items() if key not in OURS})
     kept |= {key: value for key, value in OURS.items() if key in config}
     kept["trainer"] = {key: value for key, value in (config.get("trainer") or {}).items() if key not in MACHINE}
+    kept["model"] = {key: value for key, value in kept["model"].items() if key != "init"}  # the weights have moved on
     kept["callbacks"] = {name: node for name, node in (kept.get("callbacks") or {}).items() if node is not None}
     return _with_data_root({**kept, "logger": None})
 

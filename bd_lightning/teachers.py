@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from bd_lightning import checkpoints, combinations
@@ -90,13 +91,21 @@ def begin_from(model: Generator, path: str, facts: Facts) -> None:
     model.check_init(other, path, facts_of.read(stored["facts"]), facts)
     if other.fields.learned != model.fields.learned:
         raise UserError(f"{path} has learned {other.fields.learned}, and {model.fields.learned} are learned here")
+    known, names = facts_of.read(stored["facts"]).class_names, facts.class_names
     theirs = dict(other.fields.named_children())
     weights = {name: theirs[name].state_dict() if name in theirs else {} for name, _ in model.fields.named_children()}
     for name, part in model.fields.named_children():
         if reason := checkpoints.misfit(weights[name], part.state_dict()):
-            raise UserError(f"the {name} in {path} is another one: set model.{name} as it is there ({reason})")
+            same = other.shape == model.shape and len(known) == len(names)
+            data = f"samples {list(other.shape)} of {len(known)} classes, here {list(model.shape)} of {len(names)}"
+            what = f"set model.{name} as it is there" if same else f"it is of {data}"
+            raise UserError(f"the {name} in {path} is another one ({reason}): {what}, or leave model.init out")
     for name, part in model.fields.named_children():
         part.load_state_dict(weights[name])
+    network = model.fields.network
+    others = [f"{mine} with {its}" for mine, its in zip(names, known) if mine != its]
+    if others and (network.conditional or network.head_shape):
+        rank_zero_info(f"classes begin with the weights of others in {path}: {', '.join(others)}")
 
 
 def load(

@@ -16,7 +16,6 @@ The peer is azula's KarrasDenoiser with the same network, trained with its own l
 sampler (18 steps).
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Callable
@@ -283,10 +282,8 @@ def main() -> None:
     parser.add_argument("--out", type=arguments.folder, default=Path("runs/fields"))
     options = parser.parse_args()
     optional("azula")
-    kept, timing = Rows(options.out / "rows.jsonl"), options.out / "times.json"
-    options.out.mkdir(parents=True, exist_ok=True)
-    if not timing.is_file():
-        timing.write_text(json.dumps(speeds()))
+    kept, speed = Rows(options.out / "rows.jsonl"), {"kind": "speed", "names": NAMES}
+    (timing,) = kept.where(**speed)[:1] or [kept.add(**speed, times=speeds())]
     tasks = [
         (target, name, seed, options.steps)
         for seed in range(options.seeds)
@@ -304,7 +301,7 @@ def main() -> None:
         for name in NAMES
         for row in kept.of_seeds(range(options.seeds), target=target, name=name, steps=options.steps)
     ]
-    report(rows, json.loads(timing.read_text()))
+    report(rows, timing["times"])
 
 
 if __name__ == "__main__":

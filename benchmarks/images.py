@@ -79,6 +79,7 @@ NAMES = [DEFAULT, "score matching", *PEERS, *list(OURS)[2:]]
 READ = ("data", "data.", "model", "model.", "callbacks", "callbacks.metrics.features", "callbacks.metrics.features.")
 READ += ("callbacks.ema.decay", "trainer.gradient_clip_val")
 INSTEAD = {word.partition("=")[0]: "all methods make as many network calls" for word in EQUAL} | {
+    "model.init": "all begin anew",
     "experiment": "use --experiment", "steps": "use --steps", "seed": "use --seeds", "precision": "use --bf16",
     "callbacks.metrics.n": "use --n", "callbacks.metrics.n_test": "use --n", "trainer.precision": "use --bf16",
     "trainer.max_steps": "use --steps", "trainer.accelerator": "use --device", "root": "use --out", "n": "use --n",

@@ -72,8 +72,18 @@ PROBLEMS: dict[str, list[str]] = {
     "mnist_pixels": ["experiment=mnist_small"],
 }
 READ = ("data.", "model", "model.", "callbacks.ema.decay", "trainer.gradient_clip_val")
-INSTEAD = {"seed": "use --seeds", "experiment": "use --problems", "steps": "use --steps, or --learn"}
-MEASURED = {**INSTEAD, "model.warmup_steps": "it is a tenth of --steps", "data.batch_size": "batches have 64 rows"}
+INSTEAD = {
+    "model.init": "networks are trained anew",
+    "seed": "use --seeds",
+    "experiment": "use --problems",
+    "steps": "use --steps, or --learn",
+}
+MEASURED = {
+    **INSTEAD,
+    "model.objective.trace": "all are compared, by a network that is trained by Stein's identity",
+    "model.warmup_steps": "it is a tenth of --steps",
+    "data.batch_size": "batches have 64 rows",
+}
 LEARNED = {**INSTEAD, **dict.fromkeys(("model.kernel", "model.objective.trace"), "all are compared")}
 
 
@@ -118,7 +128,8 @@ class Problem:
 
     def __init__(self, name: str, words: list[str], seed: int, steps: int) -> None:
         config, self.data = problem_of(name, words)
-        self.name, self.source = name, self._batches(self.data)
+        self.name, self.seed = name, seed
+        self.begin()
         self.model = common.make_model(config, self.data.facts.arguments, seed)
         self.sigma_data: float = self.data.facts.sigma_data
         training = Training(self.model, replace(Recipe.of(self.model, config, steps), warmup_steps=steps // 10))
@@ -126,6 +137,11 @@ class Problem:
         for _ in range(steps):
             x, label = next(self.source)
             training.step(lambda x=x, label=label: self.model.losses(x, label).total)
+
+    def begin(self) -> None:
+        """Begin with the batches anew, so that a row does not depend on those before it."""
+        torch.manual_seed(self.seed)
+        self.source = self._batches(self.data)
 
     @staticmethod
     def _batches(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
@@ -179,6 +195,7 @@ def best(stein: Tensor, probe: Tensor) -> float:
 
 def measure(problem: Problem, kernel: str, level: float, draws: int) -> dict[str, float]:
     """Variances relative to Stein's, and the best weight of it."""
+    problem.begin()
     problem.model.fields.kernel = problem.model.kernel = KERNELS[kernel]
     base = spread(problem.gradients("Stein", level, draws))
     found = {"Stein": 1.0}
@@ -188,8 +205,7 @@ def measure(problem: Problem, kernel: str, level: float, draws: int) -> dict[str
         fewer = max(20, draws // 8) if way == "exact" and problem.model.dim > 8 else draws
         found[way] = spread(problem.gradients(way, level, fewer)) / base
     a = best(*problem.parts(level, draws))
-    c = level * math.sqrt(1 / a - 1) if 0 < a < 1 else math.nan
-    return {**found, "a": a, "c": c}
+    return {**found, "a": a} | ({"c": level * math.sqrt(1 / a - 1)} if 0 < a < 1 else {})
 
 
 # ---- what is learned
@@ -273,6 +289,9 @@ def main() -> None:
     options.problems = list(dict.fromkeys(options.problems or PROBLEMS))
     if options.learn is not None and (options.learn < 4 or options.learn % 4):
         parser.error("--learn must be a positive multiple of 4")
+    for name in ("steps", "draws"):
+        if options.learn and getattr(options, name) != parser.get_default(name):
+            parser.error(f"--{name} is for variances, which --learn does not take: leave one of them out")
     if options.learn and options.figure:
         parser.error("--figure draws variances, which --learn does not take: leave one of them out")
     rows = Rows(options.out / "rows.jsonl")
@@ -327,7 +346,9 @@ def report(rows: Rows, options: argparse.Namespace) -> None:
             for level in LEVELS:
                 part = rows.of_seeds(range(options.seeds), **measured(name, options), kernel=kernel, level=level)
                 ways = [mean_sd((row[way] for row in part if way in row), 3) for way in list(WAYS)[1:]]
-                lines.append([level, *ways, *(mean_sd(row[key] for row in part) for key in ("a", "c")), len(part)])
+                lines.append(
+                    [level, *ways, *(mean_sd(row[key] for row in part if key in row) for key in ("a", "c")), len(part)]
+                )
             print(f"\n{name}, {kernel}: variance of the gradient in units of that by Stein's identity")
             print(table(["σ/σ_data", *list(WAYS)[1:], "best a", "its c", "seeds"], lines))
 

@@ -192,7 +192,7 @@ def test_mistakes(root, teacher, relative, tuned, capsys):
         return capsys.readouterr().err
 
     message = refused(f"model.init={teacher}", "model.network.fourier=[1.0]")
-    assert "is another one: set model.network as it is there (" in message
+    assert "set model.network as it is there, or leave model.init out" in message
     assert " has the shape [" in message and "size mismatch" not in message and "state_dict" not in message
     assert "checkpoint not found: nowhere.ckpt" in refused("model.init=nowhere.ckpt")
     assert "is sampled from noise level 20 down, the samplers here begin at 80" in refused(

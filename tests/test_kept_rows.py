@@ -1,7 +1,9 @@
 """Benchmarks that are stopped and repeated, and given other settings: what is kept, counted and shown."""
 
+import contextlib
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -162,6 +164,9 @@ def test_variances_of_other_settings_are_other_rows(traces):
         added, other = traces(*words, *more)
         assert len(added) == len(first) and "±" not in other and other != said
     assert traces(*words, "--draws", "4") == ([], said)
+    path = traces.folder / "rows.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
+    assert traces(*words, "--draws", "4") == (first[:1], said)  # the same whatever was measured before
     seeds, other = traces(*words, "--draws", "4", "--seeds", "2")
     assert len(seeds) == len(first) and "±" in other
     common.Rows(traces.folder / "rows.jsonl").add(**{**first[0], "combined": 9.0})
@@ -180,6 +185,25 @@ def test_what_is_learned_in_other_settings_is_other_rows(traces):
     assert traces(*words, "4") == ([], said)
 
 
+def test_speeds_are_measured_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fields, "speeds", lambda: dict.fromkeys(fields.NAMES, 2.0))
+    monkeypatch.setattr(fields, "optional", lambda name: None)
+    monkeypatch.setattr(fields, "get_context", lambda how: SimpleNamespace(Pool=lambda jobs: Nothing()))
+
+    class Nothing(contextlib.nullcontext):
+        def imap_unordered(self, task, tasks):
+            return []
+
+        def __enter__(self):
+            return self
+
+    bench = Bench(fields, tmp_path, monkeypatch, capsys)
+    added, said = bench()
+    assert [row["kind"] for row in added] == ["speed"] and said.count("| 0.50 |") == len(fields.NAMES)
+    monkeypatch.setattr(fields, "speeds", lambda: pytest.fail("measured again"))
+    assert bench() == ([], said)
+
+
 def test_words_of_problems():
     words = ["data.root=R", "data.autoencoder.ckpt_path=A"]
     assert trace.words_of("mixture_2d", words) == [] and trace.words_of("mnist_pixels", words) == ["data.root=R"]
@@ -193,6 +217,8 @@ def test_words_of_problems():
         (["data.root=R", "--problems", "mixture_2d"], "data.root=R: not for mixture_2d, leave it out"),
         (["--problems", "mixture_2d", "--seeds", "1", "model.foo=1", "--problems", "mnist_pixels"], "key 'model.foo'"),
         (["--problems", "mnist_pixels", "data.autoencoder.ckpt_path=A"], "ckpt_path=A: not for mnist_pixels"),
+        (["--problems", "mnist_pixels", "model.init=A"], "'model.init=A' would not be read: networks are trained anew"),
+        (["--problems", "mnist_pixels", "model.objective.trace=stein"], "all are compared, by a network"),
     ],
 )
 def test_words_that_no_problem_takes_are_refused(traces, words, sentence):
@@ -219,6 +245,7 @@ def test_words_that_no_problem_takes_are_refused(traces, words, sentence):
         (images, "--figure no/such/f.png", "--figure: there is no folder no/such"),
         (trace, f"--out {__file__}/out", "is a file, not a folder"),
         (trace, "--figure f.foo", "--figure: must end in .png"),
+        (trace, "--learn 4 --draws 7", "--draws is for variances, which --learn does not take"),
         (fields, "--seeds 0", "--seeds: must be a whole number"),
         (fields, f"--out {__file__}", "is a file, not a folder"),
         (linearity, "--n 0", "--n: must be a whole number"),

@@ -147,7 +147,7 @@ def test_mistakes_in_the_chain(root, autoencoder, latent_run, tmp_path, capsys):
         "data=digits_latent", f"{key}=nowhere.ckpt"
     )
     fields = latent_run / "checkpoints" / "last.ckpt"
-    assert "holds a BellmanDiffusion" in refused("data=digits_latent", f"{key}={fields}")
+    assert "is of class BellmanDiffusion" in refused("data=digits_latent", f"{key}={fields}")
     write_mnist(tmp_path)
     message = refused("data=mnist_latent", f"{key}={autoencoder}", f"data.root={tmp_path}")
     assert "trained on images of shape (1, 8, 8), MNIST has (1, 28, 28)" in message

@@ -122,6 +122,7 @@ def test_a_pattern_merges_all_that_it_stands_for(halves, classify):
         (["remove=[0,1,2,3,4,5,6,7,8,9]"], "the weights of the mixture sum to 0"),
         (["mix={3: much}"], "'mix.3' must be float, got 'much'"),
         (["remove={7: 1}"], "'remove' must be"),
+        (["remove=[7,7]"], "remove names class '7' twice"),
         (["mix={}"], "'mix' is empty: name what it is for, or leave it out"),
         (["mix={3: .nan, 8: 1.0}"], "weights of a mixture are numbers of at most 1e+30, got nan"),
         (["merge={'': 1.0}"], "a checkpoint has the empty path ''"),

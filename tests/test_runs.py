@@ -306,9 +306,30 @@ def test_a_run_begins_with_the_weights_of_another_model(run, capsys):
     assert "densities relative to a Gaussian are learned here" in refused(root, capsys, *relative)
     assert "checkpoint not found: nowhere.ckpt" in refused(root, capsys, "model.init=nowhere.ckpt")
     last = root / "bellman-diffusion" / "tuned" / "checkpoints" / "last.ckpt"
+    assert train.main(["predict", f"ckpt_path={last}", "n=1", "model.init=nowhere.ckpt"]) == 2
+    assert "'model.init' says what a training begins with" in capsys.readouterr().err
     before = last.read_bytes()
     assert train.main([f"ckpt_path={last}", "steps=30", "model.init=nowhere.ckpt"]) == 2
     assert "began with the weights of" in capsys.readouterr().err
     assert train.main([f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", "steps=30", begin]) == 2
     assert "of a run that began anew and goes on with its own: leave model.init" in capsys.readouterr().err
     assert last.read_bytes() == before
+
+
+def test_classes_that_begin_with_the_weights_of_others(tmp_path, capsys, caplog):
+    root, told = tmp_path / "runs", "model.network.conditional=true"
+    assert launch(root, "run_id=first", told, "data.keep=[3,8]") == 0
+    begin = f"model.init={root / 'bellman-diffusion' / 'first' / 'checkpoints' / 'last.ckpt'}"
+    assert launch(root, "run_id=same", told, "data.keep=[3,8]", begin) == 0
+    assert "with the weights of others" not in capsys.readouterr().err + caplog.text
+    assert launch(root, "run_id=other", told, "data.keep=[1,8]", begin) == 0
+    assert "with the weights of others" in (said := capsys.readouterr().err + caplog.text) and ": 1 with 3" in said
+    said = refused(root, capsys, told, begin)
+    assert "of samples [1, 8, 8] of 2 classes, here [1, 8, 8] of 10, or leave model.init out" in said
+    assert (
+        train.main(
+            ["export", begin.replace("model.init", "ckpt_path").replace("first", "other"), f"to={tmp_path / 'x'}"]
+        )
+        == 0
+    )
+    assert "init" not in yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["model"]

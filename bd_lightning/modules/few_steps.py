@@ -150,6 +150,7 @@ class FewStepGenerator(Generator):
 
     def refuse_changes(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """Refuse to ask what a teacher was asked for, and samplers that begin above all that was trained."""
+        super().refuse_changes(was, now)
         for key in (*PARTS, "calibrate", "guidance", "guidance_interval"):
             if was.get(key) != now.get(key):
                 raise UserError(f"'model.{key}' says what a student learns, and this one has learned: leave it out")

@@ -3,7 +3,7 @@
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -103,6 +103,11 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
             from bd_lightning import teachers  # which builds models
 
             teachers.begin_from(self, self.init, facts)
+
+    def refuse_changes(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Refuse weights to begin with for a model that is trained."""
+        if was.get("init") != now.get("init"):
+            raise UserError(f"'model.init' says what a training begins with, got {now.get('init')}: leave it out")
 
     def check_init(self, other: "Generator", path: str, theirs: Facts, mine: Facts) -> None:
         """Refuse to begin with the weights of another model, from a path; facts are of the data of either.

@@ -71,5 +71,5 @@ def head_shape(num_classes: int, per_class: bool) -> tuple[int, ...]:
         ValueError: if there are to be heads for classes and the data has none.
     """
     if per_class and num_classes < 1:
-        raise ValueError("per_class needs a data set with classes, and this one has none")
+        raise ValueError("per_class needs a data set with classes, and this one has none: set network.per_class=false")
     return (num_classes,) if per_class else ()
