@@ -277,6 +277,17 @@ def restore(module: nn.Module, path: Path, device: torch.device | str = "cpu") -
         raise UserError(f"{path} is damaged, or the weights of another model: delete it to train anew") from error
 
 
+class Row(dict[str, Any]):
+    """A row that was read, and where it stands; to ask for what it lacks is a `UserError`."""
+
+    def __init__(self, values: dict[str, Any], place: str) -> None:
+        super().__init__(values)
+        self.place = place
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.place} is damaged, its row has no '{key}': delete that line, or mend it")
+
+
 class Rows(Sequence[dict[str, Any]]):
     """Finished rows, one JSON object a line, so that a benchmark can be stopped and repeated.
 
@@ -306,7 +317,7 @@ class Rows(Sequence[dict[str, Any]]):
                 row = None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number} is damaged, it holds no row: delete that line, or mend it")
-            self.rows.append(row)
+            self.rows.append(Row(row, f"{path}, line {number}"))
 
     def __len__(self) -> int:
         return len(self.rows)

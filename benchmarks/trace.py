@@ -346,9 +346,8 @@ def report(rows: Rows, options: argparse.Namespace) -> None:
             for level in LEVELS:
                 part = rows.of_seeds(range(options.seeds), **measured(name, options), kernel=kernel, level=level)
                 ways = [mean_sd((row[way] for row in part if way in row), 3) for way in list(WAYS)[1:]]
-                lines.append(
-                    [level, *ways, *(mean_sd(row[key] for row in part if key in row) for key in ("a", "c")), len(part)]
-                )
+                a, c = mean_sd(row["a"] for row in part), mean_sd(row["c"] for row in part if "c" in row)
+                lines.append([level, *ways, a, c, len(part)])
             print(f"\n{name}, {kernel}: variance of the gradient in units of that by Stein's identity")
             print(table(["σ/σ_data", *list(WAYS)[1:], "best a", "its c", "seeds"], lines))
 

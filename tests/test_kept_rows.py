@@ -167,6 +167,11 @@ def test_variances_of_other_settings_are_other_rows(traces):
     path = traces.folder / "rows.jsonl"
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[1:]))
     assert traces(*words, "--draws", "4") == (first[:1], said)  # the same whatever was measured before
+    whole = path.read_text()
+    path.write_text(whole.replace('"a"', '"b"', 1))
+    with pytest.raises(UserError, match=r"rows.jsonl, line 1 is damaged, its row has no 'a': delete that line"):
+        traces(*words, "--draws", "4")
+    path.write_text(whole)
     seeds, other = traces(*words, "--draws", "4", "--seeds", "2")
     assert len(seeds) == len(first) and "±" in other
     common.Rows(traces.folder / "rows.jsonl").add(**{**first[0], "combined": 9.0})
