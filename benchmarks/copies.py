@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader
 from bd_lightning.dynamics import MultistepDynamics, SampleNoise
 from bd_lightning.fields import Guidance
 from benchmarks import arguments, common
-from benchmarks.common import Recipe, Rows, Training, mean_sd, table
+from benchmarks.common import Recipe, Training
+from benchmarks.rows import Rows, mean_sd, table
 from callbacks import ClassifierFeatures
 from callbacks.memorisation import memorisation
 from callbacks.metrics import frechet_distance

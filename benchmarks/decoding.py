@@ -17,7 +17,8 @@ import torch
 
 from bd_lightning.checks import UserError
 from benchmarks import common
-from benchmarks.common import Turns, table
+from benchmarks.common import Turns
+from benchmarks.rows import table
 from datamodules import ImageFolder
 from datamodules.image_files import find
 from datamodules.subsets import random_subset

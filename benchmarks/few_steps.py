@@ -43,8 +43,9 @@ from bd_lightning.distances import wasserstein2
 from bd_lightning.dynamics import MultistepDynamics, ProbabilityFlow, Sampler
 from bd_lightning.modules import Generator
 from benchmarks import arguments, common
-from benchmarks.common import Recipe, Rows, Training, Turns, mean_sd, table
+from benchmarks.common import Recipe, Training, Turns
 from benchmarks.peers import DDPM, diffusers_solver
+from benchmarks.rows import Rows, mean_sd, table
 from callbacks.metrics import frechet_distance, kernel_distance, precision_recall
 from callbacks.points import mode_shares
 from datamodules import to_uint8

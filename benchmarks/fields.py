@@ -33,7 +33,8 @@ from bd_lightning.networks import MLP
 from bd_lightning.objectives import FieldDivergence, KernelRegression, Partners
 from bd_lightning.targets import Density
 from benchmarks import arguments, common
-from benchmarks.common import Recipe, Rows, Training, Turns, mean_sd, optional, table
+from benchmarks.common import Recipe, Training, Turns, optional
+from benchmarks.rows import Rows, mean_sd, table
 from callbacks.points import lattice
 from datamodules import Synthetic
 

@@ -43,8 +43,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import train
 from bd_lightning.checks import UserError
 from benchmarks import arguments, common
-from benchmarks.common import Recipe, Rows, Training, now
+from benchmarks.common import Recipe, Training, now
 from benchmarks.gpu_report import report
+from benchmarks.rows import Rows
 from tests.gpu_steps import CASES, built, step_and_sample
 
 PEAKS = {

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from benchmarks.common import Rows, table
+from benchmarks.rows import Rows, table
 
 JUDGED = ("test/fid", "test/kid", "test/precision", "test/recall")
 

@@ -46,10 +46,11 @@ from bd_lightning.checks import UserError
 from bd_lightning.cli import build
 from bd_lightning.dynamics import SamplingDiverged
 from benchmarks import arguments, common
-from benchmarks.common import Recipe, Rows, Training, optional
+from benchmarks.common import Recipe, Training, optional
 from benchmarks.images_costs import speed
 from benchmarks.images_report import costs_of, draw, report
 from benchmarks.peers import CALLS, DDPM, Draw, FlowMatching
+from benchmarks.rows import Rows
 from callbacks.metrics import NEIGHBOURS, Given, frechet_distance, precision_recall
 from datamodules import to_uint8
 from datamodules.subsets import random_subset

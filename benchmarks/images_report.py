@@ -10,7 +10,7 @@ import torch
 
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import SamplingDiverged
-from benchmarks.common import Rows, mean_sd, table
+from benchmarks.rows import Rows, mean_sd, table
 from callbacks.pictures import grid_image
 
 

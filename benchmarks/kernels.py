@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bd_lightning.modules import BellmanDiffusion
 from benchmarks import common
-from benchmarks.common import Recipe, Training, Turns, table
+from benchmarks.common import Recipe, Training, Turns
+from benchmarks.rows import table
 from callbacks import ClassifierFeatures
 from callbacks.metrics import frechet_distance
 from datamodules import to_uint8

@@ -47,8 +47,8 @@ from bd_lightning.dynamics import TrackedPosterior
 from bd_lightning.fields import FieldPair, Mixture, RelativeFields, batched, calibrated, combine
 from bd_lightning.networks import MLP
 from benchmarks import arguments, common
-from benchmarks.common import Rows, mean_sd, table
 from benchmarks.linearity_requests import Models, requests
+from benchmarks.rows import Rows, mean_sd, table
 from benchmarks.superposition import AveragedScores, ClassFirst
 from callbacks import ClassifierFeatures
 from callbacks.metrics import frechet_distance

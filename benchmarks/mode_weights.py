@@ -32,7 +32,7 @@ from bd_lightning.fields import AnalyticFields
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.targets import GaussianMixture
 from benchmarks import arguments, common
-from benchmarks.common import table
+from benchmarks.rows import table
 
 RANGE: dict[str, Any] = {"sigma_max": 10.0, "sigma_min": 0.01, "exact_score": True}
 KERNELS = {

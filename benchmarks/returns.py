@@ -41,7 +41,7 @@ import torch
 
 from bd_lightning.checks import UserError, regular_file, suggest
 from benchmarks import arguments, returns_linearity
-from benchmarks.common import Rows, optional, parser, run
+from benchmarks.common import optional, parser, run
 from benchmarks.returns_evaluation import LEARNERS, evaluate, examples
 from benchmarks.returns_peer import PEERS, same_update, windows
 from benchmarks.returns_tables import (
@@ -57,6 +57,7 @@ from benchmarks.returns_tables import (
     table,
 )
 from benchmarks.returns_training import build, learn
+from benchmarks.rows import Rows
 
 SMOKE = 20
 """Optimiser steps of a training in a rehearsal."""

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from bd_lightning.checks import UserError
-from benchmarks.common import Rows
 from benchmarks.returns_training import reached
+from benchmarks.rows import Rows
 
 METHODS = {"returns": "fields", "c51": "C51", "qr_dqn": "QR-DQN"}
 """Methods, as train.py's `model`, and their names in tables; the first is compared with the best of the others."""

@@ -29,7 +29,8 @@ import torch
 import train
 from bd_lightning.modules import BellmanDiffusion
 from benchmarks import common
-from benchmarks.common import now, table
+from benchmarks.common import now
+from benchmarks.rows import table
 
 ROOT = Path(__file__).resolve().parent.parent
 EXPERIMENTS = {"digits": [], "mnist": ["experiment=mnist_small"]}

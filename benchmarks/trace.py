@@ -43,7 +43,8 @@ from bd_lightning.distances import relative_error
 from bd_lightning.objectives import FieldDivergence, NoiseLevels
 from bd_lightning.targets import Density, GaussianMixture
 from benchmarks import arguments, common
-from benchmarks.common import Recipe, Rows, Training, mean_sd, table
+from benchmarks.common import Recipe, Training
+from benchmarks.rows import Rows, mean_sd, table
 
 BATCH, LEVELS = 64, (0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0)
 JUDGED = (0.1, 0.3, 1.0, 3.0)

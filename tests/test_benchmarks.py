@@ -11,6 +11,7 @@ import torch
 from bd_lightning.checks import UserError
 from bd_lightning.modules.base import learning_rate
 from benchmarks import common, copies, peers, returns_tables
+from benchmarks.rows import Rows, mean_sd, table
 
 NAMES = (
     "copies",
@@ -55,20 +56,20 @@ def test_a_missing_peer_is_one_sentence(monkeypatch, capsys):
 
 def test_rows_are_kept_and_a_torn_line_is_dropped(tmp_path):
     path = tmp_path / "out" / "rows.jsonl"
-    rows = common.Rows(path)
+    rows = Rows(path)
     assert len(rows) == 0 and not path.exists()
     rows.add(name="a", seed=0, fid=math.inf)
     rows.add(name="a", seed=1, fid=2.5)
     rows.add(kind="speed", values={"a": 1.0})
     with path.open("a") as file:
         file.write('{"name": "b", "se')  # killed here
-    again = common.Rows(path)
+    again = Rows(path)
     assert list(again) == list(rows)
     assert again.where(name="a", seed=1) == [{"name": "a", "seed": 1, "fid": 2.5}]
     assert not again.where(name="b") and len(again.where(name="a")) == 2
-    common.Rows(path).add(name="a", seed=2)  # by another process
+    Rows(path).add(name="a", seed=2)  # by another process
     again.add(name="b", seed=0)
-    assert list(common.Rows(path)) == [*rows, {"name": "a", "seed": 2}, {"name": "b", "seed": 0}]
+    assert list(Rows(path)) == [*rows, {"name": "a", "seed": 2}, {"name": "b", "seed": 0}]
 
 
 @pytest.mark.parametrize("line", ['{"name": "b", "se', "", "3", "\xff"])
@@ -76,11 +77,11 @@ def test_a_damaged_row_is_one_sentence(tmp_path, line):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{"seed": 0}\n' + line.encode("latin-1") + b'\n{"seed": 1}\n')
     with pytest.raises(UserError, match=r"rows\.jsonl, line 2 is damaged"):
-        common.Rows(path)
+        Rows(path)
 
 
 def test_rows_of_one_seed_count_once(tmp_path):
-    rows = common.Rows(tmp_path / "rows.jsonl")
+    rows = Rows(tmp_path / "rows.jsonl")
     for seed, fid in ((1, 5.0), (0, 1.0), (0, 2.0), (2, 9.0)):
         rows.add(name="a", seed=seed, fid=fid)
     assert [row["fid"] for row in rows.of_seeds(range(2), name="a")] == [1.0, 5.0]
@@ -141,10 +142,10 @@ def test_a_seed_that_was_run_twice_counts_once(capsys):
 
 
 def test_tables():
-    cells = [common.mean_sd([1.0, 2.0, 3.0], 1), common.mean_sd([0.5]), common.mean_sd([])]
+    cells = [mean_sd([1.0, 2.0, 3.0], 1), mean_sd([0.5]), mean_sd([])]
     assert cells == ["2.0 ± 1.0", "0.50", "–"]
-    assert common.mean_sd([1.0, math.inf]) == common.mean_sd([math.nan]) == "not finite"
-    assert common.table(["x", "FID"], [["a", 1], ["b", "2.0 ± 1.0"]]) == (
+    assert mean_sd([1.0, math.inf]) == mean_sd([math.nan]) == "not finite"
+    assert table(["x", "FID"], [["a", 1], ["b", "2.0 ± 1.0"]]) == (
         "\n| x | FID |\n|---|---|\n| a | 1 |\n| b | 2.0 ± 1.0 |"
     )
 

@@ -13,8 +13,8 @@ from bd_lightning.kernels import Constant
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP
 from benchmarks import gpu, peers
-from benchmarks.common import Rows
 from benchmarks.gpu_report import report
+from benchmarks.rows import Rows
 
 
 def bench(folder, **options):

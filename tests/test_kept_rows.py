@@ -13,6 +13,7 @@ from bd_lightning.dynamics import MultistepDynamics
 from bd_lightning.modules import RelativeDensities
 from bd_lightning.networks import MLP
 from benchmarks import arguments, common, fields, images, linearity, trace
+from benchmarks.rows import Rows
 
 FLOW, OURS = "flow matching", images.DEFAULT
 COST = {"step": 1.0, "milliseconds": 1.0, "sampling": 1.0, "memory": 1.0}
@@ -41,7 +42,7 @@ class Bench:
         assert sentence in self.capsys.readouterr().err
 
     def rows(self):
-        return list(common.Rows(self.folder / "rows.jsonl"))
+        return list(Rows(self.folder / "rows.jsonl"))
 
     def stopped(self, place, name, after, *words):
         """A call that is interrupted when place.name is called once more than `after` times."""
@@ -112,9 +113,9 @@ def test_images_of_other_settings_are_other_rows(pictures, tmp_path):
     figure = tmp_path / "grid.png"
     assert bench(*words, "--figure", str(figure))[0] == [] and figure.is_file()
     for row in bench.rows()[:2] * 2:  # as a second process would have, and another seed and method
-        common.Rows(bench.folder / "rows.jsonl").add(**{**row, "fid": 9.0})
-        common.Rows(bench.folder / "rows.jsonl").add(**{**row, "seed": 1})
-        common.Rows(bench.folder / "rows.jsonl").add(**{**row, "name": "score matching"})
+        Rows(bench.folder / "rows.jsonl").add(**{**row, "fid": 9.0})
+        Rows(bench.folder / "rows.jsonl").add(**{**row, "seed": 1})
+        Rows(bench.folder / "rows.jsonl").add(**{**row, "name": "score matching"})
     assert bench(*words) == ([], said)
     for path in bench.folder.glob("*.pt"):
         path.unlink()
@@ -174,7 +175,7 @@ def test_variances_of_other_settings_are_other_rows(traces):
     path.write_text(whole)
     seeds, other = traces(*words, "--draws", "4", "--seeds", "2")
     assert len(seeds) == len(first) and "±" in other
-    common.Rows(traces.folder / "rows.jsonl").add(**{**first[0], "combined": 9.0})
+    Rows(traces.folder / "rows.jsonl").add(**{**first[0], "combined": 9.0})
     assert traces(*words, "--draws", "4") == ([], said)
 
 

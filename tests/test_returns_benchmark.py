@@ -15,6 +15,7 @@ pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --g
 from benchmarks import common, returns, returns_tables
 from benchmarks import returns_linearity as linearity
 from benchmarks import returns_training as benchmark
+from benchmarks.rows import Rows
 
 
 @pytest.mark.parametrize("method", ["returns", "c51"])
@@ -137,7 +138,7 @@ def test_a_job_that_was_cut_leaves_nothing_and_is_done_anew(tmp_path, monkeypatc
 def test_mistakes_are_one_sentence(words, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FILE").touch()
-    common.Rows(tmp_path / "old" / "linear.jsonl").add(job="a", example="caution")
+    Rows(tmp_path / "old" / "linear.jsonl").add(job="a", example="caution")
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, *(["--out", "runs"] if words == "table" else []), *words.split())
     said = capsys.readouterr().err

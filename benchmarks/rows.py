@@ -1,0 +1,118 @@
+"""Rows that benchmarks keep, and tables of them."""
+
+import json
+import math
+import os
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from bd_lightning.checks import UserError
+
+UNFINISHED = b" (unfinished)"
+"""The end of a line that a killed run began and another one found."""
+
+
+class Row(dict[str, Any]):
+    """A row that was read, and where it stands; to ask for what it lacks is a `UserError`."""
+
+    def __init__(self, values: dict[str, Any], place: str) -> None:
+        super().__init__(values)
+        self.place = place
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(f"{self.place} is damaged, its row has no '{key}': delete that line, or mend it")
+
+
+class Rows(Sequence[dict[str, Any]]):
+    """Finished rows, one JSON object a line, so that a benchmark can be stopped and repeated.
+
+    A line that a killed run left unfinished is left out. It stays in the file, which other processes may write to, and
+    is marked as unfinished by the next row that follows it.
+
+    Args:
+        path: the file; it need not be there.
+
+    Raises:
+        UserError: naming the first line that is no row.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        try:
+            *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+        except OSError as error:
+            raise UserError(f"cannot read the rows in {path}: {error.strerror}") from error
+        for number, line in enumerate(lines, 1):
+            if line.endswith(UNFINISHED):
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict):
+                raise UserError(f"{path}, line {number} is damaged, it holds no row: delete that line, or mend it")
+            self.rows.append(Row(row, f"{path}, line {number}"))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.rows[index]
+
+    def add(self, **row: Any) -> dict[str, Any]:
+        """Keep one more row.
+
+        Raises:
+            UserError: with the row, if it cannot be written.
+        """
+        self.rows.append(row)
+        text = json.dumps(row)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a+b") as file:
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(end - 1, 0))
+                torn = file.read(1) not in (b"", b"\n")
+                file.write((UNFINISHED + b"\n" if torn else b"") + text.encode() + b"\n")
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self.path} ({error.strerror}): add this row there by hand: {text}"
+            ) from error
+        return row
+
+    def say(self, **row: Any) -> dict[str, Any]:
+        """Keep one more row and print it, beside what a benchmark prints at its end."""
+        print(self.add(**row), file=sys.stderr, flush=True)
+        return row
+
+    def where(self, **values: Any) -> list[dict[str, Any]]:
+        """The rows that have these values, oldest first."""
+        return [row for row in self.rows if all(key in row and row[key] == v for key, v in values.items())]
+
+    def of_seeds(self, seeds: Iterable[int], **values: Any) -> list[dict[str, Any]]:
+        """The first row of each of some seeds that has these values: two of one seed are no two seeds."""
+        return [found[0] for seed in seeds if (found := self.where(**values, seed=seed))]
+
+
+def mean_sd(values: Iterable[float], digits: int = 2) -> str:
+    """Mean ± standard deviation over as many seeds as there are."""
+    found = list(values)
+    if not found:
+        return "–"
+    if not all(map(math.isfinite, found)):
+        return "not finite"
+    sd = f" ± {statistics.stdev(found):.{digits}f}" if len(found) > 1 else ""
+    return f"{statistics.fmean(found):.{digits}f}{sd}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table, an empty line before it."""
+
+    def line(cells: Sequence[Any]) -> str:
+        return f"| {' | '.join(map(str, cells))} |"
+
+    return "\n".join(["", line(header), "|" + "---|" * len(header), *map(line, rows)])
