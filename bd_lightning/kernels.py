@@ -165,7 +165,8 @@ class Kernel(ABC):
     def reference(self, sigma: Tensor, sigma_data: float, dim: int) -> Tensor:
         r"""The typical mobility m_ref(σ), by which networks and step sizes are scaled.
 
-        It is E[k(x̃, y)] for data from N(0, σ_data² I): (2π(ε + σ² + 2σ_data² + σ²))^{−k/2} with k = `order(dim)`.
+        It is (2π(ε + 2σ² + 2σ_data²))^{−k/2} with k = `order(dim)`, the mean of a Gaussian kernel of k dimensions over
+        data from N(0, σ_data² I); slices of few dimensions have a larger mean.
 
         Args:
             sigma: noise levels, any shape.

@@ -4,7 +4,8 @@ r"""What the fields are trained by: each way to learn is one small class.
 
 The queries are clean points with a noise level each (see `NoiseLevels`), or none at a single scale; the pool are their
 partners in the kernel estimates (see `Partners`). The losses (see `Losses`) are weighted so that the gradient field's
-is EDM's, (2σ/m)²(1 + σ²/σ_d²)/d, and the scalar field's is relative to m_ref(σ)².
+is EDM's, (2σ/m)²(1 + σ²/σ_d²)/d, where the mobility cancels (factored fields, traces by Stein's identity and combined)
+and with m_ref for m elsewhere, and the scalar field's is relative to m_ref(σ)².
 
 | objective | learns | by |
 |---|---|---|

@@ -78,8 +78,8 @@ class MultistepDynamics(MultiScaleSampler):
 
     T is the polynomial through its values at the last `order` levels. The corrector does a step again, with the same
     noise, once T is known at its end too, from the call that the next step needs anyway. λ = 0 and the corrector are
-    UniPC, λ > 0 and the corrector SA-Solver. Order 2 without it takes the slope of T at the middle of the step, which
-    is DPM-Solver++(2M) at λ = 0. The first steps have fewer levels behind them and are of lower order. A last step
+    UniPC, λ > 0 and the corrector SA-Solver. Order 2 without it takes T at the middle of the step, which is
+    DPM-Solver++(2M) at λ = 0. The first steps have fewer levels behind them and are of lower order. A last step
     returns D.
 
     Args:

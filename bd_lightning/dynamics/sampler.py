@@ -46,7 +46,7 @@ class Sampler(ABC):
     """Base of the samplers: guards the chains and keeps what a caller wants to see of the way.
 
     Args:
-        bound: a chain is lost when a coordinate exceeds bound × (σ_max + 1), in data units.
+        bound: a chain is lost when a coordinate exceeds bound × (`start_scale` + 1), in data units.
         start: "gaussian", or "uniform" on a cube of the same variance.
 
     Attributes:
