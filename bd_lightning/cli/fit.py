@@ -1,7 +1,6 @@
 """fit, validate and test."""
 
 import contextlib
-import inspect
 import os
 import signal
 import threading
@@ -19,12 +18,11 @@ from omegaconf import OmegaConf
 
 from bd_lightning.checkpoints import WholeCheckpoints
 from bd_lightning.checks import UserError
-from bd_lightning.cli import build, objects
+from bd_lightning.cli import build, objects, resumed
 from bd_lightning.cli.folders import claimed, evaluating, first_process, folder_for, in_use, short
 from bd_lightning.cli.plan import Plan, settings_of
 from bd_lightning.facts import Facts
 from bd_lightning.loggers import MetricsCSV, WandB
-from bd_lightning.report.comparison import flat
 from callbacks import AveragedWeights, CallsCurve, Evaluation, FieldLikelihood, FlowLikelihood, Report
 from callbacks.likelihood import Likelihood
 from callbacks.records import read_record
@@ -69,11 +67,11 @@ def _run(plan: Plan, run_dir: Path) -> None:
     """
     data = build.instantiate(plan.config["data"], "data")
     if plan.facts is not None:
-        refuse_other_data(plan.facts, data.facts)
+        resumed.refuse_other_data(plan.facts, data.facts)
     model = objects.model(plan, data.facts)
     if plan.command == "fit":
-        refuse_other_optimizer(plan, model)
-        refuse_other_beginning(plan)
+        resumed.refuse_other_optimizer(plan, model)
+        resumed.refuse_other_beginning(plan)
         model.prepare(plan.checkpoint is None, data.facts)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
     begin = Begin(plan)
@@ -187,49 +185,6 @@ def refuse_two(callbacks: list[Any]) -> None:
         raise UserError("a callback of this config says how likely the data is: leave likelihood= or that callback out")
 
 
-def refuse_other_optimizer(plan: Plan, model: Any) -> None:
-    """Refuse to go on with another optimiser than that of the checkpoint, or with other settings of it.
-
-    They are restored with its state; the rate is the schedule's, and may change.
-
-    Raises:
-        UserError: naming what differs.
-    """
-    if plan.checkpoint is None:
-        return
-    nodes = (plan.checkpoint["hyper_parameters"]["model"], plan.config["model"])
-    own: dict[str, Any] = {"_target_": "bd_lightning.optimizers.AdamW"}
-    for name, one in inspect.signature(type(model.optimizer)).parameters.items():
-        own[name] = list(one.default) if isinstance(one.default, tuple) else one.default
-    before, now = (own | (node.get("optimizer") or {}) for node in nodes)
-    for name in now | before:
-        was, given = before.get(name), now.get(name)
-        if was != given and not (name == "_target_" and not any("bd_lightning." in str(one) for one in (was, given))):
-            key = "model.optimizer" + ("" if name == "_target_" else f".{name}")
-            raise UserError(
-                f"{plan.config['ckpt_path']} was trained with {key}={was}, whose state cannot go on with {given}: "
-                "leave model.optimizer as it is there (model.lr, model.warmup_steps and model.lr_decay may change), or "
-                "train anew"
-            )
-
-
-def refuse_other_beginning(plan: Plan) -> None:
-    """Refuse other weights to begin with for a run that goes on, which has its own.
-
-    Raises:
-        UserError: naming both.
-    """
-    if plan.checkpoint is None:
-        return
-    was, given = (node.get("init") for node in (plan.checkpoint["hyper_parameters"]["model"], plan.config["model"]))
-    if was != given:
-        began = f"began with the weights of {was}" if was else "began anew"
-        raise UserError(
-            f"{plan.config['ckpt_path']} is of a run that {began} and goes on with its own: leave model.init={given} "
-            "out, or start a new run with it"
-        )
-
-
 def refuse_no_average(model: Any, callbacks: list[Any]) -> None:
     """Refuse an optimiser that is judged by its own average where nothing would put that in.
 
@@ -241,34 +196,6 @@ def refuse_no_average(model: Any, callbacks: list[Any]) -> None:
             f"{type(model.optimizer).__name__} is judged by its own average, which callbacks.ema puts in: leave "
             "callbacks.ema as it is"
         )
-
-
-def changed(plan: Plan) -> str:
-    """What a resumed run has otherwise than its checkpoint, in a sentence; empty for nothing."""
-    if plan.checkpoint is None:
-        return ""
-    before, now = flat(plan.checkpoint["hyper_parameters"]), flat(plan.config)
-    keys = [key for key in now | before if key.partition(".")[0] in ("data", "model", "trainer", "callbacks", "seed")]
-    found = [
-        f"{key}={now.get(key)} (was {before.get(key)})" for key in keys if str(before.get(key)) != str(now.get(key))
-    ]
-    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    return f"not as in the checkpoint: {', '.join(found[:8])}{more}" if found else ""
-
-
-def refuse_other_data(trained: Facts, given: Facts) -> None:
-    """Refuse data that are not those of the checkpoint.
-
-    Raises:
-        UserError: naming the first fact that differs.
-    """
-    mine = given.plain()
-    for name, value in trained.plain().items():
-        if name != "kind" and mine.get(name) != value:
-            raise UserError(
-                f"the checkpoint was trained on data with {name} {value}, this data has {mine.get(name)}: "
-                "leave data as it was, or start a new run"
-            )
 
 
 def build_loggers(plan: Plan, callbacks: list[Any], run_dir: Path) -> list[Any]:
@@ -301,7 +228,7 @@ def build_trainer(plan: Plan, loggers: list[Any], callbacks: list[Any]) -> L.Tra
 def announce(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
     """Say where the run folder is, and what a step is made of."""
     print(f"run folder: {short(plan.run_dir)}", flush=True)
-    for remark in filter(None, (plan.remark, changed(plan))):
+    for remark in filter(None, (plan.remark, resumed.changed(plan))):
         print(remark, flush=True)
     batch, devices, accumulated = data.batch_size, trainer.world_size, trainer.accumulate_grad_batches
     effective = f"{batch} × {devices} devices × {accumulated} accumulated = {batch * devices * accumulated}"
