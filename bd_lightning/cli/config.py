@@ -234,7 +234,7 @@ def dropped(request: Request, config: Mapping[str, Any]) -> str:
             then = flat(compose(upto))
         except ConfigError:  # it needs what comes later
             continue
-        own = flat({key: value for key, value in layer.items() if key not in ("defaults", "eval_every", *NOT_KEPT)})
+        own = flat({key: value for key, value in layer.items() if key in GROUPS or key in ("seed", "steps")})
         lost = {
             key: f"{key}={value}" + (f" (now {now[key]})" if key in now else "")
             for key, value in then.items()

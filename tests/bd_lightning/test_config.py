@@ -285,7 +285,7 @@ def test_what_a_choice_leaves_out_is_said(tmp_path):
         return configs.dropped(request, configs.compose(request))
 
     mine, other, record = (tmp_path / f"{name}.yaml" for name in ("mine", "other", "record"))
-    mine.write_text("model: {lr: 1.0e-2}\nsteps: 4\n")
+    mine.write_text("ckpt_path: last\nmodel: {lr: 1.0e-2}\nsteps: 4\n")
     other.write_text("defaults: {model: relative}\n")
     lost = (
         "experiment=mnist_latent is left out where it says model.noise.antithetic=0.5, model.noise.stratified=True, "
