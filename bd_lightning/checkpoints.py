@@ -1,6 +1,7 @@
 """Reading and writing checkpoints: tensors and plain data only, with the config that rebuilds the model."""
 
 import os
+import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -71,6 +72,9 @@ def read(path: str | Path) -> dict[str, Any]:
         regular_file(path, "checkpoint")
     try:
         checkpoint = exported.read(path) if folder else _file(path)
+        lacking = [key for key in ("hyper_parameters", "state_dict") if key not in checkpoint]
+        if lacking:
+            raise ValueError(f"it has no {lacking[0]!r}")
         stored = upgrade(checkpoint["hyper_parameters"], str(path))
         if not {"data", "model", "facts"} <= stored.keys() or not isinstance(checkpoint["state_dict"], dict):
             raise ValueError("it says nothing of its data and its model")
@@ -89,7 +93,13 @@ def read(path: str | Path) -> dict[str, Any]:
 def _file(path: str | Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not what torch.save writes, or not the whole of it")
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:  # torch's sentence tells how to load it all the same
+        raise ValueError("it holds more than tensors and plain values, which is not read") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not a mapping")
+    return content
 
 
 def refuse_stateless(checkpoint: Mapping[str, Any], path: str | Path) -> None:

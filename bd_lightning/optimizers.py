@@ -9,6 +9,7 @@ References:
     | Defazio et al., The Road Less Scheduled, arXiv 2405.15682
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,6 +86,7 @@ class AdamW(Optimizer):
             module.parameters(), lr=lr, betas=self.betas, weight_decay=self.weight_decay, fused=fused
         )
         optimizer.register_load_state_dict_pre_hook(partial(_keep_fused, fused=fused))
+        optimizer.register_load_state_dict_post_hook(_refuse_damaged)
         if fused:  # it offers to unscale float16's gradients by itself, and Lightning would refuse to clip them before
             optimizer._step_supports_amp_scaling = False
         return optimizer
@@ -99,6 +101,25 @@ class AdamW(Optimizer):
 def _keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any], fused: bool | None) -> dict[str, Any]:
     """A state from another kind of device; torch would take the choice of the kernel over with it."""
     return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
+
+
+def _refuse_damaged(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a state of moments that are not finite, or not of the shapes of the weights; torch takes them over.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    rates = [group["lr"] for group in optimizer.param_groups]
+    if not all(map(math.isfinite, rates)):
+        raise ValueError(f"rates of the optimiser are {rates}")
+    for p, state in optimizer.state.items():
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or not value.dim():
+                continue
+            if value.shape != p.shape:
+                raise ValueError(f"{name} of weights of the shape {list(p.shape)} has the shape {list(value.shape)}")
+            if not value.isfinite().all():
+                raise ValueError(f"{name} of weights of the shape {list(p.shape)} is not finite")
 
 
 @dataclass(frozen=True)
@@ -149,6 +170,7 @@ class _MuonAndAdamW(torch.optim.Optimizer):
             ),
             AdamW(of.betas, of.weight_decay)(nn.ParameterList(others), lr),
         ]  # fmt: skip
+        self.parts[0].register_load_state_dict_post_hook(_refuse_damaged)
         self.bad: Tensor | None = None
         super().__init__([{"params": list(matrices)}, {"params": list(others)}], {"lr": lr})
 
@@ -206,6 +228,7 @@ class _MuonAndAdamW(torch.optim.Optimizer):
             group.update(rates)
         for part, state in zip(self.parts, state_dict["parts"]):
             part.load_state_dict(state)
+        _refuse_damaged(self)
 
 
 @dataclass(frozen=True)
@@ -235,6 +258,7 @@ class ScheduleFree(Optimizer):
             module.parameters(), lr=lr, betas=self.betas, weight_decay=self.weight_decay
         )
         optimizer.train()
+        optimizer.register_load_state_dict_post_hook(_refuse_damaged)
         return optimizer
 
     def averaged(self, optimizer):

@@ -101,6 +101,16 @@ def figure(rows: list[dict], path: Path) -> None:
     picture.savefig(path)
 
 
+def relative(found: Tensor, floor: Tensor) -> str:
+    """The ratio of two means, with its standard error in brackets where there are several values of each."""
+    if not len(found):
+        return "–"
+    ratio = found.mean() / floor.mean()
+    if len(found) == 1:
+        return f"{ratio:.2f}"
+    return f"{ratio:.2f} ({(found - ratio * floor).std() / floor.mean() / len(found) ** 0.5:.2f})"
+
+
 def trained(path: str, chains: int, target: GaussianMixture) -> None:
     """Sample a checkpoint from both starts."""
     model, _ = checkpoints.load(path, BellmanDiffusion)
@@ -120,10 +130,8 @@ def trained(path: str, chains: int, target: GaussianMixture) -> None:
             weights, error, spread = judge(x, target)
             shown = " ".join(f"{w:.3f}" for w in weights)
             found = distances(x)
-            ratio = found.mean() / floor.mean()
-            off = (found - ratio * floor[: len(found)]).std() / floor.mean() / len(found) ** 0.5
             line = [name, sampler.calls, start, chains - len(x), shown, f"{error:.3f}", f"{spread:.3f}"]
-            lines.append([*line, f"{ratio:.2f} ({off:.2f})"])
+            lines.append([*line, relative(found, floor[: len(found)])])
     print(table(["sampler", "calls", "start", "lost", "weights", "largest error", "spread", "W2 / floor"], lines))
 
 

@@ -102,7 +102,10 @@ class Evaluation(L.Callback):
             drawn = unless_lost(trainer, subject, partial(self.draw, trainer, pl_module, stage, sampler))
             if trainer.is_global_zero:
                 found = self.judge(trainer, pl_module, stage, sampler, drawn)
-        return trainer.strategy.broadcast(found)
+        found = trainer.strategy.broadcast(found)
+        if found is not None and not isinstance(found, Findings):
+            raise UserError(f"{type(self).__name__}.judge must return Findings or None, got a {type(found).__name__}")
+        return found
 
     def evaluate(self, trainer: L.Trainer, pl_module: SampleModule, stage: str) -> None:
         """Draw, judge, log and record."""

@@ -67,6 +67,8 @@ class PointMetrics(Evaluation):
         seed: int = 1,
     ) -> None:
         positive(n=n, repeats=repeats, extent=1.0 if extent is None else extent)
+        if n < 2:
+            raise ValueError("n must be at least 2: distances are between sets of points")
         self.n, self.sampler, self.extent, self.repeats, self.seed = n, sampler, extent, repeats, seed
         self.floors: dict[str, tuple[float, float]] = {}
         self.truths: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
+from bd_lightning.checks import UserError
 from bd_lightning.loggers import moved_aside
 
 
@@ -50,5 +51,9 @@ def append_record(trainer: L.Trainer, name: str, row: dict[str, Any]) -> None:
     rows = [old for old in rows or [] if place(old) != place(row)]
     known = {key: None if value in (math.inf, -math.inf) or value != value else value for key, value in row.items()}
     part = Path(f"{path}.part")
-    part.write_text(json.dumps([*rows, known], indent=1, allow_nan=False))
+    try:
+        text = json.dumps([*rows, known], indent=1, allow_nan=False)
+    except TypeError as error:
+        raise UserError(f"rows of {name} must hold plain numbers and text, which JSON knows ({error})") from error
+    part.write_text(text)
     part.replace(path)

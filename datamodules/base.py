@@ -41,9 +41,20 @@ class Rows(Dataset):
     Args:
         x: the samples.
         labels: class indices; zeros if None.
+
+    Raises:
+        DataError: if samples are no tensor, or not finite, or there are not as many labels.
     """
 
     def __init__(self, x: Tensor, labels: Tensor | None = None) -> None:
+        if not isinstance(x, Tensor):
+            raise DataError(f"samples must be a tensor, got a {type(x).__name__}")
+        if labels is not None and len(labels) != len(x):
+            raise DataError(f"{len(x)} samples cannot have {len(labels)} labels")
+        if x.is_floating_point() and x.dim() > 1:
+            lost = (~x.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
+            if lost:
+                raise DataError(f"{len(lost)} of {len(x)} samples are not finite, the first of them in row {lost[0]}")
         self.x = x
         self.labels = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
 
@@ -207,7 +218,14 @@ class DataModule(Data):
 
     @property
     def facts(self) -> SampleFacts:
-        """What models are built from and told apart by."""
+        """What models are built from and told apart by.
+
+        Raises:
+            DataError: if the class does not say what it has to.
+        """
+        for name in ("shape", "sigma_data"):
+            if getattr(self, name, None) is None:
+                raise DataError(f"{self.name} must say its {name}: it has no such attribute")
         return SampleFacts(self.name, tuple(self.shape), self.sigma_data, tuple(self.class_names))
 
     @property
@@ -244,11 +262,39 @@ class DataModule(Data):
     def split(self, split: str) -> Any:
         """A split, loaded at its first use."""
         if split not in self.splits:
-            self.splits[split] = self.load_split(split)
-            size = len(self.splits[split])
+            rows = self.load_split(split)
+            self._refuse_unsound(split, rows)
+            self.splits[split] = rows
             if split == "train":
-                self._refuse_few(size, 1)
+                self._refuse_few(len(rows), 1)
         return self.splits[split]
+
+    def _refuse_unsound(self, split: str, rows: Any) -> None:
+        """Refuse a split whose first sample no model could learn from.
+
+        Raises:
+            DataError: saying what it has to be.
+        """
+        place = f"{self.name}: the {split} split"
+        try:
+            if not len(rows):
+                return
+            if isinstance(rows, Tensor):
+                raise TypeError("no labels")
+            x, label = rows[0]
+            shape, dtype, number = tuple(x.shape), x.dtype, int(label)
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise DataError(
+                f"{place} must be a data set of pairs, x a tensor and a label, such as datamodules.base.Rows(x, labels)"
+            ) from error
+        if shape != tuple(self.shape):
+            raise DataError(
+                f"{place} has samples of the shape {shape}, and its shape is said to be {tuple(self.shape)}"
+            )
+        if dtype != torch.float32:
+            raise DataError(f"{place} has samples of {dtype}, and models take torch.float32: return x.float()")
+        if not 0 <= number < max(1, len(self.class_names)):
+            raise DataError(f"{place} has the label {number}, and there are {len(self.class_names)} class_names")
 
     def _refuse_few(self, size: int, world: int) -> None:
         """Refuse a training split that does not fill one batch on each of so many devices.

@@ -52,6 +52,7 @@ def test_the_recipes_for_everything_else_train(run, capsys):
     folder = run("\n".join(blocks(page, "python")), *blocks(page, "yaml"))
     ckpt = folder / "checkpoints" / "last.ckpt"
     assert "val/largest" in (folder / "metrics.csv").read_text()
+    assert "radius" in (folder / "radius.json").read_text()
     assert train.main(["predict", f"ckpt_path={ckpt}", "n=4", "trust=true"]) == 0
     assert "4 rows of samples.csv" in capsys.readouterr().out
 

@@ -1,6 +1,7 @@
 """Nothing is written outside root, refusals leave nothing behind, and each is one sentence."""
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from tiny_data import write_autoencoder
 # ---- nothing outside, nothing behind
 
 
+V1 = Path(__file__).parent / "checkpoints" / "v1"
 NAMES = ["../x", "../../x", "a/b", "a\\b", "a:b", "a#b", "a?b", "a%b", "x" * 129, "é" * 128, "..", ".", "' '", "''"]
 NAMES += [".lock", ".x"]
 
@@ -147,6 +149,14 @@ def test_a_model_that_does_not_fit_the_checkpoint(command, run, capsys):
     said = capsys.readouterr().err
     assert "do not fit the model: leave model as it was" in said and len(said.splitlines()) == 1
     assert contents(run) == before
+
+
+def test_samples_go_where_a_folder_can_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    words = [f"ckpt_path={V1}/default.ckpt", "n=1", f"root={tmp_path / 'file'}"]
+    assert train.main(["predict", *words]) == 2
+    said = capsys.readouterr().err
+    assert "is a file): give root= another place" in said and len(said.splitlines()) == 1
 
 
 def test_predict_of_an_autoencoder(tmp_path, capsys):

@@ -59,6 +59,11 @@ def targets(node: Any) -> set[str]:
     return own.union(*map(targets, node.values()))
 
 
+def strangers(node: Any) -> list[str]:
+    """Every `_target_` of a config that is neither this suite's nor named by its configs."""
+    return sorted(path for path in targets(node) if path.partition(".")[0] not in OWN and path not in SHIPPED)
+
+
 trusted: ContextVar[Collection[str] | None] = ContextVar("trusted", default=())
 """Classes beside the suite's own that stored configs may name, those that the command line names; None allows any."""
 
@@ -74,10 +79,8 @@ def refuse_strangers(node: Any, place: str) -> None:
         ConfigError: naming the class, and how to allow it.
     """
     named = trusted.get()
-    if named is None:
-        return
-    for path in sorted(targets(node)):
-        if path.partition(".")[0] not in OWN and path not in SHIPPED and path not in named:
+    for path in strangers(node):
+        if named is not None and path not in named:
             raise ConfigError(
                 f"{place} names '{path}', which is no class of this suite and could do anything: if you trust the "
                 "file, name the class on the command line too, or add trust=true"
@@ -95,7 +98,9 @@ def check_keys(config: Mapping[str, Any]) -> None:
     """
     for key, value in config.items():
         if key not in (*TOP_LEVEL, *GROUPS):
-            raise ConfigError(f"unknown key '{key}'.{suggest(str(key), (*TOP_LEVEL, *GROUPS))}")
+            raise ConfigError(
+                f"unknown key '{key}'.{suggest(str(key), (*TOP_LEVEL, *GROUPS, '--config', 'experiment'))}"
+            )
         if key in TOP_LEVEL:
             _check_value(value, TOP_LEVEL[key], key)
     for key in ("steps", "eval_every", "n"):
@@ -202,7 +207,7 @@ def locate(path: str, key: str) -> Any:
         raise ConfigError(f"'{key}._target_': {path!r} must be a whole path, as bd_lightning.optimizers.Muon is one")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError, TypeError) as error:  # TypeError: a path that begins with a dot
+    except (ImportError, SyntaxError, ValueError, TypeError) as error:  # TypeError: a path that begins with a dot
         raise ConfigError(f"'{key}._target_': cannot import {path!r} ({error})") from error
     own = module.partition(".")[0] in OWN
     if not inspect.isclass(found) or own and found.__module__.partition(".")[0] not in OWN:

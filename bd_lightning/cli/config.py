@@ -94,7 +94,10 @@ def parse(argv: Sequence[str]) -> Request:
     if words and "=" not in words[0] and not words[0].startswith("-"):
         request.command = words.pop(0)
         if request.command not in COMMANDS:
-            raise ConfigError(f"no command '{request.command}'.{suggest(request.command, (*COMMANDS, 'compare'))}")
+            text = f"no command '{request.command}'.{suggest(request.command, (*COMMANDS, 'compare'))}"
+            raise ConfigError(
+                f"{text} A setting is written {request.command}=VALUE." if "." in request.command else text
+            )
     while words:
         word = words.pop(0)
         if word == "--config" or word.startswith("--config="):
@@ -103,6 +106,8 @@ def parse(argv: Sequence[str]) -> Request:
             request.files.append(word.partition("=")[2] or words.pop(0))
             continue
         key, equals, text = word.removeprefix("--").partition("=")
+        if word in (*COMMANDS, "compare"):
+            raise ConfigError(f"the command comes first: train.py {word} …")
         if not equals or not key:
             raise ConfigError(f"cannot read '{word}': expected key=value, group=name or --config FILE")
         if not text.strip():  # of a variable that is not set, say
@@ -142,6 +147,8 @@ def load(path: str | Path) -> dict[str, Any]:
 
 
 def _named(group: str, name: str) -> dict[str, Any]:
+    if name.startswith("{"):
+        raise ConfigError(f"{group}= chooses a file of configs/{group}; a class is {group}._target_=module.Class")
     if name not in names(group):
         raise ConfigError(f"no {group} config named '{name}'.{suggest(name, names(group))}")
     return load(CONFIG_DIR / group / f"{name}.yaml")
@@ -199,6 +206,8 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
         for part in reversed(key.split(".")):
             nested = {part: nested}
         words = merge(words, nested)
+        if value is None and (stored is not None or not request.value("ckpt_path")):
+            _refuse_nothing_left_out(key, config)
         config = _choose(config, base, nested, "the command line")
     if "data" in config:
         said: Any = {}
@@ -278,6 +287,21 @@ def _choose(config: dict[str, Any], base: dict[str, Any], layer: dict[str, Any],
             raise ConfigError(f"{where} chooses from an unknown group '{group}'.{suggest(str(group), GROUPS)}")
         chosen[group] = merge(base.get(group) or {}, _named(group, str(name)))
     return merge({**config, **chosen}, layer)
+
+
+def _refuse_nothing_left_out(key: str, config: Mapping[str, Any]) -> None:
+    """Refuse to leave out a callback that neither this config nor any of the suite's has.
+
+    Raises:
+        ConfigError: with the name that may be meant.
+    """
+    group, _, name = key.partition(".")
+    here = config.get(group)
+    if group != "callbacks" or "." in name or not isinstance(here, Mapping) or name in here:
+        return
+    known = {*here, *(name for file in names(group) for name in load(CONFIG_DIR / group / f"{file}.yaml"))}
+    if name not in known:
+        raise ConfigError(f"no callback '{name}' to leave out.{suggest(name, known)}")
 
 
 def _refuse_two_sizes(config: Mapping[str, Any], given: Sequence[Mapping[str, Any]]) -> None:

@@ -1,6 +1,7 @@
 """fit, validate and test."""
 
 import contextlib
+import math
 import os
 import signal
 import threading
@@ -89,8 +90,11 @@ def _run(plan: Plan, run_dir: Path) -> None:
     if plan.command == "fit" and trainer.is_global_zero:
         announce(plan, trainer, data, model)
     carry_out(plan, trainer, data, model)
+    diverged = begin.diverged(trainer)
     if trainer.is_global_zero:
-        finish(plan, callbacks, model, begin.diverged(trainer))
+        finish(plan, callbacks, model, diverged)
+    if diverged:
+        raise UserError(diverged)
 
 
 class Begin(L.Callback):
@@ -122,8 +126,10 @@ class Begin(L.Callback):
     def diverged(self, trainer: L.Trainer) -> str:
         """That the loss has become far larger than it began, in a sentence; empty if it has not."""
         last = float(trainer.callback_metrics.get("val/loss", 0.0))
-        if self.loss is None or last <= 1000 * max(1.0, abs(self.loss)):
+        if self.loss is None or last <= 1000 * max(1.0, abs(self.loss)) and math.isfinite(self.loss):
             return ""
+        if not math.isfinite(self.loss):
+            return f"the loss was {self.loss} at the first step: the data, or the weights to begin with, are not finite"
         first = f"{self.loss:.3g} at its first step"
         return f"training has diverged (val/loss {last:.3g}, {first}): lower model.lr, and begin again"
 
@@ -260,7 +266,7 @@ def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
         last = plan.run_dir / "checkpoints" / "last.ckpt"
         begun = (plan.run_dir / "config.yaml").is_file()
         if failed and trainer.is_global_zero and last.is_file() and begun:
-            again = f"train.py ckpt_path={quote(short(last))}"
+            again = f"train.py ckpt_path={quote(short(last))}{trust(plan)}"
             print(f"stopped at step {trainer.global_step}; to resume: {again}", flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
@@ -274,7 +280,7 @@ def restoring(error: BaseException) -> bool:
 
 
 def finish(plan: Plan, callbacks: list[Any], model: Any, diverged: str) -> None:
-    """Say how good it is, where everything is and how to go on with it, unless training has diverged."""
+    """Say how good it is, where everything is and, unless training has diverged, how to go on with it."""
     for callback in objects.evaluations(callbacks):
         rows = read_record(plan.run_dir / callback.record) if callback.record else None
         if rows and "summary" in rows[-1]:
@@ -283,5 +289,10 @@ def finish(plan: Plan, callbacks: list[Any], model: Any, diverged: str) -> None:
     given = [Path(plan.config["ckpt_path"])] if plan.command != "fit" else []
     found = next((path for path in (*given, *names) if path.exists()), None)
     page = " (open report.html)" if (plan.run_dir / "report.html").is_file() else ""
-    then = diverged or (model.next_step(quote(short(found))) if found else "no checkpoint was kept")
-    print(f"everything is in {short(plan.run_dir)}{page}; {then}")
+    then = model.next_step(quote(short(found)) + trust(plan)) if found else "no checkpoint was kept"
+    print(f"everything is in {short(plan.run_dir)}{page}{'' if diverged else f'; {then}'}")
+
+
+def trust(plan: Plan) -> str:
+    """The word that a command line needs to load a checkpoint of this run: classes of the user's own are in it."""
+    return " trust=true" if build.strangers(plan.config) else ""

@@ -250,7 +250,7 @@ def made(folder: Path, begun: Callable[[], bool], key: str = "root") -> Iterator
             raise UserError(f"cannot make the folder {short(folder)} ({reason}): give {key}= another place") from error
         yield
     except BaseException:
-        if folder in missing and not begun():
+        if folder in missing and not (folder.is_dir() and begun()):
             shutil.rmtree(folder, ignore_errors=True)
             for parent in missing[1:]:
                 if parent.is_dir() and not any(parent.iterdir()):

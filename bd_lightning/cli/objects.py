@@ -9,7 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAveraging
 
 from bd_lightning import checkpoints, progress
 from bd_lightning.checks import UserError
@@ -170,5 +170,8 @@ def _subclasses(cls: type) -> list[Any]:
 
 
 def trainer(plan: Plan, **extra: Any) -> L.Trainer:
-    """The trainer, in the run folder."""
-    return build.instantiate(plan.config["trainer"], "trainer", default_root_dir=str(plan.run_dir), **extra)
+    """The trainer, in the run folder; without a progress bar of its own where no callback is one."""
+    node = plan.config["trainer"]
+    if not any(isinstance(callback, ProgressBar) for callback in extra["callbacks"]):
+        node = {"enable_progress_bar": False, **node}
+    return build.instantiate(node, "trainer", default_root_dir=str(plan.run_dir), **extra)

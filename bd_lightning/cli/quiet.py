@@ -25,6 +25,7 @@ LINES = (
     "Restoring states from the checkpoint",
     "Restored all states from the checkpoint",
     "Loaded model weights from the checkpoint",
+    "Found current_model_state in the checkpoint",
     "was raised with message:",  # by a signal; `fit` says where the run stopped and how to resume it
 )
 """What lines of the log contain."""

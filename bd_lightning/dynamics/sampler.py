@@ -116,6 +116,9 @@ class Sampler(ABC):
                 guard.stop()
             if watch is not None:
                 watch(step, x)
+        expected = (len(noise), *noise.shape)
+        if x.shape != expected:
+            raise UserError(f"{type(self).__name__}.path must yield states {expected}, the last had {tuple(x.shape)}")
         guard.stop()
         return guard.left(x)
 
