@@ -194,7 +194,7 @@ def test_models_of_other_kinds(experiment, tmp_path, capsys):
         *QUIET,
     ]
     words += [f"root={tmp_path}", f"data.root={tmp_path}"]
-    words += ["data=digits"] if experiment == "autoencoder" else ["model.network.width=16", "callbacks.fields=null"]
+    words += ["data=digits"] if experiment == "autoencoder" else ["model.network.width=16"]
     names = ["metrics", "best", "trajectory", "grid"]
     assert train.main([*words, *(f"callbacks.{name}=null" for name in names)]) == 0
     checkpoint, target = tmp_path / "bellman-diffusion" / "small" / "checkpoints" / "last.ckpt", tmp_path / "out"
