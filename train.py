@@ -10,7 +10,7 @@ from bd_lightning.cli.quiet import quiet
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 0, or 2 after a mistake that is said in one sentence."""
+    """Run a command line; returns the exit status: 0, or 2 with one sentence, after a mistake or a divergence."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(), end="")

@@ -108,7 +108,7 @@ def relative(found: Tensor, floor: Tensor) -> str:
     ratio = found.mean() / floor.mean()
     if len(found) == 1:
         return f"{ratio:.2f}"
-    return f"{ratio:.2f} ({(found - ratio * floor).std() / floor.mean() / len(found) ** 0.5:.2f})"
+    return f"{ratio:.2f} ({(found - ratio * floor[: len(found)]).std() / floor.mean() / len(found) ** 0.5:.2f})"
 
 
 def trained(path: str, chains: int, target: GaussianMixture) -> None:
@@ -131,7 +131,7 @@ def trained(path: str, chains: int, target: GaussianMixture) -> None:
             shown = " ".join(f"{w:.3f}" for w in weights)
             found = distances(x)
             line = [name, sampler.calls, start, chains - len(x), shown, f"{error:.3f}", f"{spread:.3f}"]
-            lines.append([*line, relative(found, floor[: len(found)])])
+            lines.append([*line, relative(found, floor)])
     print(table(["sampler", "calls", "start", "lost", "weights", "largest error", "spread", "W2 / floor"], lines))
 
 

@@ -286,6 +286,7 @@ class DataModule(Data):
         except (TypeError, ValueError, AttributeError, KeyError) as error:
             raise DataError(
                 f"{place} must be a data set of pairs, x a tensor and a label, such as datamodules.base.Rows(x, labels)"
+                f"; its first is not ({error!r})"
             ) from error
         if shape != tuple(self.shape):
             raise DataError(

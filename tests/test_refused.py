@@ -216,6 +216,11 @@ def test_a_run_that_diverged_is_not_recommended():
     for last, diverged in ((0.5, False), (900.0, False), (1e6, True), (float("inf"), True)):
         said = begin.diverged(SimpleNamespace(callback_metrics={"val/loss": last}))
         assert bool(said) == diverged and (not said or "lower model.lr" in said)
+    begin.loss = float("nan")  # of one batch, whose step was left out
+    assert not begin.diverged(SimpleNamespace(callback_metrics={"val/loss": 0.5}))
+    assert (
+        "lower" not in (said := begin.diverged(SimpleNamespace(callback_metrics={"val/loss": float("nan")}))) and said
+    )
 
 
 def test_other_nodes_are_waited_for_aloud(capsys):

@@ -207,7 +207,7 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
             nested = {part: nested}
         words = merge(words, nested)
         if value is None and (stored is not None or not request.value("ckpt_path")):
-            _refuse_nothing_left_out(key, config)
+            _refuse_unknown_callback(key, config)
         config = _choose(config, base, nested, "the command line")
     if "data" in config:
         said: Any = {}
@@ -289,7 +289,7 @@ def _choose(config: dict[str, Any], base: dict[str, Any], layer: dict[str, Any],
     return merge({**config, **chosen}, layer)
 
 
-def _refuse_nothing_left_out(key: str, config: Mapping[str, Any]) -> None:
+def _refuse_unknown_callback(key: str, config: Mapping[str, Any]) -> None:
     """Refuse to leave out a callback that neither this config nor any of the suite's has.
 
     Raises:

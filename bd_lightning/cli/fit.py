@@ -126,9 +126,10 @@ class Begin(L.Callback):
     def diverged(self, trainer: L.Trainer) -> str:
         """That the loss has become far larger than it began, in a sentence; empty if it has not."""
         last = float(trainer.callback_metrics.get("val/loss", 0.0))
-        if self.loss is None or last <= 1000 * max(1.0, abs(self.loss)) and math.isfinite(self.loss):
+        finite = self.loss is not None and math.isfinite(self.loss)
+        if self.loss is None or last <= 1000 * max(1.0, abs(self.loss) if finite else 0.0):
             return ""
-        if not math.isfinite(self.loss):
+        if not finite:
             return f"the loss was {self.loss} at the first step: the data, or the weights to begin with, are not finite"
         first = f"{self.loss:.3g} at its first step"
         return f"training has diverged (val/loss {last:.3g}, {first}): lower model.lr, and begin again"
