@@ -9,6 +9,7 @@ import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
 from bd_lightning import report
+from bd_lightning.cli import build
 from bd_lightning.loggers import MetricsCSV
 from callbacks.evaluation import Evaluation
 from callbacks.records import run_folder
@@ -52,8 +53,10 @@ class Report(L.Callback):
     def page(folder: Path, module: Any) -> None:
         """Write the page of a run folder, whose model is given."""
         best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-        page = report.run_page(report.read(folder), module.next_step(report.short(best if best.is_file() else last)))
-        report.write(page, folder / "report.html")
+        run = report.read(folder)
+        trust = build.trust(run.config)
+        then = module.next_step(report.short(best if best.is_file() else last) + trust)
+        report.write(report.run_page(run, then, trust), folder / "report.html")
 
     @staticmethod
     def metrics(trainer: L.Trainer) -> dict[str, dict[str, Any]]:

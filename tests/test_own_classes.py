@@ -130,9 +130,12 @@ CALLBACK = "import lightning as L\n\n\nclass Own(L.Callback):\n    pass\n"
 
 
 def test_the_command_that_is_printed_at_the_end_is_one_that_runs(own, tmp_path, capsys):
-    status, said = own(CALLBACK, "callbacks.own._target_=own_parts.Own")
+    status, said = own(CALLBACK, "callbacks.own._target_=own_parts.Own", "callbacks.report._target_=callbacks.Report")
     command = said.rpartition("to sample: train.py ")[2].split()
     assert status == 0 and command[-2:] == ["trust=true", "n=64"]
+    page = next(tmp_path.rglob("report.html")).read_text()
+    loading = [line for line in page.splitlines() if ".ckpt" in line and "train.py " in line]
+    assert len(loading) == 3 and all("trust=true" in line for line in loading)
     assert train.main([*command[:-1], "n=2", f"root={tmp_path}", "run_id=own"]) == 0
     status, said = own(CALLBACK, "run_id=without")
     assert status == 0 and "trust" not in said

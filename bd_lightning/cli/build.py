@@ -64,6 +64,11 @@ def strangers(node: Any) -> list[str]:
     return sorted(path for path in targets(node) if path.partition(".")[0] not in OWN and path not in SHIPPED)
 
 
+def trust(config: Any) -> str:
+    """What a command line needs more to load a checkpoint with this config: " trust=true", or nothing."""
+    return " trust=true" if strangers(config) else ""
+
+
 trusted: ContextVar[Collection[str] | None] = ContextVar("trusted", default=())
 """Classes beside the suite's own that stored configs may name, those that the command line names; None allows any."""
 

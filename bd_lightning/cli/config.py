@@ -25,7 +25,6 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bd_lightning.checks import UserError, regular_file, suggest
-from bd_lightning.report.comparison import flat
 from bd_lightning.upgrade import is_record, upgrade
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -146,7 +145,12 @@ def load(path: str | Path) -> dict[str, Any]:
     return dict(content)  # type: ignore[arg-type]
 
 
-def _named(group: str, name: str) -> dict[str, Any]:
+def named(group: str, name: str) -> dict[str, Any]:
+    """The content of a group's file.
+
+    Raises:
+        ConfigError: with the name that may be meant, if there is none.
+    """
     if name.startswith("{"):
         raise ConfigError(f"{group}= chooses a file of configs/{group}; a class is {group}._target_=module.Class")
     if name not in names(group):
@@ -188,7 +192,7 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
         config = _repeat(config, stored)
     if "experiment" in request.choices:
         experiment = request.choices["experiment"]
-        given.append(_named("experiment", experiment))
+        given.append(named("experiment", experiment))
         config = _choose(config, base, given[-1], f"experiment '{experiment}'")
     for path in request.files:
         layer = load(path)
@@ -218,50 +222,6 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
     return _at_home(_resolved(_normalised(config)))
 
 
-def dropped(request: Request, config: Mapping[str, Any]) -> str:
-    """What an experiment and files say that is not in the config, though no later word says otherwise.
-
-    A choice of a group replaces what was said of the group before, and so does the record of a run.
-
-    Args:
-        request: the command line.
-        config: what it comes to.
-
-    Returns:
-        A sentence for each of them, or "".
-    """
-    layers: list[tuple[str, dict[str, Any], Request]] = []
-    before = Request(choices={key: name for key, name in request.choices.items() if key == "experiment"})
-    for name in before.choices.values():
-        layers.append((f"experiment={name}", _named("experiment", name), before))
-    for path in request.files:
-        before = Request(files=[*before.files, path], choices=before.choices)
-        layers.append((f"--config {path}", load(path), before))
-    said, now, found = [key for key, _ in request.values], flat(config), []
-    for place, layer, upto in reversed(layers):
-        try:
-            then = flat(compose(upto))
-        except ConfigError:  # it needs what comes later
-            continue
-        own = flat({key: value for key, value in layer.items() if key in GROUPS or key in ("seed", "steps")})
-        lost = {
-            key: f"{key}={value}" + (f" (now {now[key]})" if key in now else "")
-            for key, value in then.items()
-            if key in own and value != now.get(key) and not any(_says(word, key) for word in said)
-        }
-        more = f" and {len(lost) - 6} more" if len(lost) > 6 else ""
-        if lost:
-            found.append(f"{place} is left out where it says {', '.join(list(lost.values())[:6])}{more}")
-        said += [] if is_record(layer) else list(own)
-    return "; ".join(reversed(found)) + (": choices of whole groups replace what is said before" if found else "")
-
-
-def _says(word: str, key: str) -> bool:
-    """Whether a key of a command line decides on another key: on it, something in it, or what it is in."""
-    node = word.removesuffix("_target_") if word.endswith("._target_") else f"{word}."
-    return word == key or key.startswith(node) or word.startswith(f"{key}.")
-
-
 def _rooted(data: Any, words: Any) -> Any:
     """What a data.root of the command line says to data sets within a stored data set, whose root was written out."""
     if not (isinstance(data, dict) and isinstance(words, dict) and "root" in words):
@@ -285,7 +245,7 @@ def _choose(config: dict[str, Any], base: dict[str, Any], layer: dict[str, Any],
     for group, name in choices.items():
         if group not in GROUPS:
             raise ConfigError(f"{where} chooses from an unknown group '{group}'.{suggest(str(group), GROUPS)}")
-        chosen[group] = merge(base.get(group) or {}, _named(group, str(name)))
+        chosen[group] = merge(base.get(group) or {}, named(group, str(name)))
     return merge({**config, **chosen}, layer)
 
 

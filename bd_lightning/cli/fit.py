@@ -267,7 +267,7 @@ def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
         last = plan.run_dir / "checkpoints" / "last.ckpt"
         begun = (plan.run_dir / "config.yaml").is_file()
         if failed and trainer.is_global_zero and last.is_file() and begun:
-            again = f"train.py ckpt_path={quote(short(last))}{trust(plan)}"
+            again = f"train.py ckpt_path={quote(short(last))}{build.trust(plan.config)}"
             print(f"stopped at step {trainer.global_step}; to resume: {again}", flush=True)
         for logger in trainer.loggers:
             if isinstance(logger, WandB):
@@ -290,10 +290,5 @@ def finish(plan: Plan, callbacks: list[Any], model: Any, diverged: str) -> None:
     given = [Path(plan.config["ckpt_path"])] if plan.command != "fit" else []
     found = next((path for path in (*given, *names) if path.exists()), None)
     page = " (open report.html)" if (plan.run_dir / "report.html").is_file() else ""
-    then = model.next_step(quote(short(found)) + trust(plan)) if found else "no checkpoint was kept"
+    then = model.next_step(quote(short(found)) + build.trust(plan.config)) if found else "no checkpoint was kept"
     print(f"everything is in {short(plan.run_dir)}{page}{'' if diverged else f'; {then}'}")
-
-
-def trust(plan: Plan) -> str:
-    """The word that a command line needs to load a checkpoint of this run: classes of the user's own are in it."""
-    return " trust=true" if build.strangers(plan.config) else ""

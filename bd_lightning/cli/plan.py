@@ -12,7 +12,8 @@ from bd_lightning.checks import UserError
 from bd_lightning.cli import build, folders, links
 from bd_lightning.cli import config as configs
 from bd_lightning.facts import Facts
-from bd_lightning.upgrade import FORMAT
+from bd_lightning.report.comparison import flat
+from bd_lightning.upgrade import FORMAT, is_record
 
 ONCE = {
     "to": "export", "precision": "export", "length": "average", "score": "average",
@@ -123,7 +124,51 @@ def resolve(argv: Sequence[str]) -> Plan:
         done = folders.finished(run_dir, checkpoint, config["steps"])
         if not done:
             checkpoints.refuse_stateless(checkpoint, path)
-    return Plan(request.command, config, run_dir, new, checkpoint, done, configs.dropped(request, config))
+    return Plan(request.command, config, run_dir, new, checkpoint, done, dropped(request, config))
+
+
+def dropped(request: configs.Request, config: Mapping[str, Any]) -> str:
+    """What an experiment and files say that is not in the config, though no later word says otherwise.
+
+    A choice of a group replaces what was said of the group before, and so does the record of a run.
+
+    Args:
+        request: the command line.
+        config: what it comes to.
+
+    Returns:
+        A sentence for each of them, or "".
+    """
+    layers: list[tuple[str, dict[str, Any], configs.Request]] = []
+    before = configs.Request(choices={key: name for key, name in request.choices.items() if key == "experiment"})
+    for name in before.choices.values():
+        layers.append((f"experiment={name}", configs.named("experiment", name), before))
+    for path in request.files:
+        before = configs.Request(files=[*before.files, path], choices=before.choices)
+        layers.append((f"--config {path}", configs.load(path), before))
+    said, now, found = [key for key, _ in request.values], flat(config), []
+    for place, layer, upto in reversed(layers):
+        try:
+            then = flat(configs.compose(upto))
+        except configs.ConfigError:  # it needs what comes later
+            continue
+        own = flat({key: value for key, value in layer.items() if key in configs.GROUPS or key in ("seed", "steps")})
+        lost = {
+            key: f"{key}={value}" + (f" (now {now[key]})" if key in now else "")
+            for key, value in then.items()
+            if key in own and value != now.get(key) and not any(_says(word, key) for word in said)
+        }
+        more = f" and {len(lost) - 6} more" if len(lost) > 6 else ""
+        if lost:
+            found.append(f"{place} is left out where it says {', '.join(list(lost.values())[:6])}{more}")
+        said += [] if is_record(layer) else list(own)
+    return "; ".join(reversed(found)) + (": choices of whole groups replace what is said before" if found else "")
+
+
+def _says(word: str, key: str) -> bool:
+    """Whether a key of a command line decides on another key: on it, something in it, or what it is in."""
+    node = word.removesuffix("_target_") if word.endswith("._target_") else f"{word}."
+    return word == key or key.startswith(node) or word.startswith(f"{key}.")
 
 
 def settings_of(plan: Plan, *keys: str) -> dict[str, Any]:

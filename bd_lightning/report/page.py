@@ -19,12 +19,13 @@ LARGEST = 12_000_000
 LOSSES = ("loss", "loss_gradient", "loss_scalar")
 
 
-def run_page(run: Run, next_step: str | None = None) -> str:
+def run_page(run: Run, next_step: str | None = None, trust: str = "") -> str:
     """The page of a run.
 
     Args:
         run: the run.
         next_step: what one does with the trained model, words and a command line; None leaves it out.
+        trust: what command lines need more to load the checkpoints, as `build.trust` says.
 
     Returns:
         HTML, one file without external resources and without scripts.
@@ -36,7 +37,7 @@ def run_page(run: Run, next_step: str | None = None) -> str:
     if more := _diagnostics(run):
         parts.append(f'<h2>Diagnostics</h2><details><summary>{len(more)} more</summary><div class="cards">')
         parts.append("".join(more) + "</div></details>")
-    parts.append(_commands(run, next_step))
+    parts.append(_commands(run, next_step, trust))
     text = (run.folder / "config.yaml").read_text(encoding="utf-8")
     parts.append(f"<h2>Config</h2><details><summary>config.yaml</summary><pre>{escape(text)}</pre></details>")
     return document(run.name, parts)
@@ -204,18 +205,18 @@ def short(path: Path) -> str:
     return shlex.quote(min(os.path.relpath(path), str(path), key=len))
 
 
-def _commands(run: Run, next_step: str | None) -> str:
+def _commands(run: Run, next_step: str | None, trust: str) -> str:
     best, last = (run.folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     lines = []
     if next_step:
         words, _, command = next_step.partition(": ")
         lines += [f"# {words}", command]
     if best.is_file():
-        lines += ["# the test split", f"train.py test ckpt_path={short(best)}"]
+        lines += ["# the test split", f"train.py test ckpt_path={short(best)}{trust}"]
     if last.is_file():
         steps = run.config.get("steps")
         more = 2 * max(1, steps if isinstance(steps, int) else run.step)
-        lines += ["# to go on", f"train.py ckpt_path={short(last)} steps={more}"]
+        lines += ["# to go on", f"train.py ckpt_path={short(last)}{trust} steps={more}"]
     lines += ["# the same again", f"train.py --config {short(run.folder / 'config.yaml')}"]
     lines += ["# beside another run", f"train.py compare {short(run.folder)} OTHER"]
     return f"<h2>To go on</h2><pre>{escape(chr(10).join(lines))}</pre>"

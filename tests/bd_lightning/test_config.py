@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from bd_lightning.checks import UserError
-from bd_lightning.cli import build, signatures
+from bd_lightning.cli import build, plan, signatures
 from bd_lightning.cli import config as configs
 from bd_lightning.cli.build import check, instantiate
 from bd_lightning.cli.config import ConfigError, compose, parse
@@ -287,7 +287,7 @@ def test_names_read_from_source_are_those_of_the_signature():
 def test_what_a_choice_leaves_out_is_said(tmp_path):
     def said(*words):
         request = parse([str(word) for word in words])
-        return configs.dropped(request, configs.compose(request))
+        return plan.dropped(request, configs.compose(request))
 
     mine, other, record = (tmp_path / f"{name}.yaml" for name in ("mine", "other", "record"))
     mine.write_text("ckpt_path: last\nmodel: {lr: 1.0e-2}\nsteps: 4\n")
