@@ -82,12 +82,25 @@ def read(path: str | Path) -> dict[str, Any]:
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"global_step is {step!r}")
         facts.read(stored["facts"])
+        for key in ("state_dict", "current_model_state"):
+            refuse_not_finite(checkpoint.get(key) or {})
     except UserError:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path} is not a checkpoint of this project, or it is damaged ({reason})") from error
     return {"global_step": 0, **checkpoint, "hyper_parameters": stored}
+
+
+def refuse_not_finite(weights: Mapping[str, Any]) -> None:
+    """Refuse weights that are not finite.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, value in weights.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"the weights {name} are not finite")
 
 
 def _file(path: str | Path) -> dict[str, Any]:

@@ -14,7 +14,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -85,8 +84,7 @@ class AdamW(Optimizer):
         optimizer = torch.optim.AdamW(
             module.parameters(), lr=lr, betas=self.betas, weight_decay=self.weight_decay, fused=fused
         )
-        optimizer.register_load_state_dict_pre_hook(partial(_keep_fused, fused=fused))
-        optimizer.register_load_state_dict_post_hook(_refuse_damaged)
+        _guard(optimizer)
         if fused:  # it offers to unscale float16's gradients by itself, and Lightning would refuse to clip them before
             optimizer._step_supports_amp_scaling = False
         return optimizer
@@ -98,28 +96,54 @@ class AdamW(Optimizer):
             super().unless(optimizer, bad)
 
 
-def _keep_fused(optimizer: torch.optim.Optimizer, state: dict[str, Any], fused: bool | None) -> dict[str, Any]:
-    """A state from another kind of device; torch would take the choice of the kernel over with it."""
-    return state | {"param_groups": [group | {"fused": fused} for group in state["param_groups"]]}
+COUNTED = ("lr", "initial_lr", "params", "k", "lr_max", "weight_sum", "scheduled_lr", "train_mode")
+"""What a group of an optimiser's state says of how far it has come; all else is what the config says."""
+
+
+def _guard(optimizer: torch.optim.Optimizer) -> None:
+    """Have an optimiser take over from a state what it counts and its moments alone, and only if they are sound."""
+    optimizer.register_load_state_dict_pre_hook(_keep_settings)
+    optimizer.register_load_state_dict_post_hook(_refuse_damaged)
+
+
+def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A state with the optimiser's own settings: its config's, and the kernel of the device that it is on."""
+    groups = [
+        group | {name: value for name, value in own.items() if name not in COUNTED}
+        for group, own in zip(state["param_groups"], optimizer.param_groups)
+    ]
+    return state | {"param_groups": groups}
 
 
 def _refuse_damaged(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a state of moments that are not finite, or not of the shapes of the weights; torch takes them over.
+    """Refuse a state that counts what cannot be, or whose moments are not finite or not of the shapes of the weights.
 
     Raises:
         ValueError: naming the first.
     """
-    rates = [group["lr"] for group in optimizer.param_groups]
-    if not all(map(math.isfinite, rates)):
-        raise ValueError(f"rates of the optimiser are {rates}")
-    for p, state in optimizer.state.items():
+    for group in optimizer.param_groups:
+        for name, value in group.items():
+            if name in COUNTED and name != "params" and not _counts(value) or name == "train_mode" and not value:
+                raise ValueError(f"{name} of the optimiser is {value!r}")
+    kinds = [sorted(map(str, state)) for state in optimizer.state.values()]
+    for (p, state), kind in zip(optimizer.state.items(), kinds):
+        if kind != kinds[0]:
+            raise ValueError(f"some weights have {', '.join(kinds[0])} and some {', '.join(kind) or 'nothing'}")
         for name, value in state.items():
-            if not isinstance(value, Tensor) or not value.dim():
-                continue
-            if value.shape != p.shape:
-                raise ValueError(f"{name} of weights of the shape {list(p.shape)} has the shape {list(value.shape)}")
-            if not value.isfinite().all():
-                raise ValueError(f"{name} of weights of the shape {list(p.shape)} is not finite")
+            if name == "step":
+                if not _counts(value):
+                    raise ValueError(f"weights of the shape {list(p.shape)} have had {value} steps")
+            elif not isinstance(value, Tensor) or value.shape != p.shape:
+                shape = f"the shape {list(value.shape)}" if isinstance(value, Tensor) else f"the value {value!r}"
+                raise ValueError(f"{name} of weights of the shape {list(p.shape)} has {shape}")
+            elif not value.isfinite().all() or name == "exp_avg_sq" and (value < 0).any():
+                raise ValueError(f"{name} of weights of the shape {list(p.shape)} is not finite, or below zero")
+
+
+def _counts(value: Any) -> bool:
+    """Whether a value is one number, finite and not below zero."""
+    number = isinstance(value, (int, float)) or isinstance(value, Tensor) and value.numel() == 1
+    return number and 0 <= float(value) < math.inf
 
 
 @dataclass(frozen=True)
@@ -170,7 +194,7 @@ class _MuonAndAdamW(torch.optim.Optimizer):
             ),
             AdamW(of.betas, of.weight_decay)(nn.ParameterList(others), lr),
         ]  # fmt: skip
-        self.parts[0].register_load_state_dict_post_hook(_refuse_damaged)
+        _guard(self.parts[0])
         self.bad: Tensor | None = None
         super().__init__([{"params": list(matrices)}, {"params": list(others)}], {"lr": lr})
 
@@ -224,9 +248,9 @@ class _MuonAndAdamW(torch.optim.Optimizer):
         return {"state": {}, "param_groups": rates, "parts": [part.state_dict() for part in self.parts]}
 
     def load_state_dict(self, state_dict: Any) -> None:
-        for group, rates in zip(self.param_groups, state_dict["param_groups"]):
-            group.update(rates)
-        for part, state in zip(self.parts, state_dict["parts"]):
+        for group, rates in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({name: rates[name] for name in ("lr", "initial_lr")})
+        for part, state in zip(self.parts, state_dict["parts"], strict=True):
             part.load_state_dict(state)
         _refuse_damaged(self)
 
@@ -258,7 +282,7 @@ class ScheduleFree(Optimizer):
             module.parameters(), lr=lr, betas=self.betas, weight_decay=self.weight_decay
         )
         optimizer.train()
-        optimizer.register_load_state_dict_post_hook(_refuse_damaged)
+        _guard(optimizer)
         return optimizer
 
     def averaged(self, optimizer):

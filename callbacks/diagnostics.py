@@ -50,7 +50,7 @@ class TrainingDiagnostics(L.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take it over from a checkpoint."""
-        self.__dict__.update(state_dict)
+        self.skipped, self.logged_step = int(state_dict["skipped"]), int(state_dict["logged_step"])
         self.logged_skips = self.skipped
 
     def _clear(self) -> None:
@@ -135,9 +135,12 @@ class TrainingDiagnostics(L.Callback):
         what, value = ("the gradient's norm", norm) if loss.isfinite() else ("the loss", loss)
         what = f"{what} is {value.item():g} at step {step}"
         if self.nonfinite == "stop":
+            look = "Look for broken data, or lower model.lr or set trainer.gradient_clip_val"
+            if step == 0:  # no rate has had a say
+                look = "Look for broken data, or for weights to begin with that are not finite"
             raise NonFiniteLoss(
-                f"{what}; the batch is kept in {path}. Look for broken data, or lower model.lr or set "
-                "trainer.gradient_clip_val; callbacks.diagnostics.nonfinite=skip leaves such steps out"
+                f"{what}; the batch is kept in {path}. {look}; "
+                "callbacks.diagnostics.nonfinite=skip leaves such steps out"
             )
         if not self.skipped:
             rank_zero_info(f"{what}: the step is left out, and so are others like it; the batch is kept in {path}")

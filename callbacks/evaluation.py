@@ -42,6 +42,18 @@ class Findings(NamedTuple):
     values: dict[str, float]
     row: dict[str, Any]
 
+    def check(self, owner: str) -> None:
+        """Refuse what cannot be logged or written.
+
+        Raises:
+            UserError: naming the evaluation, `owner`, and what is wrong.
+        """
+        if not isinstance(self.values, dict) or not isinstance(self.row, dict):
+            raise UserError(f"{owner}: Findings are a dictionary of numbers to log and one of what is written")
+        for name, value in self.values.items():
+            if not isinstance(name, str) or not isinstance(value, (int, float)):
+                raise UserError(f"{owner}: values of Findings are plain numbers by name, got {value!r} for {name!r}")
+
 
 class Evaluation(L.Callback):
     """Base of the callbacks that judge or show samples: they say what is drawn and what is made of it.
@@ -105,6 +117,8 @@ class Evaluation(L.Callback):
         found = trainer.strategy.broadcast(found)
         if found is not None and not isinstance(found, Findings):
             raise UserError(f"{type(self).__name__}.judge must return Findings or None, got a {type(found).__name__}")
+        if found is not None:
+            found.check(type(self).__name__)
         return found
 
     def evaluate(self, trainer: L.Trainer, pl_module: SampleModule, stage: str) -> None:
@@ -116,7 +130,8 @@ class Evaluation(L.Callback):
             if found is not None:
                 self.log_values(trainer, pl_module, found.values)
                 if trainer.is_global_zero and self.record is not None:
-                    append_record(trainer, self.record, {"step": step_of(trainer), **found.row})
+                    step = {"step": step_of(trainer)}
+                    append_record(trainer, self.record, step | found.row | step)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate."""

@@ -17,6 +17,7 @@ from callbacks.evaluation import Evaluation
 from callbacks.pictures import figure_image, publish_picture
 from callbacks.points import default_levels, fields_at, lattice, true_fields
 from callbacks.samples import Trajectory
+from datamodules.splits import samples_of
 from datamodules.subsets import random_subset
 
 
@@ -65,7 +66,7 @@ class FieldFigures(Evaluation):
     ) -> None:
         """Write the figures: that of the fields also if chains were lost."""
         data = data_of(trainer)
-        real = data.split("val").x
+        real = samples_of(data.split("val"))
         extent = self.extent or 1.3 * float(real.abs().max())
         if pl_module.dim <= 2:
             level = self.level
@@ -110,7 +111,7 @@ class PointTrajectory(Trajectory):
     def picture(self, trainer: L.Trainer, x: Tensor) -> Image.Image:
         """One frame; the window follows the points in from afar."""
         data = data_of(trainer)
-        real = data.split("val").x
+        real = samples_of(data.split("val"))
         extent = max(1.3 * float(real.abs().max()), 2 * float(x.square().mean().sqrt()))
         return figure_image(sample_figure(x, real, data.density, extent, column_names(trainer, self.columns)))
 

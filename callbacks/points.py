@@ -12,6 +12,7 @@ from bd_lightning.targets import Density
 from callbacks.drawing import SampleModule, data_of, draw_together
 from callbacks.evaluation import Evaluation, Findings, Metric
 from datamodules.base import DataModule
+from datamodules.splits import samples_of
 
 
 def lattice(dim: int, extent: float) -> Tensor | None:
@@ -76,7 +77,7 @@ class PointMetrics(Evaluation):
     def _floor(self, data: DataModule, split: str) -> tuple[float, float]:
         """Mean distances between training and held-out points."""
         if split not in self.floors:
-            train = data.split("train").x.cpu()
+            train = samples_of(data.split("train")).cpu()
             order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
             self.floors[split] = self._distances(train[order[: self._total(data)]], data, split)
         return self.floors[split]
@@ -87,7 +88,7 @@ class PointMetrics(Evaluation):
 
     def _distances(self, x: Tensor, data: DataModule, split: str) -> tuple[float, float]:
         """W2 and MMD of x to held-out points, the mean over chunks of n."""
-        held_out = data.split(split).x
+        held_out = samples_of(data.split(split))
         held_out = held_out[torch.randperm(len(held_out), generator=torch.Generator().manual_seed(1))]
         pairs = []
         for i, chunk in enumerate(x.split(self.n)):
@@ -106,7 +107,7 @@ class PointMetrics(Evaluation):
     ) -> Findings:
         """Distances, which are infinite if chains were lost, and errors of the fields."""
         data = data_of(trainer)
-        n, held_out = self._total(data), data.split(stage).x
+        n, held_out = self._total(data), samples_of(data.split(stage))
         w2_floor, mmd_floor = self._floor(data, stage)
         if drawn is None:
             values = {"w2": math.inf, "mmd": math.inf}

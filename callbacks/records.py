@@ -53,7 +53,7 @@ def append_record(trainer: L.Trainer, name: str, row: dict[str, Any]) -> None:
     part = Path(f"{path}.part")
     try:
         text = json.dumps([*rows, known], indent=1, allow_nan=False)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"rows of {name} must hold plain numbers and text, which JSON knows ({error})") from error
     part.write_text(text)
     part.replace(path)

@@ -7,6 +7,7 @@ from datamodules.folder import ImageFolder
 from datamodules.images import ImageDataModule, to_uint8
 from datamodules.latents import Latents
 from datamodules.requests import SampleRequests
+from datamodules.splits import DataError, Rows
 from datamodules.synthetic import Synthetic
 from datamodules.table import Table
 from datamodules.torchvision_sets import CIFAR10, MNIST
@@ -15,6 +16,7 @@ __all__ = [
     "CIFAR10",
     "MNIST",
     "Data",
+    "DataError",
     "DataModule",
     "Digits",
     "Environment",
@@ -22,6 +24,7 @@ __all__ = [
     "ImageFolder",
     "LambdaEnvironment",
     "Latents",
+    "Rows",
     "SampleRequests",
     "Synthetic",
     "Table",

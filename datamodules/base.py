@@ -1,118 +1,22 @@
 """What all data modules share: facts, splits and loaders."""
 
 import math
-import os
+import operator
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from functools import singledispatch
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from torch.utils.data.distributed import DistributedSampler
+from torch.utils.data import DataLoader
 
-from bd_lightning.checks import UserError, in_range, positive
+from bd_lightning.checks import in_range, positive
 from bd_lightning.facts import Facts, SampleFacts
 from bd_lightning.targets import Density
-
-
-class DataError(UserError):
-    """Data that is missing or unusable, said in one sentence; also by a worker, to whose torch adds a traceback."""
-
-    def __init__(self, text: str) -> None:
-        _, worker, sentence = text.rpartition("DataError: ")
-        super().__init__(sentence.strip() if worker else text)
-
-
-SHARE = 0.2
-"""A split is moved to the device that trains if it takes at most this share of what is free there."""
-
-
-def free_memory(device: torch.device) -> float:
-    """Bytes that are free on a GPU; infinite on other devices."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-
-
-class Rows(Dataset):
-    """A split held in memory: x (N, *) and labels (N,). It is indexed by lists, a batch at a time.
-
-    Args:
-        x: the samples.
-        labels: class indices; zeros if None.
-
-    Raises:
-        DataError: if samples are no tensor, or not finite, or there are not as many labels.
-    """
-
-    def __init__(self, x: Tensor, labels: Tensor | None = None) -> None:
-        if not isinstance(x, Tensor):
-            raise DataError(f"samples must be a tensor, got a {type(x).__name__}")
-        if labels is not None and len(labels) != len(x):
-            raise DataError(f"{len(x)} samples cannot have {len(labels)} labels")
-        if x.is_floating_point() and x.dim() > 1:
-            lost = (~x.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
-            if lost:
-                raise DataError(f"{len(lost)} of {len(x)} samples are not finite, the first of them in row {lost[0]}")
-        self.x = x
-        self.labels = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        x, y = self.__getitems__([index])
-        return x[0], y[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
-        rows = torch.as_tensor(indices).to(self.x.device, non_blocking=True)
-        return self.x[rows], self.labels[rows]
-
-
-@singledispatch
-def moved(split: Any, device: torch.device) -> bool:
-    """Move a split to the device that trains, if there is plenty of room; whether it lies on a device of its own now.
-
-    Batches are then put together there. A split that is not held in memory stays where it is.
-    """
-    return False
-
-
-@moved.register
-def _(split: Rows, device: torch.device) -> bool:
-    if split.x.nbytes > SHARE * free_memory(device):
-        return False
-    split.x, split.labels = split.x.to(device), split.labels.to(device)
-    return device.type != "cpu"
-
-
-class ShuffledShare(DistributedSampler):
-    """A rank's share of a shuffled split, in an order that depends on the run's seed and the epoch alone.
-
-    Batch k of all ranks together is the same set of samples on any number of ranks, for the same effective batch.
-
-    Args:
-        dataset: the split.
-        world_size: number of ranks.
-        rank: this rank.
-        seen: says how many samples of the epoch this rank has seen, which a run that is resumed passes over.
-    """
-
-    def __init__(self, dataset: Dataset, world_size: int, rank: int, seen: Callable[[], int]) -> None:
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
-        self.seen = seen
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(list(super().__iter__())[self.seen() :])
-
-
-class _Late(DataLoader):
-    """Starts at the first batch that is asked for, when the epoch and the place in it are known."""
-
-    def __iter__(self) -> Any:
-        yield from super().__iter__()
+from datamodules.splits import DataError, Late, ShuffledShare, labels_of, moved, refuse_labels, stacked
+from datamodules.splits import Rows as Rows  # where modules of the user's own look for it
 
 
 class Data(L.LightningDataModule):
@@ -226,7 +130,20 @@ class DataModule(Data):
         for name in ("shape", "sigma_data"):
             if getattr(self, name, None) is None:
                 raise DataError(f"{self.name} must say its {name}: it has no such attribute")
-        return SampleFacts(self.name, tuple(self.shape), self.sigma_data, tuple(self.class_names))
+        try:
+            shape, scale = tuple(map(operator.index, self.shape)), float(self.sigma_data)
+            names = tuple(map(str, () if isinstance(self.class_names, str) else self.class_names))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(
+                f"{self.name}: shape must be whole numbers, sigma_data a number and class_names a list of names; got "
+                f"{self.shape!r}, {self.sigma_data!r} and {self.class_names!r}"
+            ) from error
+        if not (0 < scale < math.inf and all(size > 0 for size in shape) and len(names) == len(self.class_names)):
+            raise DataError(
+                f"{self.name}: sizes of shape and sigma_data must be positive, and class_names a list of names; got "
+                f"{shape}, {scale:g} and {self.class_names!r}"
+            )
+        return SampleFacts(self.name, shape, scale, names)
 
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
@@ -270,22 +187,25 @@ class DataModule(Data):
         return self.splits[split]
 
     def _refuse_unsound(self, split: str, rows: Any) -> None:
-        """Refuse a split whose first sample no model could learn from.
+        """Refuse a split that is empty, whose first sample no model could learn from, or whose labels are no classes.
 
         Raises:
             DataError: saying what it has to be.
         """
         place = f"{self.name}: the {split} split"
         try:
-            if not len(rows):
+            if not len(rows) and split == "train":  # said with what fills a batch
                 return
+            if not len(rows):
+                raise DataError(f"{place} is empty: give it some samples, two at least")
             if isinstance(rows, Tensor):
                 raise TypeError("no labels")
             x, label = rows[0]
-            shape, dtype, number = tuple(x.shape), x.dtype, int(label)
-        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            shape, dtype, labels = tuple(x.shape), x.dtype, labels_of(rows)
+            int(label)
+        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
             raise DataError(
-                f"{place} must be a data set of pairs, x a tensor and a label, such as datamodules.base.Rows(x, labels)"
+                f"{place} must be a data set of pairs, x a tensor and a label, such as datamodules.Rows(x, labels)"
                 f"; its first is not ({error!r})"
             ) from error
         if shape != tuple(self.shape):
@@ -294,8 +214,7 @@ class DataModule(Data):
             )
         if dtype != torch.float32:
             raise DataError(f"{place} has samples of {dtype}, and models take torch.float32: return x.float()")
-        if not 0 <= number < max(1, len(self.class_names)):
-            raise DataError(f"{place} has the label {number}, and there are {len(self.class_names)} class_names")
+        refuse_labels(place, labels, len(self.class_names))
 
     def _refuse_few(self, size: int, world: int) -> None:
         """Refuse a training split that does not fill one batch on each of so many devices.
@@ -319,10 +238,10 @@ class DataModule(Data):
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", ()):
             self.split(split)
 
-    @staticmethod
-    def collate(batch: Any) -> Any:
-        """Pass a batch that was fetched whole; stack one that came image by image."""
-        return batch if isinstance(batch, tuple) else torch.utils.data.default_collate(batch)
+    @property
+    def collate(self) -> Callable[[Any], Any]:
+        """Passes a batch that was fetched whole; stacks one that came sample by sample, which is looked at."""
+        return partial(stacked, self.name, tuple(self.shape), len(self.class_names))
 
     def _loader(
         self, dataset: Any, kind: type[DataLoader] = DataLoader, there: bool = False, **options: Any
@@ -351,7 +270,7 @@ class DataModule(Data):
 
         sampler = ShuffledShare(split, world, rank, seen)
         there = trainer is not None and moved(split, trainer.strategy.root_device)
-        return self._loader(split, _Late, there, batch_size=self.batch_size, sampler=sampler, drop_last=True)
+        return self._loader(split, Late, there, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 
     def eval_dataloader(self, split: str) -> DataLoader:
         """Batches of a split in order."""

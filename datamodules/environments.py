@@ -10,8 +10,9 @@ from torch.utils.data import DataLoader
 
 from bd_lightning.checks import UserError, in_range, positive
 from bd_lightning.facts import EnvironmentFacts
-from datamodules.base import Data, DataError
+from datamodules.base import Data
 from datamodules.experience import Experience, LambdaExperience, Transitions, encode
+from datamodules.splits import DataError
 
 LONGEST = 1000
 """Steps after which episodes are cut in environments without a limit of their own, unless `max_steps` is given."""

@@ -11,11 +11,11 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from bd_lightning.checks import in_range, positive
-from datamodules.base import DataError
 from datamodules.cache import load_cached, save_cached
 from datamodules.decoded import read_decoded, write_decoded
 from datamodules.image_files import EXTENSIONS, find, problems, read
 from datamodules.images import SEEN, ByteImages, ImageDataModule, to_unit
+from datamodules.splits import DataError
 from datamodules.subsets import random_subset
 
 _SPLITS = {"train": ("train", "training"), "val": ("val", "valid", "validation"), "test": ("test",)}

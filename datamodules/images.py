@@ -13,7 +13,8 @@ from torch import Tensor
 
 from bd_lightning.checks import in_range
 from bd_lightning.modules.base import batch_seed
-from datamodules.base import DataModule, Rows
+from datamodules.base import DataModule
+from datamodules.splits import Rows
 from datamodules.subsets import random_subset
 
 FLIPS = 1_000_003  # keeps mirroring apart from the noise of the fields

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 
 from bd_lightning.latents import LatentSpace
 from bd_lightning.progress import bar
-from datamodules.base import DataModule, Rows
+from datamodules.base import DataModule
 from datamodules.cache import cache_path, load_cached, save_cached
 from datamodules.images import ImageDataModule
+from datamodules.splits import Rows
 
 
 class Latents(DataModule):

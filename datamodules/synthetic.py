@@ -6,7 +6,8 @@ import torch
 
 from bd_lightning.checks import positive
 from bd_lightning.targets import Density
-from datamodules.base import DataModule, Rows
+from datamodules.base import DataModule
+from datamodules.splits import Rows
 
 
 class Synthetic(DataModule):

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from bd_lightning.checks import in_range, one_of, suggest
 from bd_lightning.facts import TableFacts
-from datamodules.base import DataError, DataModule, Rows
+from datamodules.base import DataModule
+from datamodules.splits import DataError, Rows
 
 DATASETS = ("wine", "breast_cancer", "diabetes")
 _SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t"}

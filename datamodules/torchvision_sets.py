@@ -9,8 +9,8 @@ from torchvision import datasets
 from torchvision.datasets import VisionDataset
 
 from bd_lightning.checks import in_range
-from datamodules.base import DataError
 from datamodules.images import SEEN, ByteImages, ImageDataModule
+from datamodules.splits import DataError
 
 
 class _Torchvision(ImageDataModule):

@@ -14,7 +14,7 @@ from bd_lightning.cli.build import instantiate
 from bd_lightning.cli.config import compose, parse
 from conftest import ROOT
 from datamodules import Digits
-from datamodules.base import DataError, ShuffledShare
+from datamodules.splits import DataError, ShuffledShare
 from joined_step import FACTS, gradient
 
 ONE = "model=mlp model.network.width=16 model.network.depth=1 model.network.dropout=0"

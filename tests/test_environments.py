@@ -20,8 +20,8 @@ import gymnasium
 from benchmarks import returns_linearity as linearity
 from benchmarks import returns_training as benchmark
 from datamodules import Environment
-from datamodules.base import DataError
 from datamodules.environments import make_envs
+from datamodules.splits import DataError
 
 
 def test_caution_keeps_away_from_a_cliff_where_the_mean_does_not():

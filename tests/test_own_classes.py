@@ -1,5 +1,6 @@
 """Mistakes in classes of the user's own are one sentence, and what was trained with them is found again."""
 
+import collections
 import sys
 
 import pytest
@@ -26,6 +27,7 @@ class Own(DataModule):
         x = torch.randn(200, 2, generator=torch.Generator().manual_seed(len(split)))
         return {rows}
 """
+TWO = "class_names = ('a', 'b')"
 CONFIG = "data: {_target_: own_parts.Own, batch_size: 64}\n"
 
 
@@ -58,11 +60,33 @@ def own(tmp_path, monkeypatch, capsys, caplog):
         ("", "Rows(x, torch.ones(200, dtype=torch.long))", "the label 1, and there are 0 class_names"),
         ("class_names = ('a', 'b')", "Rows(x, torch.zeros(9))", "200 samples cannot have 9 labels"),
         ("sigma_data = None", "Rows(x)", "Own must say its sigma_data"),
+        ("sigma_data = 'wide'", "Rows(x)", "Own: shape must be whole numbers, sigma_data a number"),
+        ("sigma_data = -1", "Rows(x)", "sizes of shape and sigma_data must be positive"),
+        ("shape = 2", "Rows(x)", "Own: shape must be whole numbers"),
+        ("class_names = 'ab'", "Rows(x)", "class_names a list of names"),
+        ("", "Rows(x[:0] if split == 'val' else x)", "the val split is empty"),
+        (TWO, "Rows(x, torch.arange(200) // 199 * 9)", "the label 9, and there are 2 class_names"),
+        (TWO, "Rows(x, -torch.arange(200))", "the label -1, and there are 2 class_names"),
+        (TWO, "Rows(x, torch.rand(200))", "labels of torch.float32 and the shape [200]"),
+        (TWO, "Rows(x, torch.zeros(200, 2, dtype=torch.long))", "the train split must be a data set of pairs"),
+        (TWO, "[(one, i // 199 * 9) for i, one in enumerate(x)]", "the label 9, and there are 2 class_names"),
+        ("", "[(one[: 2 - i // 199], 0) for i, one in enumerate(x)]", "samples that make no batch"),
+        ("", "[(one / (i < 199), 0) for i, one in enumerate(x)]", "samples that are not finite"),
     ],
 )
 def test_data_that_no_model_could_learn_from(declared, rows, message, own):
     status, said = own(DATA.format(declared=declared, rows=rows), config=CONFIG)
     assert status == 2 and message in said and said.count("error: ") == 1
+
+
+def test_what_data_say_in_numbers_of_another_kind_and_keep_in_a_list(own, tmp_path):
+    """A split may be any data set of pairs, and numpy's numbers are numbers; what is trained on them is read again."""
+    declared = "shape = (numpy.int64(2),)\n    sigma_data = torch.tensor(1.0)\n    class_names = (0, 1)"
+    rows = "[(one, i % 2) for i, one in enumerate(x)]"
+    mine = "import numpy\n" + DATA.replace("    shape = (2,)\n    sigma_data = 1.0\n", "")
+    assert own(mine.format(declared=declared, rows=rows), config=CONFIG)[0] == 0
+    path = next(tmp_path.rglob("last.ckpt"))
+    assert train.main(["predict", f"ckpt_path={path}", "trust=true", "n=3", f"root={tmp_path}"]) == 0
 
 
 SAMPLER = """
@@ -81,7 +105,14 @@ class Own(MultiScaleSampler):
 
 @pytest.mark.parametrize(
     ("path", "had"),
-    [("yield from ()", "(0,)"), ("yield self.first(noise)[:, :1]", "(50, 1)"), ("yield self.first(noise)", None)],
+    [
+        ("yield from ()", "that of step 0 is torch.float32 of the shape (0,)"),
+        ("yield self.first(noise)[:, :1]", "that of step 0 is torch.float32 of the shape (50, 1)"),
+        ("yield self.first(noise); yield self.first(noise)[:9]", "that of step 1 is torch.float32 of the shape (9, 2)"),
+        ("yield self.first(noise).long()", "that of step 0 is torch.int64"),
+        ("yield self.first(noise); yield None", "that of step 1 is a NoneType"),
+        ("yield self.first(noise)", None),
+    ],
 )
 def test_states_of_a_sampler_have_the_shape_of_samples(path, had, own):
     """Weights are kept: such a sampler gives no metrics, and the run goes on."""
@@ -90,7 +121,7 @@ def test_states_of_a_sampler_have_the_shape_of_samples(path, had, own):
     status, said = own(SAMPLER.format(path=path), *words)
     assert status == 0
     assert ("Own.path must yield states" in said) == (had is not None)
-    assert had is None or f"(50, 2), the last had {had}" in said
+    assert had is None or f"(50, 2), {had}" in said
 
 
 EVALUATION = """
@@ -114,6 +145,10 @@ class Own(Evaluation):
     [
         ("Findings({}, {'mean': drawn.mean()})", "rows of own.json must hold plain numbers and text"),
         ("{'val/mean': 0.0}", "Own.judge must return Findings or None, got a dict"),
+        ("Findings({'val/mean': 'low'}, {})", "Own: values of Findings are plain numbers by name, got 'low'"),
+        ("Findings({'val/mean': None}, {})", "Own: values of Findings are plain numbers by name, got None"),
+        ("Findings({}, None)", "Own: Findings are a dictionary of numbers to log and one of what is written"),
+        ("Findings({}, {'all': [1.0, float('nan')]})", "rows of own.json must hold plain numbers and text"),
     ],
 )
 def test_findings_of_an_evaluation(found, message, own):
@@ -161,26 +196,84 @@ class Own(MLP):
     assert status == 2 and "the loss was nan at the first step" in said and "lower model.lr" not in said
 
 
-def damaged(path, how):
-    """A checkpoint whose optimiser has other moments."""
-    stored = torch.load(path, weights_only=True)
-    for part in stored["optimizer_states"][0]["parts"]:
-        for state in part["state"].values() if how != "rate" else ():
-            for name, value in state.items():
-                if value.dim():
-                    state[name] = torch.zeros(7) if how == "shape" else torch.full_like(value, torch.nan)
+def doctor(stored, how):
+    """Change something in the states of a checkpoint."""
+    optimiser, schedule = stored["optimizer_states"][0], stored["lr_schedulers"][0]
+    adamw = optimiser["parts"][1]
+    first = next(iter(adamw["state"].values()))
+    if how == "shape":
+        first["exp_avg"] = torch.zeros(7)
+    if how == "scalar":
+        first["exp_avg"] = torch.zeros(())
+    if how == "nan":
+        first["exp_avg"] *= torch.nan
+    if how == "negative":
+        first["exp_avg_sq"] -= 1
+    if how == "missing":
+        del first["exp_avg"]
     if how == "rate":
-        stored["optimizer_states"][0]["param_groups"][0]["lr"] = torch.nan
-    torch.save(stored, path)
+        optimiser["param_groups"][0]["lr"] = torch.nan
+    if how == "steps":
+        first["step"] -= 100
+    if how == "part":
+        optimiser["parts"].pop()
+    if how == "place":
+        schedule["last_epoch"] = "here"
+    if how == "weights":
+        next(iter(stored["current_model_state"].values())).fill_(torch.nan)
+    if how == "settings":
+        adamw["param_groups"][0] |= {"amsgrad": True, "maximize": True, "eps": torch.nan, "betas": (2.0, 0.9)}
+    if how == "called":
+        schedule |= {"step": collections.OrderedDict, "lr_lambdas": [3]}
+    return stored
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint of a short run."""
+    root = tmp_path_factory.mktemp("trained")
+    words = "callbacks.metrics=null", "callbacks.best=null", "model.optimizer={_target_: bd_lightning.optimizers.Muon}"
+    assert train.main([*WORDS, f"root={root}", *words]) == 0
+    return next(root.rglob("last.ckpt"))
 
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("shape", "has the shape [7]"), ("nan", "is not finite"), ("rate", "rates of the optimiser are [nan")],
+    [
+        ("shape", "exp_avg of weights of the shape [16, 64] has the shape [7]"),
+        ("scalar", "has the shape []"),
+        ("nan", "is not finite"),
+        ("negative", "is not finite, or below zero"),
+        ("missing", "some weights have"),
+        ("rate", "lr of the optimiser is nan"),
+        ("steps", "have had -96.0 steps"),
+        ("part", "its states are damaged"),
+        ("place", "the schedule is at step 'here'"),
+        ("weights", "are not finite"),
+    ],
 )
-def test_training_does_not_go_on_with_damaged_moments(how, message, own, tmp_path):
-    assert own("", "callbacks.metrics=null", "callbacks.best=null")[0] == 0
-    path = tmp_path / "bellman-diffusion" / "own" / "checkpoints" / "last.ckpt"
-    damaged(path, how)
-    status, said = own("", f"ckpt_path={path}", "steps=8")
-    assert status == 2 and "its states are damaged" in said and message in said
+def test_training_does_not_go_on_with_damaged_states(how, message, trained, tmp_path, capsys):
+    path = tmp_path / "last.ckpt"
+    torch.save(doctor(torch.load(trained, weights_only=True), how), path)
+    status = train.main([*WORDS, f"root={tmp_path}", f"ckpt_path={path}", "run_id=again", "steps=8"])
+    said = "".join(capsys.readouterr())
+    assert status == 2 and message in said and "to resume" not in said and said.count("error: ") == 1
+
+
+@pytest.mark.parametrize("how", ["settings", "called"])
+def test_what_is_not_a_state_is_not_taken_from_a_checkpoint(how, trained, tmp_path):
+    ends = []
+    for way in (None, how):
+        path = tmp_path / str(way) / "last.ckpt"
+        path.parent.mkdir()
+        torch.save(doctor(torch.load(trained, weights_only=True), way), path)
+        words = f"root={path.parent}", f"ckpt_path={path}", "run_id=again", "steps=8", "callbacks.metrics=null"
+        assert train.main([*WORDS, *words, "callbacks.best=null"]) == 0
+        ends.append(torch.load(next(path.parent.rglob("again/**/last.ckpt")), weights_only=True)["state_dict"])
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("line", "reason"), [("1 / 0", "division by zero"), ("raise SystemExit(0)", "SystemExit(0)")])
+def test_a_module_that_fails_while_it_is_imported(line, reason, own):
+    status, said = own(line + "\n", "callbacks.own._target_=own_parts.Own")
+    assert status == 2 and "cannot import 'own_parts.Own'" in said and reason in said

@@ -212,8 +212,9 @@ def locate(path: str, key: str) -> Any:
         raise ConfigError(f"'{key}._target_': {path!r} must be a whole path, as bd_lightning.optimizers.Muon is one")
     try:
         found = getattr(importlib.import_module(module), name, None)
-    except (ImportError, SyntaxError, ValueError, TypeError) as error:  # TypeError: a path that begins with a dot
-        raise ConfigError(f"'{key}._target_': cannot import {path!r} ({error})") from error
+    except (Exception, SystemExit) as error:  # a module of the user's own may do anything while it is imported
+        reason = str(error) if isinstance(error, (ImportError, SyntaxError)) else repr(error)
+        raise ConfigError(f"'{key}._target_': cannot import {path!r} ({reason})") from error
     own = module.partition(".")[0] in OWN
     if not inspect.isclass(found) or own and found.__module__.partition(".")[0] not in OWN:
         offers = [n for n, v in vars(importlib.import_module(module)).items() if inspect.isclass(v)]

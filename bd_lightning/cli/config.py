@@ -110,7 +110,9 @@ def parse(argv: Sequence[str]) -> Request:
         if not equals or not key:
             raise ConfigError(f"cannot read '{word}': expected key=value, group=name or --config FILE")
         if not text.strip():  # of a variable that is not set, say
-            raise ConfigError(f"'{key}' has no value: write {key}=null for none, or leave it out")
+            raise ConfigError(
+                f"'{key}' has no value: give it one, or leave it out ({key}=null is none, where it may have none)"
+            )
         if key in (*GROUPS, "experiment"):
             request.choices[key] = text
         else:

@@ -244,7 +244,7 @@ def announce(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
 
 def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
     """Run the trainer; close the loggers and say how to go on however it ends."""
-    failed = True
+    failed, damaged = True, False
     try:
         if plan.command == "fit":  # given the path, Lightning restores callbacks, loops and optimisers too
             trainer.fit(model, datamodule=data, ckpt_path=plan.config["ckpt_path"], weights_only=True)
@@ -257,7 +257,8 @@ def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
     except MisconfigurationException as error:  # e.g. a monitor that is never logged
         raise UserError(" ".join(str(error).split())) from error
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        if not restoring(error):
+        damaged = restoring(error)
+        if not damaged:
             raise
         raise UserError(
             f"training cannot go on from {plan.config['ckpt_path']}: its states are damaged, or are not those of this "
@@ -266,7 +267,7 @@ def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
     finally:
         last = plan.run_dir / "checkpoints" / "last.ckpt"
         begun = (plan.run_dir / "config.yaml").is_file()
-        if failed and trainer.is_global_zero and last.is_file() and begun:
+        if failed and not damaged and trainer.is_global_zero and last.is_file() and begun:
             again = f"train.py ckpt_path={quote(short(last))}{build.trust(plan.config)}"
             print(f"stopped at step {trainer.global_step}; to resume: {again}", flush=True)
         for logger in trainer.loggers:

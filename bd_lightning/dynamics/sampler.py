@@ -110,17 +110,29 @@ class Sampler(ABC):
                 when none is left.
         """
         guard, step, x = _Guard(self.bound * (self.start_scale + 1), finite_part), 0, torch.empty(0)
+        expected = (len(noise), *noise.shape)
         for step, x in enumerate(self.path(fields, noise)):
+            self._check(step, x, expected)
             guard.look(step, x)
             if at_hand(x) or step % LOOK == LOOK - 1:
                 guard.stop()
             if watch is not None:
                 watch(step, x)
-        expected = (len(noise), *noise.shape)
-        if x.shape != expected:
-            raise UserError(f"{type(self).__name__}.path must yield states {expected}, the last had {tuple(x.shape)}")
+        self._check(step, x, expected)  # a path may have yielded nothing
         guard.stop()
         return guard.left(x)
+
+    def _check(self, step: int, x: object, expected: tuple[int, ...]) -> None:
+        """Refuse what is no state.
+
+        Raises:
+            UserError: saying what it has to be.
+        """
+        if not isinstance(x, Tensor) or x.shape != expected or not x.is_floating_point():
+            found = f"{x.dtype} of the shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__}"
+            raise UserError(
+                f"{type(self).__name__}.path must yield states of the shape {expected}, that of step {step} is {found}"
+            )
 
 
 class _Guard:

@@ -7,8 +7,8 @@ from PIL import Image
 from bd_lightning import facts
 from bd_lightning.facts import SampleFacts
 from datamodules import CIFAR10, MNIST, Digits, ImageFolder, SampleRequests, to_uint8
-from datamodules.base import DataError
 from datamodules.images import to_unit
+from datamodules.splits import DataError
 from datamodules.subsets import random_subset
 from tiny_data import write_cifar, write_folder, write_mnist
 

@@ -10,8 +10,8 @@ from PIL import Image
 
 import train
 from datamodules import ImageFolder, decoded, folder
-from datamodules.base import DataError, moved
 from datamodules.images import ByteImages
+from datamodules.splits import DataError, moved
 from small_run import WORDS
 from tiny_data import write_folder
 

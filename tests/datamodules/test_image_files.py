@@ -12,8 +12,8 @@ from PIL import Image
 
 import train
 from datamodules import ImageFolder
-from datamodules.base import DataError
 from datamodules.image_files import find, read
+from datamodules.splits import DataError
 from small_run import WORDS
 from tiny_data import write_folder
 

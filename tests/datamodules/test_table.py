@@ -9,7 +9,7 @@ import torch
 
 from bd_lightning.facts import read
 from datamodules import Table
-from datamodules.base import DataError
+from datamodules.splits import DataError
 
 SPLITS = ("train", "val", "test")
 
