@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from bd_lightning import dynamics
 from bd_lightning.kernels import ClosedFormSlices, leave_one_out
 from bd_lightning.networks import dual
-from datamodules import Digits, base
+from datamodules import Digits, splits
 from datamodules.images import ByteImages
 from gpu_steps import CASES, built, step_and_sample
 
@@ -103,7 +103,7 @@ def test_distances_are_in_single_precision_under_tf32():
 
 def test_batches_are_made_on_the_device_from_bytes(tmp_path, monkeypatch):
     """The bytes go there once; of a step, places and the mirrored rows do."""
-    monkeypatch.setattr(base, "free_memory", lambda device: 6 * 192 * 20)  # a fifth is 1.2 splits
+    monkeypatch.setattr(splits, "free_memory", lambda device: 6 * 192 * 20)  # a fifth is 1.2 splits
     data = Digits(root=str(tmp_path), batch_size=64, num_workers=2, pin_memory=True, flip=True)
     data.splits["train"] = ByteImages(data.load_split("train").x[:20, :1].expand(-1, 3, -1, -1).clone())
     data.batch_size = 4
@@ -119,7 +119,7 @@ def test_batches_are_made_on_the_device_from_bytes(tmp_path, monkeypatch):
     assert data.split("train").x.device.type == "meta" and data.split("train").x.dtype == torch.uint8
     for batch in (next(iter(loader)), data.on_before_batch_transfer(next(iter(loader)), 0)):
         assert [one.device.type for one in batch] == ["meta", "meta"] and batch[0].dtype == torch.float32
-    monkeypatch.setattr(base, "free_memory", lambda device: 4 * 192 * 20)  # too little
+    monkeypatch.setattr(splits, "free_memory", lambda device: 4 * 192 * 20)  # too little
     data.splits["train"] = ByteImages(torch.zeros(20, 3, 8, 8, dtype=torch.uint8))
     loader = data.train_dataloader()
     assert loader.num_workers == 2 and loader.pin_memory and data.split("train").x.device.type == "cpu"
