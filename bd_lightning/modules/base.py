@@ -55,7 +55,7 @@ class Schedule(LambdaLR):
         super().__init__(optimizer, lambda step: learning_rate(step, warmup_steps, decay_steps))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the step of a state, once the optimiser has its own.
+        """Go on from the step of a state, once the optimiser has its own; at that state's rate if none has changed.
 
         Raises:
             ValueError: if it does not say which step.
@@ -64,6 +64,9 @@ class Schedule(LambdaLR):
         if type(step) is not int or step < 0:
             raise ValueError(f"the schedule is at step {step!r}")
         self.last_epoch, self._step_count, rates = step, step + 1, self.base_lrs
+        if state_dict.get("base_lrs") == rates:  # the rate of the next step is in the optimiser's state
+            self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+            return
         self._last_lr = [full * share(self.last_epoch) for full, share in zip(rates, self.lr_lambdas)]
         for group, full, rate in zip(self.optimizer.param_groups, rates, self._last_lr):
             group.update(initial_lr=full, lr=rate)
