@@ -146,9 +146,9 @@ class Suite:
         )
         self.real = torch.cat([self.features(to_uint8(x).to(self.device)).cpu() for x, _ in split])
         self.steps = options.steps or self.config["steps"]
-        self.speeds = {"experiment": options.experiment, "words": options.words}
-        self.speeds |= {"bf16": options.bf16, "device": options.device}
-        self.trained = {**self.speeds, "steps": self.steps}
+        words = [word for word in options.words if not word.startswith("model.lr=")]  # no cost depends on the rate
+        self.speeds = {"experiment": options.experiment, "words": words, "bf16": options.bf16, "device": options.device}
+        self.trained = {**self.speeds, "words": options.words, "steps": self.steps}
         self.curved, self.scored = {**self.trained, "n": options.n_curve}, {**self.trained, "n": options.n}
         self.model = common.make_model(self.config, self.facts.arguments)
         self.pixels = self.data.observed is self.data

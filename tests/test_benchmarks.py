@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import math
+import re
 import sys
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from bd_lightning.checks import UserError
 from bd_lightning.modules.base import learning_rate
-from benchmarks import common, copies, peers, returns_tables
+from benchmarks import common, copies, mode_weights, peers, returns_tables
 from benchmarks.rows import Rows, mean_sd, table
 
 NAMES = (
@@ -362,3 +363,17 @@ def test_duplicated_images_are_a_class_and_are_found_again():
     often = copies.shuffled(6000)[: copies.DUPLICATED]
     distance, index = copies.two_nearest(codes[often] + 1e-4, codes)
     assert torch.equal(index, often) and (distance[:, 0] < distance[:, 1]).all()
+
+
+def test_a_ratio_of_means_has_the_error_of_both():
+    """By the delta method: the error of mean(a) / mean(b) for independent pairs, against many drawings of it."""
+    generator = torch.Generator().manual_seed(0)
+    floor = 1 + 0.1 * torch.randn(400, 50, generator=generator)
+    found = 2 * floor + 0.2 * torch.randn(400, 50, generator=generator)
+    said = [re.fullmatch(r"(.+) \((.+)\)", mode_weights.relative(a, b)).groups() for a, b in zip(found, floor)]
+    ratios, errors = torch.tensor([tuple(map(float, pair)) for pair in said]).T
+    assert float(ratios.mean()) == pytest.approx(2, abs=0.01)
+    assert float(errors.mean()) == pytest.approx(float(ratios.std()), rel=0.15)
+    none = torch.empty(0)
+    assert mode_weights.relative(none, floor[0]) == "–"
+    assert mode_weights.relative(torch.tensor([3.0]), torch.tensor([2.0])) == "1.50"
