@@ -123,7 +123,8 @@ def _refuse_damaged(optimizer: torch.optim.Optimizer) -> None:
     """
     for group in optimizer.param_groups:
         for name, value in group.items():
-            if name in COUNTED and name != "params" and not _counts(value) or name == "train_mode" and not value:
+            sound = value is True if name == "train_mode" else name not in COUNTED or name == "params" or _counts(value)
+            if not sound:
                 raise ValueError(f"{name} of the optimiser is {value!r}")
     kinds = [sorted(map(str, state)) for state in optimizer.state.values()]
     for (p, state), kind in zip(optimizer.state.items(), kinds):
@@ -142,7 +143,10 @@ def _refuse_damaged(optimizer: torch.optim.Optimizer) -> None:
 
 def _counts(value: Any) -> bool:
     """Whether a value is one number, finite and not below zero."""
-    number = isinstance(value, (int, float)) or isinstance(value, Tensor) and value.numel() == 1
+    if isinstance(value, Tensor):
+        number = value.numel() == 1 and value.dtype in (torch.float32, torch.float64, torch.int32, torch.int64)
+    else:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return number and 0 <= float(value) < math.inf
 
 

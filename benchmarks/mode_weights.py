@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from bd_lightning import checkpoints, kernels
+from bd_lightning.checks import UserError
 from bd_lightning.cli import build
 from bd_lightning.distances import wasserstein2
 from bd_lightning.dynamics import AnnealedDynamics, MultistepDynamics, ProbabilityFlow, SampleNoise, Sampler
@@ -34,6 +35,7 @@ from bd_lightning.targets import GaussianMixture
 from benchmarks import arguments, common
 from benchmarks.rows import table
 
+DENSITY = common.compose("data=gaussians_2d")["data"]["density"]
 RANGE: dict[str, Any] = {"sigma_max": 10.0, "sigma_min": 0.01, "exact_score": True}
 KERNELS = {
     "exact": kernels.Exact(0.001),
@@ -112,8 +114,14 @@ def relative(found: Tensor, floor: Tensor) -> str:
 
 
 def trained(path: str, chains: int, target: GaussianMixture) -> None:
-    """Sample a checkpoint from both starts."""
-    model, _ = checkpoints.load(path, BellmanDiffusion)
+    """Sample a checkpoint from both starts.
+
+    Raises:
+        UserError: if it is of other data.
+    """
+    model, stored = checkpoints.load(path, BellmanDiffusion)
+    if stored["data"].get("density") != DENSITY:
+        raise UserError(f"--checkpoint must be of a run of experiment=gaussians_2d; {path} is of other data")
     real, other = (target.sample(chains, torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
     def distances(x: Tensor) -> Tensor:
@@ -142,7 +150,7 @@ def main() -> None:
     parser.add_argument("--figure", type=arguments.picture(".png", ".jpg", ".pdf", ".svg"))
     parser.add_argument("--checkpoint")
     options = parser.parse_args()
-    target = build.instantiate(common.compose("data=gaussians_2d")["data"]["density"], "data.density")
+    target = build.instantiate(DENSITY, "data.density")
     if options.checkpoint:
         trained(options.checkpoint, options.chains, target)
         return

@@ -49,11 +49,17 @@ class AveragedWeights(EMAWeightAveraging):
         decay: weight of the past at each step.
         update_every_n_steps: steps between updates.
         update_starting_at_step: step of the first update.
+
+    Raises:
+        ValueError: for a decay outside [0, 1], and steps that are no counts.
     """
 
     def __init__(
         self, decay: float = 0.999, update_every_n_steps: int = 1, update_starting_at_step: int | None = None
     ) -> None:
+        in_range(0, 1, decay=decay)
+        in_range(1, float("inf"), update_every_n_steps=update_every_n_steps)
+        in_range(0, float("inf"), update_starting_at_step=update_starting_at_step or 0)
         super().__init__(
             decay=decay, update_every_n_steps=update_every_n_steps, update_starting_at_step=update_starting_at_step
         )
@@ -73,25 +79,27 @@ class AveragedWeights(EMAWeightAveraging):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Update the averages after an optimiser step; the first takes the weights as they are.
+        """Update the averages after an optimiser step. Up to the first update they are the weights themselves.
 
         An optimiser with averages of its own gives those instead.
         """
         step, average = trainer.global_step, self._average_model
-        if average is None or step <= self._latest_update_step or not self.should_update(step_idx=step - 1):
+        if average is None or step <= self._latest_update_step:
+            return
+        due = self.should_update(step_idx=step - 1)
+        if not due and average.n_averaged > 0:
             return
         ours, theirs = ([*module.parameters(), *module.buffers()] for module in (average.module, pl_module))
         decay = self.past(int(average.n_averaged) + 1)
         floating = [i for i, one in enumerate(ours) if one.is_floating_point()]
-        ends = [theirs[i].to(ours[i].dtype) for i in floating]  # themselves, unless the model trains in half precision
-        torch._foreach_lerp_([ours[i] for i in floating], ends, 1 - decay)
+        torch._foreach_lerp_([ours[i] for i in floating], [theirs[i] for i in floating], 1 - decay)
         for i in set(range(len(ours))).difference(floating):
             ours[i].copy_(theirs[i])
         own = cast(Module, pl_module).optimizer.averaged(trainer.optimizers[0]) or {}
         for mean, p in zip(average.module.parameters(), pl_module.parameters()):
             if p in own:
                 mean.copy_(own[p])
-        average.n_averaged += 1
+        average.n_averaged += due
         self._latest_update_step = step
 
     def past(self, update: int) -> float:
@@ -174,19 +182,6 @@ class LastCheckpoint(ModelCheckpoint):
             progress["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
             progress["current"] = dict(progress["total"])
             progress["is_last_batch"] = False
-
-    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Carry paths over to a run folder that was moved, without which Lightning forgets the best score."""
-        for callback in trainer.checkpoint_callbacks:
-            if not isinstance(callback, ModelCheckpoint):
-                continue
-            state = checkpoint["callbacks"].get(callback.state_key, {})
-            old, new = state.get("dirpath"), callback.dirpath
-            if old and new and old != new:
-                state["dirpath"] = new
-                for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
-                    state[name] = state[name].replace(old, str(new), 1)
-                state["best_k_models"] = {p.replace(old, str(new), 1): v for p, v in state["best_k_models"].items()}
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

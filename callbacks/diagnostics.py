@@ -193,6 +193,18 @@ class FieldDiagnostics(TrainingDiagnostics):
         """The means that are not logged yet, too."""
         return super().state_dict() | {"sums": self.sums}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with them.
+
+        Raises:
+            ValueError: if they are no sums of these bins.
+        """
+        super().load_state_dict(state_dict)
+        for name, total in state_dict.get("sums", {}).items():
+            if total.shape != (len(self.bins),) or total.dtype != torch.float32 or not total.isfinite().all():
+                raise ValueError(f"the sums of {name} over the noise levels are {total!r}")
+        self.sums = dict(state_dict.get("sums", {}))
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start the clock; sums from a checkpoint go to the module's device."""
         super().on_train_start(trainer, pl_module)

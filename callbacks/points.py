@@ -113,7 +113,7 @@ class PointMetrics(Evaluation):
             values = {"w2": math.inf, "mmd": math.inf}
         else:
             w2, discrepancy = self._distances(drawn, data, stage)
-            values = {"w2": w2, "w2_ratio": w2 / w2_floor, "mmd": discrepancy}
+            values = {"w2": w2, "w2_ratio": w2 / w2_floor if w2_floor else math.inf, "mmd": discrepancy}
             if data.density is not None and len(data.density.mode_weights) > 1:
                 values |= mode_shares(drawn, data.density)
         if data.density is not None:

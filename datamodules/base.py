@@ -132,13 +132,14 @@ class DataModule(Data):
                 raise DataError(f"{self.name} must say its {name}: it has no such attribute")
         try:
             shape, scale = tuple(map(operator.index, self.shape)), float(self.sigma_data)
+            count = len(self.class_names)
             names = tuple(map(str, () if isinstance(self.class_names, str) else self.class_names))
         except (TypeError, ValueError, RuntimeError) as error:
             raise DataError(
                 f"{self.name}: shape must be whole numbers, sigma_data a number and class_names a list of names; got "
                 f"{self.shape!r}, {self.sigma_data!r} and {self.class_names!r}"
             ) from error
-        if not (0 < scale < math.inf and all(size > 0 for size in shape) and len(names) == len(self.class_names)):
+        if not (0 < scale < math.inf and all(size > 0 for size in shape) and len(names) == count):
             raise DataError(
                 f"{self.name}: sizes of shape and sigma_data must be positive, and class_names a list of names; got "
                 f"{shape}, {scale:g} and {self.class_names!r}"

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import singledispatch
+from types import NoneType
 from typing import Any
 
 import torch
@@ -39,12 +40,14 @@ class Rows(Dataset):
         labels: class indices; zeros if None.
 
     Raises:
-        DataError: if samples are no tensor, or not finite, or there are not as many labels.
+        DataError: if samples or labels are no tensors, samples not finite, or there are not as many labels.
     """
 
     def __init__(self, x: Tensor, labels: Tensor | None = None) -> None:
         if not isinstance(x, Tensor):
             raise DataError(f"samples must be a tensor, got a {type(x).__name__}")
+        if not isinstance(labels, (Tensor, NoneType)):
+            raise DataError(f"labels must be a tensor, got a {type(labels).__name__}")
         if labels is not None and len(labels) != len(x):
             raise DataError(f"{len(x)} samples cannot have {len(labels)} labels")
         if x.is_floating_point() and x.dim() > 1:
@@ -52,7 +55,7 @@ class Rows(Dataset):
             if lost:
                 raise DataError(f"{len(lost)} of {len(x)} samples are not finite, the first of them in row {lost[0]}")
         self.x = x
-        self.labels = torch.zeros(len(x), dtype=torch.long) if labels is None else labels
+        self.labels = torch.zeros(len(x), dtype=torch.long) if labels is None else as_indices(labels)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -86,6 +89,11 @@ def samples_of(split: Any) -> Tensor:
 @samples_of.register
 def _(split: Rows) -> Tensor:
     return split.x
+
+
+def as_indices(labels: Tensor) -> Tensor:
+    """Labels of any type of whole numbers as the indices that layers take, int64; others as they are, to be refused."""
+    return labels if labels.is_floating_point() or labels.is_complex() else labels.long()
 
 
 def refuse_labels(place: str, labels: Tensor, classes: int) -> None:
@@ -128,7 +136,7 @@ def stacked(place: str, shape: tuple[int, ...], classes: int, batch: Any) -> Any
     if not x.isfinite().all():
         raise DataError(f"{place} has samples that are not finite")
     refuse_labels(place, label, classes)
-    return x, label
+    return x, as_indices(label)
 
 
 @singledispatch

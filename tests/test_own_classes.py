@@ -69,6 +69,8 @@ def own(tmp_path, monkeypatch, capsys, caplog):
         (TWO, "Rows(x, -torch.arange(200))", "the label -1, and there are 2 class_names"),
         (TWO, "Rows(x, torch.rand(200))", "labels of torch.float32 and the shape [200]"),
         (TWO, "Rows(x, torch.zeros(200, 2, dtype=torch.long))", "the train split must be a data set of pairs"),
+        (TWO, "Rows(x, torch.arange(200).numpy() % 2)", "labels must be a tensor, got a ndarray"),
+        ("class_names = (name for name in 'ab')", "Rows(x)", "class_names a list of names"),
         (TWO, "[(one, i // 199 * 9) for i, one in enumerate(x)]", "the label 9, and there are 2 class_names"),
         ("", "[(one[: 2 - i // 199], 0) for i, one in enumerate(x)]", "samples that make no batch"),
         ("", "[(one / (i < 199), 0) for i, one in enumerate(x)]", "samples that are not finite"),
@@ -87,6 +89,26 @@ def test_what_data_say_in_numbers_of_another_kind_and_keep_in_a_list(own, tmp_pa
     assert own(mine.format(declared=declared, rows=rows), config=CONFIG)[0] == 0
     path = next(tmp_path.rglob("last.ckpt"))
     assert train.main(["predict", f"ckpt_path={path}", "trust=true", "n=3", f"root={tmp_path}"]) == 0
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        "torch.arange(200) % 2 == 0",
+        "(torch.arange(200) % 2).byte()",
+        "(torch.arange(200) % 2).to(torch.int16)",
+        "pairs",
+    ],
+)
+def test_labels_of_any_whole_numbers_are_classes(labels, own):
+    rows = "[(one, i % 2 == 0) for i, one in enumerate(x)]" if labels == "pairs" else f"Rows(x, {labels})"
+    words = "model.network.conditional=true", "model.label_dropout=0.1", "callbacks.metrics.repeats=1"
+    assert own(DATA.format(declared=TWO, rows=rows), *words, config=CONFIG)[0] == 0
+
+
+def test_points_that_are_all_the_same_are_measured(own):
+    """Real points are then at no distance from each other, which nothing is relative to."""
+    assert own(DATA.format(declared="", rows="Rows(torch.ones_like(x))"), config=CONFIG)[0] == 0
 
 
 SAMPLER = """

@@ -70,7 +70,7 @@ NUMBERS = {
     "accumulate_grad_batches": ["0", "-1"], "log_every_n_steps": ["0", "-5"], 
     "limit_train_batches": ["0", "0.0", "2.5"],
     "limit_val_batches": ["0", "-1"], "gradient_clip_val": ["-1", ".nan"], "devices": ["0", "1000000000000"],
-    "precision": ["64", "64-true"], "num_nodes": ["0", "2"], "barebones": ["true"],
+    "precision": ["64", "64-true", "bf16-true", "16-true"], "num_nodes": ["0", "2"], "barebones": ["true"],
     "strategy": ["ddp_spawn", "ddp_fork"], "max_time": ["banana"], "min_steps": ["-1"],
 }  # fmt: skip
 

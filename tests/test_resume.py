@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import train
 from bd_lightning.cli.folders import short
-from callbacks import LastCheckpoint
+from bd_lightning.cli.resumed import carry_over
 from callbacks.checkpoints import uninterrupted
 from conftest import ROOT
 
@@ -121,7 +120,7 @@ def test_the_best_score_moves_with_the_folder(tmp_path):
     old.best_model_path = f"{old.dirpath}/best.ckpt"
     old.best_k_models = {old.best_model_path: old.best_model_score}
     checkpoint = {"callbacks": {old.state_key: old.state_dict()}}
-    LastCheckpoint().on_load_checkpoint(SimpleNamespace(checkpoint_callbacks=[new]), None, checkpoint)
+    carry_over(checkpoint["callbacks"][new.state_key], new.dirpath)
     new.load_state_dict(checkpoint["callbacks"][new.state_key])
     assert new.best_model_score == 3 and list(new.best_k_models) == [f"{new.dirpath}/best.ckpt"]
 

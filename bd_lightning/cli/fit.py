@@ -76,7 +76,7 @@ def _run(plan: Plan, run_dir: Path) -> None:
         model.prepare(plan.checkpoint is None, data.facts)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
     begin = Begin(plan)
-    callbacks = [begin, *objects.callbacks(plan)]
+    callbacks = [begin, resumed.SoundStates(), *objects.callbacks(plan)]
     if plan.command == "fit":
         refuse_no_average(model, callbacks)
     if plan.config["calls"]:

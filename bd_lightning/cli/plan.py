@@ -261,6 +261,11 @@ def refuse_numbers(trainer: Mapping[str, Any]) -> None:
         )
     if str(trainer.get("precision")).startswith("64"):
         raise UserError("'trainer.precision' must be 32-true or lower: data and noise are in single precision")
+    if str(trainer.get("precision")) in ("16-true", "bf16-true"):
+        raise UserError(
+            f"'trainer.precision' must not be {trainer['precision']}: noise levels and averaged weights are lost in "
+            "half precision; take bf16-mixed, whose weights are in single"
+        )
 
 
 def _existing(config: Mapping[str, Any]) -> str | None:

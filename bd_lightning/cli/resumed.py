@@ -1,7 +1,14 @@
 """A run that goes on from a checkpoint: what it may not do otherwise, and what it does otherwise."""
 
 import inspect
+import os
+from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from bd_lightning.checks import UserError
 from bd_lightning.cli.plan import Plan
@@ -78,3 +85,77 @@ def changed(plan: Plan) -> str:
     ]
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     return f"not as in the checkpoint: {', '.join(found[:8])}{more}" if found else ""
+
+
+class SoundStates(L.Callback):
+    """Looks at the states of a checkpoint before Lightning takes them over, which believes all that they say."""
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Refuse counts that are none; keep of the files that checkpoint callbacks know of those of the run itself.
+
+        Raises:
+            ValueError: naming what is damaged.
+        """
+        refuse_other_counts("fit_loop", trainer.fit_loop.state_dict(), checkpoint["loops"]["fit_loop"])
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.state_key in checkpoint["callbacks"]:
+                carry_over(checkpoint["callbacks"][callback.state_key], str(callback.dirpath))
+
+
+def refuse_other_counts(place: str, own: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    """Refuse states of Lightning's loops in which something else stands where it counts.
+
+    Args:
+        place: what they are of.
+        own: the states of loops that have not run.
+        stored: the states to go on with.
+
+    Raises:
+        ValueError: naming the first.
+    """
+    for name, value in own.items():
+        given = stored.get(name, value)
+        if type(given) is not type(value) or isinstance(value, int) and given < 0:
+            raise ValueError(f"{place}.{name} is {given!r}")
+        if isinstance(value, dict):
+            refuse_other_counts(f"{place}.{name}", value, given)
+
+
+def carry_over(state: dict[str, Any], folder: str) -> None:
+    """Carry the files that a `ModelCheckpoint` has written over to the run's folder, which may have been moved.
+
+    Lightning deletes the worst of them, a folder with all that is in it, wherever a path leads. So a path that does not
+    name a checkpoint inside the folder that it was written to is left out.
+
+    Args:
+        state: the callback's state, changed in place.
+        folder: where the callback writes now.
+
+    Raises:
+        ValueError: if the scores are damaged.
+    """
+    before = os.path.join(str(state.get("dirpath")), "")
+
+    def moved(path: Any) -> str:
+        inside = str(path).removeprefix(before)
+        plain = inside.isprintable() and not any(c in inside for c in ":\\") and ".." not in PurePath(inside).parts
+        known = plain and inside != path and inside.endswith(".ckpt") and not os.path.isabs(inside)
+        return os.path.join(folder, inside) if known else ""
+
+    for name in ("best_model_score", "current_score", "kth_value"):
+        value = state.get(name)
+        if value is not None and not _score(value):
+            raise ValueError(f"{name} of a checkpoint callback is {value!r}")
+    models = state.get("best_k_models")
+    if not isinstance(models, dict) or not all(map(_score, models.values())):
+        raise ValueError(f"best_k_models of a checkpoint callback is {models!r}")
+    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
+        state[name] = moved(state.get(name))
+    state["best_k_models"] = {moved(path): score for path, score in models.items() if moved(path)}
+    if state["best_k_models"] and state["kth_best_model_path"] not in state["best_k_models"]:
+        raise ValueError(f"kth_best_model_path of a checkpoint callback is none of {list(models)}")
+    state["dirpath"] = folder
+
+
+def _score(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1 and value.dtype in (torch.float32, torch.float64)

@@ -128,6 +128,8 @@ class ConditionedFields(FieldPair):
         label = self.label
         if label is None and self.no_class is not None:
             label = torch.full((len(x),), self.no_class, device=x.device)
+        if label is not None and label.is_inference() and not torch.is_inference_mode_enabled():
+            label = label.clone()  # `log_gradients` differentiates, and autograd keeps no tensors of inference
         return self.fields(x, sigma, label)
 
     def reference(self, sigma: Tensor) -> Tensor:

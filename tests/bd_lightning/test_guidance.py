@@ -18,7 +18,7 @@ from bd_lightning.fields import (
 )
 from bd_lightning.fields.base import log_gradient
 from bd_lightning.inverse import PosteriorFields
-from bd_lightning.kernels import Constant
+from bd_lightning.kernels import ClosedFormSlices, Constant
 from bd_lightning.modules import BellmanDiffusion, RelativeDensities
 from bd_lightning.networks import MLP
 from bd_lightning.targets import GaussianMixture
@@ -233,3 +233,16 @@ def test_samples_of_few_ancestors_are_said_to_be():
 def test_weights_are_those_of_one_scale(fields, sentence):
     with pytest.raises(UserError, match=sentence):
         FeynmanKac(levels=5)(fields, SampleNoise(range(4), (2,)))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_exact_scores_of_one_class_are_drawn_with(guidance):
+    """Samples are drawn without autograd, and the gradient of the mobility is taken in the midst of it."""
+    network = MLP((2,), 2, conditional=True, width=8, depth=1)
+    samplers = {"sde": MultistepDynamics(levels=3, exact_score=True)}
+    options = {"guidance": guidance, "label_dropout": 0.1}
+    model = BellmanDiffusion(network, ClosedFormSlices(0.001), (2,), 2, 1.0, samplers, **options).eval()
+    x = model.sample(range(4), seed=0, label=torch.tensor([0, 1, 1, 0]))
+    with torch.inference_mode():
+        label = torch.tensor([0, 1, 1, 0])
+        torch.testing.assert_close(model.sample(range(4), seed=0, label=label), x)

@@ -210,12 +210,6 @@ def test_an_optimizer_that_cannot_train_the_model_is_one_sentence(tmp_path, caps
     assert len(said) == 1 and "this model has none: take bd_lightning.optimizers.AdamW" in said[0]
 
 
-@pytest.mark.parametrize("trace", ["stein", "combined"])
-def test_half_precision_has_averages(trace, tmp_path):
-    words = ["trainer.precision=bf16-true", f"model.objective.trace={trace}"]
-    assert launch(tmp_path / "runs", "run_id=a", *words) == 0
-
-
 def test_an_optimizer_that_is_not_there_is_one_sentence(monkeypatch):
     monkeypatch.delattr(torch.optim, "Muon")
     with pytest.raises(ValueError, match="Muon needs torch 2.9 or later"):

@@ -109,6 +109,14 @@ def test_exception_during_validation_saves_weights_in_their_places(tmp_path, cac
     assert (average - start).norm() < (current - start).norm()  # decay 1: the average is the first step's
 
 
+def test_until_averaging_begins_the_weights_are_judged_as_they_are(tmp_path, cache):
+    late, record = fit(tmp_path, cache, [AveragedWeights(update_starting_at_step=100)])
+    assert torch.equal(record.evaluated[1], record.trained[1]) and late is not None
+    for options in ({"update_every_n_steps": 0}, {"update_starting_at_step": -1}, {"decay": 1.5}):
+        with pytest.raises(ValueError, match="must lie between"):
+            AveragedWeights(**options)
+
+
 def test_averages_live_where_the_model_trains_and_take_one_call(tmp_path):
     """Lightning moves the model after `setup`, in which the averages are made."""
     module, average = build(), AveragedWeights(decay=0.9)
