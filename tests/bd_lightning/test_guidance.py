@@ -240,7 +240,7 @@ def test_exact_scores_of_one_class_are_drawn_with(guidance):
     """Samples are drawn without autograd, and the gradient of the mobility is taken in the midst of it."""
     network = MLP((2,), 2, conditional=True, width=8, depth=1)
     samplers = {"sde": MultistepDynamics(levels=3, exact_score=True)}
-    options = {"guidance": guidance, "label_dropout": 0.1}
+    options = {"sampler": "sde", "guidance": guidance, "label_dropout": 0.1}
     model = BellmanDiffusion(network, ClosedFormSlices(0.001), (2,), 2, 1.0, samplers, **options).eval()
     x = model.sample(range(4), seed=0, label=torch.tensor([0, 1, 1, 0]))
     with torch.inference_mode():
