@@ -117,10 +117,10 @@ def test_the_best_score_moves_with_the_folder(tmp_path):
 
     old, new = best("old"), best("new")
     old.best_model_score = torch.tensor(3.0)
-    old.best_model_path = f"{old.dirpath}/best.ckpt"
+    old.best_model_path = old.kth_best_model_path = f"{old.dirpath}/best.ckpt"
     old.best_k_models = {old.best_model_path: old.best_model_score}
     checkpoint = {"callbacks": {old.state_key: old.state_dict()}}
-    carry_over(checkpoint["callbacks"][new.state_key], new.dirpath)
+    carry_over(new, checkpoint["callbacks"][new.state_key])
     new.load_state_dict(checkpoint["callbacks"][new.state_key])
     assert new.best_model_score == 3 and list(new.best_k_models) == [f"{new.dirpath}/best.ckpt"]
 

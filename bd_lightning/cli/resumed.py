@@ -99,7 +99,7 @@ class SoundStates(L.Callback):
         refuse_other_counts("fit_loop", trainer.fit_loop.state_dict(), checkpoint["loops"]["fit_loop"])
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.state_key in checkpoint["callbacks"]:
-                carry_over(checkpoint["callbacks"][callback.state_key], str(callback.dirpath))
+                carry_over(callback, checkpoint["callbacks"][callback.state_key])
 
 
 def refuse_other_counts(place: str, own: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
@@ -121,20 +121,20 @@ def refuse_other_counts(place: str, own: Mapping[str, Any], stored: Mapping[str,
             refuse_other_counts(f"{place}.{name}", value, given)
 
 
-def carry_over(state: dict[str, Any], folder: str) -> None:
+def carry_over(callback: ModelCheckpoint, state: dict[str, Any]) -> None:
     """Carry the files that a `ModelCheckpoint` has written over to the run's folder, which may have been moved.
 
     Lightning deletes the worst of them, a folder with all that is in it, wherever a path leads. So a path that does not
     name a checkpoint inside the folder that it was written to is left out.
 
     Args:
-        state: the callback's state, changed in place.
-        folder: where the callback writes now.
+        callback: the callback that will go on.
+        state: its state in the checkpoint, changed in place.
 
     Raises:
         ValueError: if the scores are damaged.
     """
-    before = os.path.join(str(state.get("dirpath")), "")
+    before, folder = os.path.join(str(state.get("dirpath")), ""), str(callback.dirpath)
 
     def moved(path: Any) -> str:
         inside = str(path).removeprefix(before)
@@ -151,8 +151,9 @@ def carry_over(state: dict[str, Any], folder: str) -> None:
         raise ValueError(f"best_k_models of a checkpoint callback is {models!r}")
     for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
         state[name] = moved(state.get(name))
-    state["best_k_models"] = {moved(path): score for path, score in models.items() if moved(path)}
-    if state["best_k_models"] and state["kth_best_model_path"] not in state["best_k_models"]:
+    state["best_k_models"] = kept = {moved(path): score for path, score in models.items() if moved(path)}
+    worst = state["kth_best_model_path"]
+    if worst not in kept and (worst or len(kept) == callback.save_top_k):  # known once there are so many
         raise ValueError(f"kth_best_model_path of a checkpoint callback is none of {list(models)}")
     state["dirpath"] = folder
 
