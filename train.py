@@ -4,7 +4,7 @@ import os
 import sys
 
 from bd_lightning.checks import UserError
-from bd_lightning.cli import compare, plan
+from bd_lightning.cli import build, compare, plan
 from bd_lightning.cli.help import help_text
 from bd_lightning.cli.quiet import quiet
 
@@ -25,6 +25,8 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    finally:
+        build.trusted.set(())  # what one command line trusts, nothing after it does
     return 0
 
 

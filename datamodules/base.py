@@ -217,16 +217,18 @@ class DataModule(Data):
             raise DataError(f"{place} has samples of {dtype}, and models take torch.float32: return x.float()")
         refuse_labels(place, labels, len(self.class_names))
 
-    def _refuse_few(self, size: int, world: int) -> None:
-        """Refuse a training split that does not fill one batch on each of so many devices.
+    def _refuse_few(self, size: int, world: int, accumulated: int = 1) -> None:
+        """Refuse a training split that does not fill one step: a number of batches on each of so many devices.
 
         Raises:
             DataError: with the batch size that it would fill, if there is one.
         """
-        most = size // world
+        most = size // (world * accumulated)
         if most >= self.batch_size:
             return
-        each = f" on each of {world} devices" if world > 1 else ""
+        each = (f" on each of {world} devices" if world > 1 else "") + (
+            f" for each of {accumulated} that are accumulated" if accumulated > 1 else ""
+        )
         few = f"{self.name}: the training split has {size} samples, fewer than one batch{each}"
         if most < 2:
             raise DataError(f"{few} of two samples, the least there is: hold out fewer, or take more data")
@@ -258,18 +260,19 @@ class DataModule(Data):
         )
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled batches (x, (B, *shape); label, (B,)) of this rank's share; a last short batch is dropped.
+        """Shuffled batches (x, (B, *shape); label, (B,)) of this rank's share; what fills no step is dropped.
 
         The epoch has begun where the trainer says: a resumed run goes on with the batch that would have come next.
         """
         split, trainer = self.split("train"), self.trainer
         world, rank = (trainer.world_size, trainer.global_rank) if trainer else (1, 0)
-        self._refuse_few(len(split), world)
+        accumulated = trainer.accumulate_grad_batches if trainer else 1
+        self._refuse_few(len(split), world, accumulated)
 
         def seen() -> int:
             return trainer.fit_loop.epoch_loop.batch_progress.current.ready * self.batch_size if trainer else 0
 
-        sampler = ShuffledShare(split, world, rank, seen)
+        sampler = ShuffledShare(split, world, rank, seen, self.batch_size * accumulated)
         there = trainer is not None and moved(split, trainer.strategy.root_device)
         return self._loader(split, Late, there, batch_size=self.batch_size, sampler=sampler, drop_last=True)
 

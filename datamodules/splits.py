@@ -166,15 +166,19 @@ class ShuffledShare(DistributedSampler):
         world_size: number of ranks.
         rank: this rank.
         seen: says how many samples of the epoch this rank has seen, which a run that is resumed passes over.
+        step: samples of this rank in one step of the optimiser; what does not fill one is left out of the epoch.
     """
 
-    def __init__(self, dataset: Dataset, world_size: int, rank: int, seen: Callable[[], int]) -> None:
+    def __init__(self, dataset: Dataset, world_size: int, rank: int, seen: Callable[[], int], step: int) -> None:
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
         super().__init__(dataset, world_size, rank, shuffle=True, seed=seed, drop_last=True)
-        self.seen = seen
+        self.seen, self.step = seen, step
+
+    def __len__(self) -> int:
+        return super().__len__() // self.step * self.step
 
     def __iter__(self) -> Iterator[int]:
-        return iter(list(super().__iter__())[self.seen() :])
+        return iter(list(super().__iter__())[self.seen() : len(self)])
 
 
 class Late(DataLoader):

@@ -62,7 +62,7 @@ def test_ranks_share_the_batches_of_one_process():
     data = list(range(103))
 
     def batches(world, rank, size, seen=0):
-        sampler = ShuffledShare(data, world, rank, lambda: seen)
+        sampler = ShuffledShare(data, world, rank, lambda: seen, 1)
         sampler.set_epoch(3)
         order = list(sampler)
         return [order[i : i + size] for i in range(0, len(order) - size + 1, size)]

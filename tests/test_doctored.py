@@ -271,6 +271,40 @@ def test_a_class_of_ones_own_is_named_again_or_trusted(tmp_path, capsys, monkeyp
     assert train.main([*words, f"--config={tmp_path / 'mine.yaml'}"]) == 0
 
 
+def test_what_one_command_does_is_not_a_checkpoints_to_say(tmp_path, capsys):
+    """Where an export goes, what is read, and other checkpoints that are fetched."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    said = {"to": str(outside / "a"), "export": str(outside / "b.npz"), "images": str(outside), "upscale": 2}
+    said |= {"merge": {"hf://evil/repo": 1.0}, "labels": [99], "draws": 3}
+    for key, value in said.items():
+        path = doctored(tmp_path / "run" / "checkpoints" / "a.ckpt", (key,), value)
+        words = [f"ckpt_path={path}", f"root={tmp_path}", "run_id=run", "callbacks.progress=null"]
+        assert train.main(["predict", *words, "n=2", f"seed={len(key)}"]) == 0, key
+    path = doctored(path, ("to",), said["to"])
+    assert train.main(["export", *words]) == 2
+    assert "export needs to=FOLDER" in capsys.readouterr().err and not files(outside)
+
+
+def test_trust_ends_with_its_command_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    path = doctored(tmp_path / "a.ckpt", ("model", "network", "_target_"), "mine.Mine")
+    for words in (["trust=true"], ["callbacks.more={_target_: mine.Mine}"]):
+        train.main(
+            [
+                "predict",
+                f"ckpt_path={V1 / 'default.ckpt'}",
+                "n=1",
+                f"root={tmp_path}",
+                f"run_id={len(words[0])}",
+                *words,
+            ]
+        )
+        with pytest.raises(UserError, match="names 'mine.Mine', which is no class of this suite"):
+            checkpoints.load(path)
+
+
 @pytest.mark.parametrize("damage", ["truncated", "not a mapping", "no weights", "other model"])
 def test_damaged_checkpoints_are_one_sentence(damage, tmp_path, capsys):
     path = tmp_path / "a.ckpt"

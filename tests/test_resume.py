@@ -116,6 +116,8 @@ def test_the_best_score_moves_with_the_folder(tmp_path):
         return ModelCheckpoint(dirpath=str(tmp_path / folder / "checkpoints"), filename="best", monitor="val/fid")
 
     old, new = best("old"), best("new")
+    (tmp_path / "new" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "new" / "checkpoints" / "best.ckpt").touch()
     old.best_model_score = torch.tensor(3.0)
     old.best_model_path = old.kth_best_model_path = f"{old.dirpath}/best.ckpt"
     old.best_k_models = {old.best_model_path: old.best_model_score}

@@ -1,6 +1,7 @@
 """States of a checkpoint, which Lightning believes, change nothing outside the run, and are refused where damaged."""
 
 import copy
+import math
 from pathlib import Path
 
 import pytest
@@ -55,21 +56,43 @@ def test_paths_of_a_checkpoint_delete_nothing(path, resume, tmp_path):
     assert sorted(path.name for path in (tmp_path / "runs").rglob("*.ckpt")) == ["best.ckpt", "last.ckpt"]
 
 
-def test_files_of_the_run_are_carried_over():
-    """In a folder of a metric's name, too, as Lightning makes them."""
-    score = torch.tensor(1.0)
-    state = {"dirpath": "/old", "best_model_path": "/old/a/b=1.ckpt", "kth_best_model_path": "/old/c.ckpt"}
-    state |= {"last_model_path": "/older/last.ckpt", "best_k_models": {"/old/a/b=1.ckpt": score, "/old/c.ckpt": score}}
-    callback = ModelCheckpoint("/new", monitor="val/loss", save_top_k=3)
-    carry_over(callback, state)
-    assert state["best_model_path"] == "/new/a/b=1.ckpt" and list(state["best_k_models"])[1] == "/new/c.ckpt"
-    assert state["kth_best_model_path"] == "/new/c.ckpt" and state["last_model_path"] == ""
-    carry_over(callback, state | {"kth_best_model_path": ""})  # Lightning names the worst when there are three
-
-
 @pytest.mark.parametrize(
-    "name", ["best_model_score", "kth_value", "best_k_models", "kth_best_model_path", "sums", "step"]
+    ("k", "mode", "kept", "worst"),
+    [
+        (3, "min", "abc", "b"),
+        (4, "min", "abc", ""),
+        (2, "min", "ac", "c"),
+        (1, "max", "b", "b"),
+        (0, "min", "", ""),
+        (-1, "max", "abc", ""),
+    ],
 )
+def test_files_of_the_run_are_carried_over(k, mode, kept, worst, tmp_path):
+    """Those that are there, as many as are kept now; in a folder of a metric's name, too, as Lightning makes them."""
+    names = {"a": "val/loss=1:2.ckpt", "b": "b.ckpt", "c": "c.ckpt"}
+    for name in (*names.values(), "last.ckpt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    scores = {"a": 1.0, "b": 3.0, "c": 2.0}
+    state = {"dirpath": "/old", "best_model_path": "/old/gone.ckpt", "last_model_path": "/older/last.ckpt"}
+    state |= {"best_k_models": {f"/old/{names[key]}": torch.tensor(score) for key, score in scores.items()}}
+    state["best_k_models"]["/old/gone.ckpt"] = torch.tensor(2.5)
+    carry_over(ModelCheckpoint(tmp_path, monitor="val/loss", save_top_k=k, mode=mode), state)
+    place = {key: str(tmp_path / name) for key, name in names.items()}
+    best = {"min": "a", "max": "b"}[mode] if kept else ""
+    assert sorted(state["best_k_models"]) == sorted(place[key] for key in kept)
+    assert state["best_model_path"] == place.get(best, "") and state["kth_best_model_path"] == place.get(worst, "")
+    assert state["kth_value"] == scores.get(worst, math.inf if mode == "min" else -math.inf)
+    assert state["last_model_path"] == "" and state["dirpath"] == str(tmp_path)
+
+
+SCORES = {
+    "text": "x", "meta": torch.empty((), device="meta"), "nan": torch.tensor(math.nan),
+    "sparse": torch.tensor([1.0]).to_sparse(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["text", "meta", "nan", "sparse", "sums", "step"])
 def test_damaged_states_are_one_sentence(name, resume):
     def change(checkpoint):
         if name == "step":
@@ -78,9 +101,7 @@ def test_damaged_states_are_one_sentence(name, resume):
             checkpoint["callbacks"]["FieldDiagnostics"]["sums"]["count"] = "many"
         else:
             state = next(state for key, state in checkpoint["callbacks"].items() if key.startswith("ModelCheckpoint"))
-            state["best_k_models"] = {f"{state['dirpath']}/best.ckpt": torch.tensor(1.0)}
-            state["kth_best_model_path"] = state["best_model_path"] = f"{state['dirpath']}/best.ckpt"
-            state[name] = {"best_k_models": {"a": "x"}}.get(name, "x")
+            state["best_k_models"] = {f"{state['dirpath']}/best.ckpt": SCORES[name]}
 
     status, said = resume(change)
     assert status == 2 and said.count("error: ") == 1 and "its states are damaged" in said and "Traceback" not in said
@@ -106,3 +127,22 @@ def test_counts_that_are_none_are_one_sentence(place, value, resume):
 
     status, said = resume(change)
     assert status == 2 and said.count("error: ") == 1 and place in said and "Traceback" not in said
+
+
+def test_a_run_ends_with_its_last_step(tmp_path):
+    """Batches that do not fill a step are left out of an epoch, so that validations keep their steps; the last
+    checkpoint holds the scores of all others.
+    """
+    words = ["data.batch_size=100", "model=mlp", "model.network.width=8", "model.network.depth=1"]
+    words += ["callbacks=points", "callbacks.metrics=null", "callbacks.figures=null", "callbacks.trajectory=null"]
+    words += ["callbacks.report=null", "callbacks.progress=null", "callbacks.best=null", "logger=none", "run_id=a"]
+    words += ["callbacks.last.every=0", "trainer.accumulate_grad_batches=2", "steps=12", "eval_every=4"]
+    node = f"{BEST[:-1]}, mode: max, save_top_k: 2}}".replace("filename: best", "filename: 'w{val/loss:.3f}{step}'")
+    words += [f"root={tmp_path / 'runs'}", f"data.root={tmp_path}", f"callbacks.more={node}"]
+    assert train.main(words) == 0
+    (folder,) = tmp_path.rglob("checkpoints")
+    last = torch.load(folder / "last.ckpt", weights_only=True)
+    (state,) = (state for key, state in last["callbacks"].items() if key.startswith("ModelCheckpoint"))
+    assert last["global_step"] == 12 and last["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] >= 1
+    assert sorted(state["best_k_models"]) == sorted(str(path) for path in folder.rglob("*step=*.ckpt"))
+    assert train.main([f"ckpt_path={folder / 'last.ckpt'}", "steps=16", "callbacks.progress=null"]) == 0

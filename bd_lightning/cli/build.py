@@ -366,7 +366,9 @@ def instantiate(node: Any, key: str, facts: Mapping[str, Any] | None = None, **e
         raise ConfigError(f"'{key}' ({cls.__name__}) needs {' and '.join(lacking)}, which this data does not have")
     try:
         return cls(**built, **known, **extra)
-    except (ValueError, TypeError, RuntimeError, OSError, MemoryError, MisconfigurationException) as error:
+    except (
+        ValueError, TypeError, RuntimeError, OSError, MemoryError, ImportError, MisconfigurationException,
+    ) as error:  # fmt: skip
         reason = " ".join(str(error).split())
         if isinstance(error, MemoryError) or "can't allocate memory" in reason:
             reason = "it asks for more memory than this machine has: make it, or the data it is for, smaller"

@@ -56,6 +56,13 @@ TOP_LEVEL: dict[str, Any] = {
     "score": Literal["validate", "test"] | None,
     "trust": bool,
 }
+ONCE = {
+    "to": "export", "precision": "export", "length": "average", "score": "average", "export": "test",
+    "likelihood": "test", "inpaint": "predict", "upscale": "predict", "draws": "predict",
+    "images": "predict", "labels": "predict", "mix": "predict", "remove": "predict", "merge": "predict",
+    "calls": "test",
+}  # fmt: skip
+"""Keys that say what one command does, which no run keeps and no checkpoint says."""
 NOT_KEPT = ("format", "facts", "trust")
 """Keys of a stored config that say nothing about the run: its format, its data, and what somebody trusted then."""
 
@@ -191,7 +198,7 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
             "the config of the checkpoint refers to something outside it by '${': it is not one of this suite's"
         )
     if stored is not None:  # a callback that is not among the stored ones was not part of the run
-        config = _repeat(config, stored)
+        config = _repeat(config, {key: value for key, value in stored.items() if key not in ONCE})
     if "experiment" in request.choices:
         experiment = request.choices["experiment"]
         given.append(named("experiment", experiment))

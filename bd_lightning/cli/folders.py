@@ -5,6 +5,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -34,6 +35,14 @@ UNWRITABLE = (
 
 
 # ---- names
+
+METRIC = re.compile(r"\{\w+(/\w+)*(:[^{}/\\]*)?\}")
+"""A metric in the name of a checkpoint's file, `{val/loss:.3f}`, which may make a folder in the run's."""
+
+
+def leads_elsewhere(filename: str) -> bool:
+    """Whether the name of a checkpoint's file has separators beside those of metrics."""
+    return any(c in METRIC.sub("", filename) for c in "/\\")
 
 
 def choose_run_id(given: str | None) -> str:

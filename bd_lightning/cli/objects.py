@@ -1,7 +1,6 @@
 """What every command builds from its plan."""
 
 import os
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -14,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar, WeightAver
 from bd_lightning import checkpoints, progress
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build
-from bd_lightning.cli.folders import short
+from bd_lightning.cli.folders import METRIC, leads_elsewhere, short
 from bd_lightning.cli.plan import Plan
 from bd_lightning.cli.quiet import quiet
 from bd_lightning.facts import Facts
@@ -68,7 +67,8 @@ def model(plan: Plan, facts: Facts) -> Any:
 
 
 def callbacks(plan: Plan) -> list[Any]:
-    """Callbacks in the order they have to run: averaging after everything that looks at averaged weights.
+    """Callbacks in the order they have to run: averaging after everything that looks at averaged weights, and last.ckpt
+    after the other checkpoints, whose scores it holds.
 
     Raises:
         UserError: if the best checkpoint is chosen by what no callback measures.
@@ -91,7 +91,7 @@ def callbacks(plan: Plan) -> list[Any]:
     _check_monitors(built)
     if plan.config["export"] and not any(isinstance(callback, ImageMetrics) for callback in built):
         raise UserError("export keeps the samples that ImageMetrics judges, and no such callback is here")
-    return sorted(built, key=lambda callback: isinstance(callback, WeightAveraging))
+    return sorted(built, key=lambda one: (isinstance(one, WeightAveraging), isinstance(one, LastCheckpoint)))
 
 
 def checkpoint_folder(node: Mapping[str, Any], key: str, run_dir: Path, cls: type) -> str:
@@ -102,13 +102,13 @@ def checkpoint_folder(node: Mapping[str, Any], key: str, run_dir: Path, cls: typ
     """
     folder = Path(node.get("dirpath") or run_dir / "checkpoints").resolve()
     file = str(node.get("filename") or "")
-    plain = re.sub(r"\{[^{}]*\}", "", file)  # without the names of metrics, which hold a slash
+    plain = METRIC.sub("", file)
     if not folder.is_relative_to(run_dir.resolve()):
         raise UserError(
             f"'{key}.dirpath' {node['dirpath']!r} is outside the run folder {short(run_dir)}, where the checkpoints "
             "of this run belong: leave it out"
         )
-    if any(c in plain for c in "/\\") or plain.startswith("."):
+    if leads_elsewhere(file) or plain.startswith("."):
         raise UserError(
             f"'{key}.filename' must be the name of a file, got {file!r}: checkpoints stay in the run folder"
         )

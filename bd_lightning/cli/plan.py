@@ -15,14 +15,6 @@ from bd_lightning.facts import Facts
 from bd_lightning.report.comparison import flat
 from bd_lightning.upgrade import FORMAT, is_record
 
-ONCE = {
-    "to": "export", "precision": "export", "length": "average", "score": "average",
-    "likelihood": "test", "inpaint": "predict", "upscale": "predict", "draws": "predict",
-    "images": "predict", "labels": "predict", "mix": "predict", "remove": "predict", "merge": "predict",
-    "calls": "test",
-}  # fmt: skip
-"""Keys that say what one command does, and no run keeps."""
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -64,7 +56,7 @@ class Plan:
     @property
     def record(self) -> dict[str, Any]:
         """The config as it is kept: what repeats the run."""
-        own = {**dict.fromkeys((*ONCE, "ckpt_path", "run_id", "export")), "trust": False}
+        own = {**dict.fromkeys((*configs.ONCE, "ckpt_path", "run_id")), "trust": False}
         return {"format": FORMAT, **self.config, **own}
 
 
@@ -82,7 +74,7 @@ def resolve(argv: Sequence[str]) -> Plan:
     build.check_keys(config)
     if config["export"] and request.command != "test":
         raise UserError("export keeps the samples of a test: train.py test ckpt_path=… export=FILE.npz")
-    for key, command in ONCE.items():
+    for key, command in configs.ONCE.items():
         if config[key] is not None and command != request.command:
             other = ", what a run computes in is trainer.precision" if key == "precision" else ""
             raise UserError(f"'{key}' is for train.py {command}{other}")
@@ -213,7 +205,7 @@ def refuse_elsewhere(config: Mapping[str, Any], asked: Mapping[str, Any], place:
         for key in ("dirpath", "filename"):
             value = node.get(key) if isinstance(node, Mapping) else None
             own = isinstance(mine, Mapping) and mine.get(key) == value
-            if isinstance(value, str) and not own and (key == "dirpath" or "/" in value or "\\" in value):
+            if isinstance(value, str) and not own and (key == "dirpath" or folders.leads_elsewhere(value)):
                 raise UserError(
                     f"{place} has 'callbacks.{name}.{key}' {value!r}, which leads out of the run folder: leave it out "
                     f"by callbacks.{name}.{key}=null"

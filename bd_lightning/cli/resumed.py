@@ -1,6 +1,7 @@
 """A run that goes on from a checkpoint: what it may not do otherwise, and what it does otherwise."""
 
 import inspect
+import math
 import os
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -124,8 +125,8 @@ def refuse_other_counts(place: str, own: Mapping[str, Any], stored: Mapping[str,
 def carry_over(callback: ModelCheckpoint, state: dict[str, Any]) -> None:
     """Carry the files that a `ModelCheckpoint` has written over to the run's folder, which may have been moved.
 
-    Lightning deletes the worst of them, a folder with all that is in it, wherever a path leads. So a path that does not
-    name a checkpoint inside the folder that it was written to is left out.
+    Lightning deletes the worst of them, a folder with all that is in it, wherever a path leads. So only what is there,
+    inside the folder that the callback writes to, is taken over.
 
     Args:
         callback: the callback that will go on.
@@ -138,25 +139,29 @@ def carry_over(callback: ModelCheckpoint, state: dict[str, Any]) -> None:
 
     def moved(path: Any) -> str:
         inside = str(path).removeprefix(before)
-        plain = inside.isprintable() and not any(c in inside for c in ":\\") and ".." not in PurePath(inside).parts
-        known = plain and inside != path and inside.endswith(".ckpt") and not os.path.isabs(inside)
-        return os.path.join(folder, inside) if known else ""
+        plain = inside.isprintable() and not any(part in inside for part in ("::", "://", "\\"))
+        known = plain and inside != path and inside.endswith(".ckpt") and ".." not in PurePath(inside).parts
+        place = os.path.join(folder, inside)
+        return place if known and not os.path.isabs(inside) and os.path.lexists(place) else ""
 
-    for name in ("best_model_score", "current_score", "kth_value"):
-        value = state.get(name)
-        if value is not None and not _score(value):
-            raise ValueError(f"{name} of a checkpoint callback is {value!r}")
-    models = state.get("best_k_models")
-    if not isinstance(models, dict) or not all(map(_score, models.values())):
+    models, largest = state.get("best_k_models"), callback.mode == "max"
+    if not isinstance(models, dict) or not all(_score(value, largest) for value in models.values()):
         raise ValueError(f"best_k_models of a checkpoint callback is {models!r}")
-    for name in ("best_model_path", "kth_best_model_path", "last_model_path"):
-        state[name] = moved(state.get(name))
-    state["best_k_models"] = kept = {moved(path): score for path, score in models.items() if moved(path)}
-    worst = state["kth_best_model_path"]
-    if worst not in kept and (worst or len(kept) == callback.save_top_k):  # known once there are so many
-        raise ValueError(f"kth_best_model_path of a checkpoint callback is none of {list(models)}")
-    state["dirpath"] = folder
+    kept = {moved(path): score for path, score in models.items() if moved(path)}
+    best = sorted(kept, key=lambda path: float(kept[path]), reverse=largest)
+    if callback.save_top_k >= 0:
+        best = best[: callback.save_top_k]
+    worst = best[-1] if best and len(best) == callback.save_top_k else ""  # named once there are so many
+    state["best_k_models"] = {path: kept[path] for path in kept if path in best}
+    state["best_model_path"] = moved(state.get("best_model_path")) if callback.monitor is None else "".join(best[:1])
+    state["best_model_score"] = kept.get(state["best_model_path"])
+    state["kth_best_model_path"], state["kth_value"] = worst, kept.get(worst, callback.kth_value)
+    state["last_model_path"], state["dirpath"] = moved(state.get("last_model_path")), folder
 
 
-def _score(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.numel() == 1 and value.dtype in (torch.float32, torch.float64)
+def _score(value: Any, largest: bool) -> bool:
+    """Whether a value is a score that another could be better than."""
+    if not isinstance(value, torch.Tensor) or value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
+        return False
+    plain = value.layout == torch.strided and value.device.type != "meta"
+    return plain and (float(value) < math.inf if largest else float(value) > -math.inf)
