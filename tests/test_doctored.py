@@ -36,7 +36,7 @@ PLACES = {
     "the objective": ("model", "objective"),
     "logger": ("logger",),
     "an autoencoder": ("data", "autoencoder"),
-    "a key of the top": ("labels",),
+    "a key of the top": ("calibrate",),
     "the facts": ("facts", "name"),
 }
 

@@ -109,6 +109,7 @@ def test_batches_are_made_on_the_device_from_bytes(tmp_path, monkeypatch):
     data.batch_size = 4
     data.trainer = SimpleNamespace(
         strategy=SimpleNamespace(root_device=torch.device("meta")), world_size=1, global_rank=0, training=True,
+        accumulate_grad_batches=1,
         fit_loop=SimpleNamespace(
             epoch_progress=SimpleNamespace(current=SimpleNamespace(processed=0)),
             epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=SimpleNamespace(ready=0))),
