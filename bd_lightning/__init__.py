@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from bd_lightning.pretrained import Pretrained
 
 
-def load(place: "str | Path") -> "Pretrained":
-    """Load a trained model (see `pretrained.load`)."""
+def load(place: "str | Path", trust: bool = False) -> "Pretrained":
+    """Load a trained model; with `trust` one of classes that are not the suite's (see `pretrained.load`)."""
     from bd_lightning import pretrained  # here, so that the package is imported without torch
 
-    return pretrained.load(place)
+    return pretrained.load(place, trust)

@@ -90,12 +90,13 @@ class Pretrained:
         return x
 
 
-def load(place: str | Path) -> Pretrained:
+def load(place: str | Path, trust: bool = False) -> Pretrained:
     """Load a trained model.
 
     Args:
         place: a checkpoint, an exported folder, `hf://owner/name[@revision]`, or
             `wandb://entity/project/artifact:alias`.
+        trust: build classes that are not this suite's, if the config in it names some; they can do anything.
 
     Returns:
         Its fields and samplers, with averaged weights.
@@ -103,6 +104,14 @@ def load(place: str | Path) -> Pretrained:
     Raises:
         UserError: if there is none, it is damaged, names classes that are not this suite's, or draws no samples.
     """
+    before = build.trusted.set(None if trust else ())
+    try:
+        return _load(place)
+    finally:
+        build.trusted.reset(before)
+
+
+def _load(place: str | Path) -> Pretrained:
     model, stored = checkpoints.load(place, Generator)  # type: ignore[type-abstract]
     node = stored["data"].get("autoencoder")
     latents = None

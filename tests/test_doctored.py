@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+import bd_lightning
 import faults
 import fuzz
 import train
@@ -303,6 +304,10 @@ def test_trust_ends_with_its_command_line(tmp_path, capsys, monkeypatch):
         )
         with pytest.raises(UserError, match="names 'mine.Mine', which is no class of this suite"):
             checkpoints.load(path)
+    with pytest.raises(UserError, match="must be"):  # imported, and of another kind than is expected there
+        bd_lightning.load(path, trust=True)
+    with pytest.raises(UserError, match="names 'mine.Mine', which is no class of this suite"):
+        bd_lightning.load(path)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "not a mapping", "no weights", "other model"])
