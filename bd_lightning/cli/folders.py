@@ -37,7 +37,7 @@ UNWRITABLE = (
 # ---- names
 
 METRIC = re.compile(r"\{\w+(/\w+)*(:[^{}/\\]*)?\}")
-"""A metric in the name of a checkpoint's file, `{val/loss:.3f}`, which may make a folder in the run's."""
+"""A metric in the name of a checkpoint's file, such as {val/loss:.3f}, which may make a folder in the run's."""
 
 
 def leads_elsewhere(filename: str) -> bool:
