@@ -35,7 +35,6 @@ from bd_lightning.targets import GaussianMixture
 from benchmarks import arguments, common
 from benchmarks.rows import table
 
-DENSITY = common.compose("data=gaussians_2d")["data"]["density"]
 RANGE: dict[str, Any] = {"sigma_max": 10.0, "sigma_min": 0.01, "exact_score": True}
 KERNELS = {
     "exact": kernels.Exact(0.001),
@@ -113,15 +112,16 @@ def relative(found: Tensor, floor: Tensor) -> str:
     return f"{ratio:.2f} ({(found - ratio * floor[: len(found)]).std() / floor.mean() / len(found) ** 0.5:.2f})"
 
 
-def trained(path: str, chains: int, target: GaussianMixture) -> None:
+def trained(path: str, chains: int, density: dict[str, Any]) -> None:
     """Sample a checkpoint from both starts.
 
     Raises:
         UserError: if it is of other data.
     """
     model, stored = checkpoints.load(path, BellmanDiffusion)
-    if stored["data"].get("density") != DENSITY:
+    if stored["data"].get("density") != density:
         raise UserError(f"--checkpoint must be of a run of experiment=gaussians_2d; {path} is of other data")
+    target = build.instantiate(density, "data.density")
     real, other = (target.sample(chains, torch.Generator().manual_seed(seed)) for seed in (0, 1))
 
     def distances(x: Tensor) -> Tensor:
@@ -150,10 +150,11 @@ def main() -> None:
     parser.add_argument("--figure", type=arguments.picture(".png", ".jpg", ".pdf", ".svg"))
     parser.add_argument("--checkpoint")
     options = parser.parse_args()
-    target = build.instantiate(DENSITY, "data.density")
+    density = common.compose("data=gaussians_2d")["data"]["density"]
     if options.checkpoint:
-        trained(options.checkpoint, options.chains, target)
+        trained(options.checkpoint, options.chains, density)
         return
+    target = build.instantiate(density, "data.density")
     rows, lines = [], []
     for kernel, k in KERNELS.items():
         for rule, sampler in rules():

@@ -5,6 +5,7 @@ import importlib
 import math
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -377,3 +378,10 @@ def test_a_ratio_of_means_has_the_error_of_both():
     none = torch.empty(0)
     assert mode_weights.relative(none, floor[0]) == "–"
     assert mode_weights.relative(torch.tensor([3.0]), torch.tensor([2.0])) == "1.50"
+
+
+def test_weights_of_modes_are_of_their_own_data(monkeypatch):
+    path = Path(__file__).parent / "checkpoints" / "v1" / "default.ckpt"
+    monkeypatch.setattr(sys, "argv", ["mode_weights.py", "--checkpoint", str(path), "--chains", "4"])
+    with pytest.raises(UserError, match="must be of a run of experiment=gaussians_2d"):
+        mode_weights.main()

@@ -35,7 +35,16 @@ def resume(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "path", ["/z/../{0}", "local://{0}", "{0}", "/z/local://{0}", "/z//{0}.ckpt", "/z/a/../..{0}.ckpt"]
+    "path",
+    [
+        "/z/../{0}",
+        "local://{0}",
+        "{0}",
+        "/z/local://{0}",
+        "/z//{0}.ckpt",
+        "/z/a/../..{0}.ckpt",
+        "{1}/../../../../victim.ckpt",
+    ],
 )
 def test_paths_of_a_checkpoint_delete_nothing(path, resume, tmp_path):
     """Lightning removes what it takes for an earlier checkpoint, a folder with all that is in it."""
@@ -43,13 +52,18 @@ def test_paths_of_a_checkpoint_delete_nothing(path, resume, tmp_path):
     for file in files:
         file.parent.mkdir()
         file.touch()
-    place = path.format(tmp_path / "victim")
+    own = tmp_path / "runs" / "bellman-diffusion" / "a" / "checkpoints"
+    place = path.format(tmp_path / "victim", own)
 
     def change(checkpoint):
         for name, state in checkpoint["callbacks"].items():
             if "Checkpoint" in name:
                 state |= dict.fromkeys(("best_model_path", "kth_best_model_path", "last_model_path"), place)
-                state |= {"dirpath": "/z", "best_k_models": {place: torch.tensor(1e9)}, "kth_value": torch.tensor(1e9)}
+                state |= {
+                    "dirpath": str(own) if "{1}" in path else "/z",
+                    "best_k_models": {place: torch.tensor(1e9)},
+                    "kth_value": torch.tensor(1e9),
+                }
 
     status, _ = resume(change)
     assert status == 0 and all(file.is_file() for file in files)
@@ -146,3 +160,13 @@ def test_a_run_ends_with_its_last_step(tmp_path):
     assert last["global_step"] == 12 and last["loops"]["fit_loop"]["epoch_progress"]["current"]["completed"] >= 1
     assert sorted(state["best_k_models"]) == sorted(str(path) for path in folder.rglob("*step=*.ckpt"))
     assert train.main([f"ckpt_path={folder / 'last.ckpt'}", "steps=16", "callbacks.progress=null"]) == 0
+
+
+def test_a_split_that_fills_no_step_is_refused(tmp_path, capsys):
+    """Of 1,500 images two batches of 750 are the most."""
+    words = ["data.batch_size=1000", "trainer.accumulate_grad_batches=2", "steps=2", "eval_every=2", "logger=none"]
+    assert train.main([*words, f"root={tmp_path / 'runs'}", f"data.root={tmp_path}"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "for each of 2 that are accumulated; set data.batch_size to 750 or less" in said and said.count("error: ") == 1
+    )

@@ -147,7 +147,7 @@ def carry_over(callback: ModelCheckpoint, state: dict[str, Any]) -> None:
     models, largest = state.get("best_k_models"), callback.mode == "max"
     if not isinstance(models, dict) or not all(_score(value, largest) for value in models.values()):
         raise ValueError(f"best_k_models of a checkpoint callback is {models!r}")
-    kept = {moved(path): score for path, score in models.items() if moved(path)}
+    kept = {place: score for path, score in models.items() if (place := moved(path))}
     best = sorted(kept, key=lambda path: float(kept[path]), reverse=largest)
     if callback.save_top_k >= 0:
         best = best[: callback.save_top_k]

@@ -110,8 +110,8 @@ def test_exception_during_validation_saves_weights_in_their_places(tmp_path, cac
 
 
 def test_until_averaging_begins_the_weights_are_judged_as_they_are(tmp_path, cache):
-    late, record = fit(tmp_path, cache, [AveragedWeights(update_starting_at_step=100)])
-    assert torch.equal(record.evaluated[1], record.trained[1]) and late is not None
+    _, record = fit(tmp_path, cache, [AveragedWeights(update_starting_at_step=100)])
+    assert torch.equal(record.evaluated[1], record.trained[1])
     for options in ({"update_every_n_steps": 0}, {"update_starting_at_step": -1}, {"decay": 1.5}):
         with pytest.raises(ValueError, match="must lie between"):
             AveragedWeights(**options)
