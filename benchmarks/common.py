@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import statistics
 import sys
 import time
@@ -95,10 +96,13 @@ def make_model(config: Mapping[str, Any], facts: Mapping[str, Any], seed: int = 
     return build.instantiate(config["model"], "model", facts)
 
 
-def batches(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """Training batches (x, label) without end."""
-    while True:
-        yield from data.train_dataloader()
+def batches(data: Any, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Training batches (x, label) without end, shuffled anew in each epoch, in the order that train.py has them in."""
+    for epoch in itertools.count():
+        loader = data.train_dataloader()
+        loader.sampler.seed = seed
+        loader.sampler.set_epoch(epoch)
+        yield from loader
 
 
 # ---- training
@@ -156,6 +160,11 @@ class Recipe:
         )
 
 
+Batch = tuple[Tensor, Tensor]
+KEEP = 300.0
+"""Seconds between two states of a training that are kept."""
+
+
 class Training:
     """One model in training, a step at a time.
 
@@ -200,6 +209,60 @@ class Training:
         """One whole step."""
         self.update(loss)
         self.follow()
+
+    def onward(self, source: Iterator[Batch], steps: int, path: Path) -> Iterator[tuple[int, Batch]]:
+        """Numbers and batches of the steps that are left of a training that may have been stopped.
+
+        Args:
+            source: all batches, from the first.
+            steps: of the whole training.
+            path: where all that later steps depend on is kept every `KEEP` seconds, up to the last step.
+
+        Raises:
+            UserError: if the file is damaged, or of another training.
+        """
+        parts = {"model": self.model, "average": self.average, "optimizer": self.optimizer, "schedule": self.schedule}
+        begun, random, clock = 0, chance(), time.monotonic()
+        if path.exists():
+            begun, random = _go_on(parts, path)
+        for done, batch in zip(range(1, steps + 1), source):
+            if done == begun:
+                set_chance(random)
+            if done <= begun:
+                continue
+            yield done, batch
+            if time.monotonic() > clock + KEEP:
+                states = {name: part.state_dict() for name, part in parts.items()}
+                save({"done": done, "chance": chance(), **states}, path)
+                clock = time.monotonic()
+        path.unlink(missing_ok=True)
+
+
+def _go_on(parts: Mapping[str, Any], path: Path) -> tuple[int, dict[str, Tensor]]:
+    regular_file(path, "training to go on with")
+    state_before = chance()
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        set_chance(state["chance"])
+        return int(state["done"]), state["chance"]
+    except Exception as error:  # whatever the reader raises, the file is at fault
+        raise UserError(f"{path} is damaged, or of another training: delete it to train anew") from error
+    finally:
+        set_chance(state_before)
+
+
+def chance() -> dict[str, Tensor]:
+    """The states of the random numbers of all devices, by name."""
+    devices = {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return {"cpu": torch.get_rng_state(), **devices}
+
+
+def set_chance(states: Mapping[str, Tensor]) -> None:
+    """Go on with random numbers where they were."""
+    torch.set_rng_state(states["cpu"])
+    torch.cuda.set_rng_state_all([state for name, state in states.items() if name != "cpu"])
 
 
 # ---- time and memory
@@ -250,7 +313,7 @@ class Turns:
 # ---- weights
 
 
-def save(weights: Mapping[str, Tensor], path: Path) -> None:
+def save(weights: Mapping[str, Any], path: Path) -> None:
     """Write weights, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")

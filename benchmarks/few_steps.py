@@ -263,7 +263,7 @@ def times(paths: Sequence[str], rounds: int = 40) -> Iterator[list[str]]:
     data = build.instantiate(stored["data"], "data")
     data.prepare_data()
     data.setup("fit")
-    for (x, label), _ in zip(common.batches(data), range(rounds + turns.skip)):
+    for (x, label), _ in zip(common.batches(data, 0), range(rounds + turns.skip)):
         for path in turns.next():
             losses = trainings[path].model.losses
             with turns.clock(path):

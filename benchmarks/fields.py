@@ -239,7 +239,7 @@ def one_row(task: tuple[str, str, int, int]) -> dict[str, Any]:
     torch.set_num_threads(1)
     data = data_of(target)
     training = Training(build(name, data, seed), Recipe(steps, RATE))
-    for _, (x, _) in zip(range(steps), common.batches(data)):
+    for _, (x, _) in zip(range(steps), common.batches(data, seed)):
         training.step(closure(training.model, x))
     row = evaluate(training.averaged, data, seed)
     return {"target": target, "name": name, "seed": seed, "steps": steps, **row}
@@ -251,7 +251,7 @@ def speeds(steps: int = 60) -> dict[str, float]:
     data = data_of("gaussians_2d")
     trainings = {name: Training(build(name, data, 0), Recipe(steps, RATE)) for name in NAMES}
     turns = Turns(NAMES, skip=5)
-    for _, (x, _) in zip(range(steps), common.batches(data)):
+    for _, (x, _) in zip(range(steps), common.batches(data, 0)):
         for name in turns.next():
             with turns.clock(name):
                 trainings[name].step(closure(trainings[name].model, x))

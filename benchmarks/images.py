@@ -17,7 +17,8 @@ pixels; a GPU: `--experiment mnist` or `cifar10`.
 - Flow matching: independent coupling, sampled by Heun's method.
 
 A finished row is kept in OUT/rows.jsonl with the settings that it is of, trained weights beside it, and neither is
-computed again; other settings may go to the same folder. A training that is kept is not repeated for another curve.
+computed again; other settings may go to the same folder. A training that is kept is not repeated for another curve,
+and one that is stopped goes on from where it was five minutes ago at most.
 KEY=VALUE are settings of the data, the model, callbacks.metrics.features, callbacks.ema.decay and
 trainer.gradient_clip_val. Prints Markdown tables of the settings, methods, habits and seeds that are asked for: FID,
 KID, precision and recall of n samples against the test split, mean over seeds; FID of --n-curve samples (0: none) after
@@ -186,7 +187,7 @@ class Suite:
     def batches(self, seed: int, mirrored: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Training batches without end, half of the images mirrored if asked for."""
         torch.manual_seed(seed)
-        for x, label in common.batches(self.data):
+        for x, label in common.batches(self.data, seed):
             if mirrored:
                 x = torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x)
             yield x.to(self.device), label.to(self.device)
@@ -201,18 +202,18 @@ class Suite:
         common.restore(method, self.weights(name, seed), self.device)
         return method.eval()
 
-    def train(self, name: str, seed: int, habit: Habit = Habit()) -> Iterator[tuple[int, Any, Any]]:
-        """Trains, and yields (steps, averaged, raw) at each quarter."""
+    def train(self, name: str, seed: int, kept: Path, habit: Habit = Habit()) -> Iterator[tuple[int, Any, Any]]:
+        """Trains, or goes on from what was kept, and yields (steps, averaged, raw) at each quarter that lies ahead."""
         method = self.build(name, seed, habit.words)
         training = Training(method, replace(self.recipe_of(method), **habit.recipe))
         mirrored = self.mirrored if habit.mirrored is None else habit.mirrored
         quarters = [round(self.steps * k / 4) for k in (1, 2, 3, 4)]
-        for done, (x, label) in zip(range(1, self.steps + 1), self.batches(seed, mirrored)):
+        for done, (x, label) in training.onward(self.batches(seed, mirrored), self.steps, kept):
             training.step(partial(method.loss, x, label))
             if done in quarters:
-                state = torch.get_rng_state()
+                chance = common.chance()
                 yield done, training.averaged, method.eval()
-                torch.set_rng_state(state)
+                common.set_chance(chance)
                 method.train()
 
     @torch.no_grad()
@@ -252,7 +253,8 @@ def learn(suite: Suite, name: str, seed: int, rows: Rows) -> None:
     """Train a method, and keep its curve and its weights."""
     averaged: Any = None
     raw: Any = None
-    for done, averaged, raw in suite.train(name, seed):  # noqa: B007
+    kept = suite.weights(name, seed).with_suffix(".training")
+    for done, averaged, raw in suite.train(name, seed, kept):  # noqa: B007
         key = {"kind": "curve", "name": name, "seed": seed, "done": done, **suite.curved}
         if suite.options.n_curve and not rows.where(**key):
             rows.say(**key, fid=suite.score(averaged, averaged.main, suite.options.n_curve)["fid"])
@@ -336,7 +338,8 @@ def main() -> None:
         for name in chosen:
             key = {"kind": "habit", "name": name, "seed": seed, **suite.scored}
             if not rows.where(**key):
-                *_, (_, averaged, _) = suite.train(DEFAULT, seed, habits[name])
+                kept = suite.weights(name, seed).with_suffix(".training")
+                *_, (_, averaged, _) = suite.train(DEFAULT, seed, kept, habits[name])
                 rows.say(**key, **suite.score(averaged, averaged.main, options.n))
     report(suite, rows, methods, [UNAVERAGED, *chosen] if DEFAULT in methods else chosen)
     if options.figure:

@@ -45,7 +45,7 @@ def train(data: Any, steps: int, seed: int) -> tuple[dict[str, BellmanDiffusion]
         trainings[name] = Training(model, Recipe.of(model, config, steps))
     turns = Turns(KERNELS)
     torch.manual_seed(seed)
-    for step, (x, label) in zip(range(steps), common.batches(data)):
+    for step, (x, label) in zip(range(steps), common.batches(data, seed)):
         for name in turns.next():
             loss = closure(trainings[name].model, x, label, seed * 1_000_003 + step)  # the same noise for both
             with turns.clock(name):

@@ -142,11 +142,11 @@ class Problem:
     def begin(self) -> None:
         """Begin with the batches anew, so that a row does not depend on those before it."""
         torch.manual_seed(self.seed)
-        self.source = self._batches(self.data)
+        self.source = self._batches(self.data, self.seed)
 
     @staticmethod
-    def _batches(data: Any) -> Iterator[tuple[Tensor, Tensor]]:
-        for x, label in common.batches(data):
+    def _batches(data: Any, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for x, label in common.batches(data, seed):
             for start in range(0, len(x) - BATCH + 1, BATCH):
                 yield x[start : start + BATCH], label[start : start + BATCH]
 
@@ -223,7 +223,7 @@ def learn(name: str, words: list[str], kernel: str, way: str, seed: int, steps: 
     training, seconds = Training(model, Recipe.of(model, config, steps)), 0.0
     densities = [] if name.startswith("mnist") else [data.density]
     torch.manual_seed(seed)
-    for done, (x, label) in zip(range(1, steps + 1), common.batches(data)):
+    for done, (x, label) in zip(range(1, steps + 1), common.batches(data, seed)):
         start = time.process_time()
         training.step(lambda x=x, label=label: model.losses(x, label).total)
         seconds += time.process_time() - start

@@ -1,0 +1,72 @@
+"""Trainings of benchmarks: the order of their batches, and what is left of one that is stopped."""
+
+import lightning as L
+import pytest
+import torch
+
+from bd_lightning.checks import UserError
+from benchmarks import common
+from datamodules import Digits
+from tests.test_kept_rows import OURS, pictures  # noqa: F401
+from tests.tiny_data import write_folder
+
+
+class Watching(L.LightningModule):
+    """Notes the batches that it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.seen = torch.nn.Parameter(torch.zeros(())), []
+
+    def training_step(self, batch, index):
+        self.seen.append(batch[0].clone())
+        return self.w * 1.0
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_batches_come_in_the_order_of_train_py(tmp_path, monkeypatch):
+    """Shuffled anew in each epoch, by the seed."""
+    data = Digits(root=str(tmp_path), batch_size=500)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "3")
+    watching = Watching()
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    L.Trainer(max_steps=8, accelerator="cpu", limit_val_batches=0, **quiet).fit(watching, data)
+    data.trainer = None
+    monkeypatch.setenv("PL_GLOBAL_SEED", "0")
+    own = [x for (x, _), _ in zip(common.batches(data, 3), range(8))]
+    assert all(torch.equal(a, b) for a, b in zip(own, watching.seen)) and len(watching.seen) == 8
+    per_epoch = len(data.split("train")) // 500
+    other = [x for (x, _), _ in zip(common.batches(data, 0), range(8))]
+    assert per_epoch < 8 and not torch.equal(own[0], own[per_epoch]) and not torch.equal(own[0], other[0])
+
+
+def test_a_training_that_is_stopped_goes_on(pictures, tmp_path, monkeypatch):  # noqa: F811
+    """As if nothing had been, across epochs, noise, mirrored images and averages; a damaged state is a sentence."""
+    bench, words = pictures("--only", OURS, "--n-curve", "8", "data=folder", "data.size=8", "data.batch_size=16")
+    folder = write_folder(tmp_path / "pictures", n=24, splits=("train", "test"))
+    words = [word for word in words if word != "data=digits"] + [f"data.folder={folder}"]
+    words[words.index("--steps") + 1] = "8"
+    monkeypatch.setattr(common, "KEEP", -1.0)
+    bench.stopped(common.Training, "step", 5, *words)
+    (kept,) = bench.folder.glob("*.training")
+    whole = kept.read_bytes()
+    for damaged in (whole[:1000], b""):
+        kept.write_bytes(damaged)
+        with pytest.raises(UserError, match="is damaged, or of another training: delete it to train anew"):
+            bench(*words)
+    kept.write_bytes(whole)
+    steps, own = [], common.Training.step
+    monkeypatch.setattr(common.Training, "step", lambda self, loss: (steps.append(1), own(self, loss)))
+    bench(*words)
+    assert len(steps) == 3 and not list(bench.folder.glob("*.training"))
+    rows = [row for row in bench.rows() if row["kind"] != "speed"]
+    bench.folder = tmp_path / "other"
+    bench(*words)
+    assert [row for row in bench.rows() if row["kind"] != "speed"] == rows and len(steps) == 3 + 8
