@@ -45,7 +45,7 @@ from bd_lightning.modules import Generator
 from benchmarks import arguments, common
 from benchmarks.common import Recipe, Training, Turns
 from benchmarks.peers import DDPM, diffusers_solver
-from benchmarks.rows import Rows, mean_sd, table
+from benchmarks.rows import Rows, mean_sd, sound, table
 from callbacks.metrics import frechet_distance, kernel_distance, precision_recall
 from callbacks.points import mode_shares
 from datamodules import to_uint8
@@ -208,7 +208,8 @@ def main() -> None:
         _, stored = checkpoints.load(options.checkpoints[0], Generator)  # type: ignore[type-abstract]
         peer = Peer(path, stored, options.calls)
         results[path] = compare(path, peer, list(peer.samplers), judge, rows, options)
-    report(results, judge, options)
+    with sound(rows):
+        report(results, judge, options)
     if options.time:
         print(table(["checkpoint", "time of a step"], times(options.checkpoints)))
 

@@ -34,7 +34,7 @@ from bd_lightning.objectives import FieldDivergence, KernelRegression, Partners
 from bd_lightning.targets import Density
 from benchmarks import arguments, common
 from benchmarks.common import Recipe, Training, Turns, optional
-from benchmarks.rows import Rows, mean_sd, table
+from benchmarks.rows import Rows, mean_sd, sound, table
 from callbacks.points import lattice
 from datamodules import Synthetic
 
@@ -302,7 +302,8 @@ def main() -> None:
         for name in NAMES
         for row in kept.of_seeds(range(options.seeds), target=target, name=name, steps=options.steps)
     ]
-    report(rows, timing["times"])
+    with sound(kept):
+        report(rows, timing["times"])
 
 
 if __name__ == "__main__":

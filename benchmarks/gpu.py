@@ -22,6 +22,7 @@ cut: a rehearsal, whose numbers mean nothing. KEY=VALUE are settings of train.py
 
 import argparse
 import json
+import operator
 import os
 import platform
 import shutil
@@ -41,11 +42,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from bd_lightning.checks import UserError
+from bd_lightning.checks import UserError, reason_of
 from benchmarks import arguments, common
 from benchmarks.common import Recipe, Training, now
 from benchmarks.gpu_report import report
-from benchmarks.rows import Rows
+from benchmarks.rows import Rows, sound
 from tests.gpu_steps import CASES, built, step_and_sample
 
 PEAKS = {
@@ -104,9 +105,23 @@ class Bench:
         found = self.rows.where(kind=kind, name=name)
         if not found:
             found = [self.rows.add(kind=kind, name=name, **make())]
-            (self.out / "report.md").write_text(report(self.rows, self.peak, self.device.type))
+            self.report()
             print(json.dumps(found[-1]), flush=True)
         return found[-1]
+
+    def report(self) -> str:
+        """The tables of all rows, which are written to OUT/report.md too.
+
+        Raises:
+            UserError: if that cannot be, or a row has been damaged.
+        """
+        with sound(self.rows):
+            text = report(self.rows, self.peak, self.device.type)
+        try:
+            (self.out / "report.md").write_text(text)
+        except OSError as error:
+            raise UserError(f"cannot write {self.out / 'report.md'} ({reason_of(error)})") from error
+        return text
 
     def training(self, name: str, bf16: bool, compiled: bool) -> tuple[Training, Callable[[], Tensor]]:
         """A model in training as train.py trains it, and its loss of a batch of noise."""
@@ -236,9 +251,10 @@ def plan(bench: Bench, name: str) -> dict[str, Any]:
     taken = {mode: row["seconds"] for mode, row in rows.items() if "seconds" in row}
     if not taken:
         raise UserError(f"no step of {name} can be taken: {next(iter(rows.values()))['failed']}")
-    mode = min(taken, key=taken.__getitem__)
-    steps = 4 * max(1, round(60 * bench.options.minutes / taken[mode] / 4))
-    return {"mode": mode, "steps": steps, "minutes": bench.options.minutes}
+    with sound(bench.rows):
+        mode = min(taken, key=taken.__getitem__)
+        steps = 4 * max(1, round(60 * bench.options.minutes / taken[mode] / 4))
+        return {"mode": mode, "steps": steps, "minutes": bench.options.minutes}
 
 
 def run_words(bench: Bench, name: str, planned: dict[str, Any]) -> list[str]:
@@ -316,7 +332,13 @@ def everything(bench: Bench) -> None:
     bench.once("profile", "Bellman Diffusion", lambda: profile(bench))
     for name in MODELS:
         planned = bench.once("plan", name, lambda name=name: plan(bench, name))
-        planned = {key: planned[key] for key in ("mode", "steps", "minutes")}
+        with sound(bench.rows):
+            MODES[planned["mode"]]
+            planned = {
+                "mode": planned["mode"],
+                "steps": operator.index(planned["steps"]),
+                "minutes": planned["minutes"],
+            }
         bench.once("trained", name, lambda name=name, planned=planned: trained(bench, name, planned))
         bench.once("judged", name, lambda name=name, planned=planned: judged(bench, name, planned))
         if name == "Bellman Diffusion":
@@ -335,8 +357,8 @@ def main() -> None:
     parser.add_argument("--out", type=arguments.folder, default=Path("runs/gpu"))
     parser.add_argument("words", nargs="*", help="settings of the config, as in train.py")
     options = parser.parse_intermixed_args()
-    if not options.minutes > 0 or (options.call is not None and not options.call > 0):
-        parser.error("--minutes and --call must be positive")
+    if not 0 < options.minutes < 1e6 or (options.call is not None and not 0 < options.call < 1e6):
+        parser.error("--minutes and --call must be positive, and below a million")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, and PyTorch finds no GPU here: give --device cpu for a rehearsal")
     bench = Bench(options)
@@ -349,7 +371,7 @@ def main() -> None:
     except (KeyboardInterrupt, SystemExit):
         print("stopped; the same command goes on", flush=True)
         sys.exit(130)
-    print((bench.out / "report.md").read_text())
+    print(bench.report())
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from benchmarks.common import Recipe, Training, optional
 from benchmarks.images_costs import speed
 from benchmarks.images_report import costs_of, draw, report
 from benchmarks.peers import CALLS, DDPM, Draw, FlowMatching
-from benchmarks.rows import Rows
+from benchmarks.rows import Rows, sound
 from callbacks.metrics import NEIGHBOURS, Given, frechet_distance, precision_recall
 from datamodules import to_uint8
 from datamodules.subsets import random_subset
@@ -272,7 +272,7 @@ def judge(suite: Suite, name: str, seed: int, rows: Rows) -> None:
     for kind, what, sampler in found:
         key = {"kind": kind, "name": what, "sampler": sampler, "seed": seed, **suite.scored}
         if not rows.where(**key):
-            if not suite.weights(what, seed).is_file():
+            if not suite.weights(what, seed).exists():
                 learn(suite, name, seed, rows)
             rows.say(**key, **suite.score(suite.restore(method, what, seed), sampler, suite.options.n))
 
@@ -326,7 +326,8 @@ def main() -> None:
     methods = [name for name in NAMES if not options.only or name in options.only]
     chosen = [name for name in habits if options.habits or name in (options.only or ())]
 
-    timed = not set(methods) <= set(costs_of(suite, rows))
+    with sound(rows):
+        timed = not set(methods) <= set(costs_of(suite, rows))
     if timed or DDPM_NAME in methods:
         optional("diffusers")  # before hours of training
     if timed:
@@ -341,7 +342,8 @@ def main() -> None:
                 kept = suite.weights(name, seed).with_suffix(".training")
                 *_, (_, averaged, _) = suite.train(DEFAULT, seed, kept, habits[name])
                 rows.say(**key, **suite.score(averaged, averaged.main, options.n))
-    report(suite, rows, methods, [UNAVERAGED, *chosen] if DEFAULT in methods else chosen)
+    with sound(rows):
+        report(suite, rows, methods, [UNAVERAGED, *chosen] if DEFAULT in methods else chosen)
     if options.figure:
         draw(suite, rows, methods, options.figure)
 

@@ -48,7 +48,7 @@ from bd_lightning.fields import FieldPair, Mixture, RelativeFields, batched, cal
 from bd_lightning.networks import MLP
 from benchmarks import arguments, common
 from benchmarks.linearity_requests import Models, requests
-from benchmarks.rows import Rows, mean_sd, table
+from benchmarks.rows import Rows, mean_sd, sound, table
 from benchmarks.superposition import AveragedScores, ClassFirst
 from callbacks import ClassifierFeatures
 from callbacks.metrics import frechet_distance
@@ -231,7 +231,8 @@ def main() -> None:
                     print(f"seed {seed}, {name + way}: L1 {row['l1']:.3f}", file=sys.stderr)
                 for row in rows.where(**kept)[:1]:
                     done.setdefault(name + way, []).append(row)
-    report(done, names)
+    with sound(rows):
+        report(done, names)
     if options.figure:
         judge.models = models[0]
         draw(judge, requests(models[0]), options.figure)

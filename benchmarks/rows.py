@@ -5,7 +5,8 @@ import math
 import os
 import statistics
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ class Rows(Sequence[dict[str, Any]]):
                 continue
             try:
                 row = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 row = None
             if not isinstance(row, dict):
                 raise UserError(f"{path}, line {number} is damaged, it holds no row: delete that line, or mend it")
@@ -96,6 +97,20 @@ class Rows(Sequence[dict[str, Any]]):
     def of_seeds(self, seeds: Iterable[int], **values: Any) -> list[dict[str, Any]]:
         """The first row of each of some seeds that has these values: two of one seed are no two seeds."""
         return [found[0] for seed in seeds if (found := self.where(**values, seed=seed))]
+
+
+@contextmanager
+def sound(rows: Rows) -> Iterator[None]:
+    """What is computed inside comes from rows, which may have been edited by hand.
+
+    Raises:
+        UserError: if a value is not of the kind that is expected.
+    """
+    try:
+        yield
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(f"{rows.path} has a row with a value that is none of its kind ({reason}): mend it") from error
 
 
 def mean_sd(values: Iterable[float], digits: int = 2) -> str:

@@ -44,7 +44,7 @@ from bd_lightning.objectives import FieldDivergence, NoiseLevels
 from bd_lightning.targets import Density, GaussianMixture
 from benchmarks import arguments, common
 from benchmarks.common import Recipe, Training
-from benchmarks.rows import Rows, mean_sd, table
+from benchmarks.rows import Rows, mean_sd, sound, table
 
 BATCH, LEVELS = 64, (0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0)
 JUDGED = (0.1, 0.3, 1.0, 3.0)
@@ -299,7 +299,8 @@ def main() -> None:
     check(options)
     if options.learn:
         measure_learning(rows, options)
-        return report_learning(rows, options)
+        with sound(rows):
+            return report_learning(rows, options)
     for seed in range(options.seeds):
         for name in options.problems:
             kept = {**measured(name, options), "seed": seed}
@@ -307,9 +308,10 @@ def main() -> None:
             problem = Problem(name, kept["words"], seed, options.steps) if missing else None
             for kernel, level in missing:
                 rows.say(**kept, kernel=kernel, level=level, **measure(problem, kernel, level, options.draws))
-    report(rows, options)
-    if options.figure:
-        draw(rows, options)
+    with sound(rows):
+        report(rows, options)
+        if options.figure:
+            draw(rows, options)
 
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:

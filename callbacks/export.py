@@ -3,6 +3,8 @@
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import lightning as L
@@ -12,8 +14,8 @@ from torch import Tensor
 from bd_lightning.checks import UserError, reason_of
 from callbacks.moments import Gaussian, save_statistics
 
-BLOCK = 1000
-"""Samples copied at a time."""
+BLOCK = 2**22
+"""Bytes copied at a time."""
 
 
 class Export:
@@ -27,6 +29,9 @@ class Export:
 
     Args:
         path: the file, ending in .npz.
+
+    Attributes:
+        lost: why there is no file, in a sentence; empty if nothing went wrong.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -36,7 +41,7 @@ class Export:
         self.part = self.path.with_name(f".{self.path.name}.part")
         self.whole = self.path.with_name(f".{self.statistics.name}.part")
         self.shape: tuple[int, int, int, int] = (0, 0, 0, 3)
-        self.rank, self.world, self.written = 0, 1, 0
+        self.rank, self.world, self.written, self.lost = 0, 1, 0, ""
 
     def expect(self, n: int, shape: tuple[int, ...]) -> None:
         """Say, on every rank, that n samples of a shape (channels, height, width) will come."""
@@ -75,30 +80,44 @@ class Export:
         """Make room, on rank 0 first."""
         self.rank, self.world, self.written = trainer.global_rank, trainer.world_size, 0
         if trainer.is_global_zero:
-            with self.raw.open("wb") as file:
-                file.truncate(int(np.prod(self.shape)))
+            self.raw.write_bytes(b"")
         trainer.strategy.barrier("room for the export")
-        self.rows = np.memmap(self.raw, np.uint8, "r+", shape=self.shape)
 
     def add(self, images: Tensor) -> None:
-        """Write the next of this rank's samples, bytes (B, 1 or 3, H, W)."""
-        place = self.rank + self.world * np.arange(self.written, self.written + len(images))
-        self.rows[place] = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
-        self.written += len(images)
+        """Write the next of this rank's samples, bytes (B, 1 or 3, H, W), unless room was lacking before."""
+        if self.lost:
+            return
+        size = int(np.prod(self.shape[1:]))
+        with self.writing(), self.raw.open("r+b") as file:
+            for sample in images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy():
+                file.seek(size * (self.rank + self.world * self.written))
+                file.write(sample.tobytes())
+                self.written += 1
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """What is written inside may find no room: that is kept, so that the samples are judged all the same."""
+        try:
+            yield
+        except OSError as error:
+            self.lost = (
+                f"export: cannot write to {self.path.parent} ({reason_of(error)}): make room, or choose another place"
+            )
 
     def finish(self, trainer: L.Trainer, statistics: Gaussian, features: str) -> None:
-        """Put the files in place, on rank 0, when all ranks are through."""
-        self.rows.flush()
-        trainer.strategy.barrier("samples exported")
-        if trainer.is_global_zero:
-            with zipfile.ZipFile(self.part, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                for start in range(0, len(self.rows), BLOCK):
-                    file.write(self.rows[start : start + BLOCK].tobytes())
-            save_statistics(self.whole, statistics, features)
-            self.whole.replace(self.statistics)
-            self.part.replace(self.path)
+        """Put the files in place, on rank 0, when all ranks are through; none if one of them found no room."""
+        if not trainer.strategy.reduce_boolean_decision(not self.lost, all=True):
+            self.lost = self.lost or f"export: another rank cannot write to {self.path.parent}: make room"
+        elif trainer.is_global_zero:
+            with self.writing():
+                with self.raw.open("rb") as raw, zipfile.ZipFile(self.part, "w") as archive:
+                    with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                        header = {"descr": "|u1", "fortran_order": False, "shape": self.shape}
+                        np.lib.format.write_array_header_1_0(file, header)
+                        shutil.copyfileobj(raw, file, BLOCK)
+                save_statistics(self.whole, statistics, features)
+                self.whole.replace(self.statistics)
+                self.part.replace(self.path)
 
     def abandon(self) -> None:
         """Leave nothing behind but whole files, on rank 0."""

@@ -172,6 +172,18 @@ class ClassifierFeatures(ImageFeatures):
         return self.head(self.trunk(to_unit(images))).argmax(1)
 
 
+def refuse_lost(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as they are.
+
+    Raises:
+        ValueError: if some are not finite.
+    """
+    for name, value in state.items():
+        if not torch.as_tensor(value).isfinite().all():
+            raise ValueError(f"{name} is not finite")
+    return state
+
+
 class InceptionFeatures(ImageFeatures):
     """The pool features of Inception v3, those of the standard FID; images are resized to 299×299 as it prescribes.
 
@@ -202,7 +214,7 @@ class InceptionFeatures(ImageFeatures):
 
         try:
             if self.weights:
-                torch.load(self.weights, weights_only=True, mmap=True)  # tensors only: the library would run any code
+                refuse_lost(torch.load(self.weights, weights_only=True))  # tensors only: the library would run any code
             self.network = FeatureExtractorInceptionV3(
                 "inception-v3-compat", ["2048"], feature_extractor_weights_path=self.weights
             )
@@ -262,7 +274,7 @@ class DINOv2Features(ImageFeatures):
             return
         try:
             if self.weights:
-                state = torch.load(self.weights, weights_only=True, mmap=True)
+                state = refuse_lost(torch.load(self.weights, map_location="cpu", weights_only=True))
             else:
                 state = torch.hub.load_state_dict_from_url(self.url, map_location="cpu", weights_only=True)
             network = VisionTransformer(width=self.num_features)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from bd_lightning.checks import in_range, positive
+from bd_lightning.checks import UserError, in_range, positive
 from bd_lightning.kernels import whole_products
 from callbacks import references
 from callbacks.drawing import SampleModule, all_or_none, data_of, draw
@@ -196,6 +196,16 @@ class ImageMetrics(Evaluation):
         """Free the features."""
         self.features.to("cpu")
         self.references.clear()
+
+    def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Evaluate.
+
+        Raises:
+            UserError: after all has been recorded, if the samples could not be exported.
+        """
+        super().on_test_epoch_end(trainer, pl_module)
+        if self.export is not None and self.export.lost:
+            raise UserError(self.export.lost)
 
     def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> dict[str, float]:
         """FID, KID, precision and recall of the samples of all ranks, the same on each."""

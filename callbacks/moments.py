@@ -1,8 +1,7 @@
 """Means and covariances of features: summed a batch at a time, compared, and kept in files that others read."""
 
-import zipfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import numpy as np
@@ -117,18 +116,19 @@ def load_statistics(path: str | Path, num_features: int, features: str) -> Gauss
     try:
         with np.load(path, allow_pickle=False) as file:
             missing = [key for key in ("mu", "sigma") if key not in file]
-            arrays = {key: file[key] for key in ("mu", "sigma", "features") if key in file}
+            arrays: dict[str, Any] = {key: file[key] for key in ("mu", "sigma", "features") if key in file}
             held = ", ".join(file.files)
-    except (OSError, ValueError, KeyError, EOFError, AttributeError, MemoryError, zipfile.BadZipFile) as error:
+    except Exception as error:  # whatever the reader raises, the file is at fault
         raise UserError(
             f"{path} cannot be read as an .npz file of arrays ({' '.join(str(error).split())[:120]})"
         ) from error
     if missing:
         raise UserError(f"{path} has no {' and no '.join(missing)} (it has {held}): a reference needs mu and sigma")
     mean, covariance = arrays["mu"], arrays["sigma"]
-    if mean.dtype.kind != "f" or covariance.dtype.kind != "f" or covariance.shape != (*mean.shape, *mean.shape):
+    if covariance.shape != (*mean.shape, *mean.shape) or not {mean.dtype.kind, covariance.dtype.kind} <= set("fiu"):
         raise UserError(
-            f"{path} has mu of shape {mean.shape} and sigma of shape {covariance.shape}: (F,) and (F, F) are needed"
+            f"{path} has mu of {mean.dtype}, shape {mean.shape}, and sigma of {covariance.dtype}, shape "
+            f"{covariance.shape}: numbers of the shapes (F,) and (F, F) are needed"
         )
     if mean.shape != (num_features,):
         raise UserError(
@@ -138,7 +138,9 @@ def load_statistics(path: str | Path, num_features: int, features: str) -> Gauss
     own = str(arrays.get("features", features))
     if own != features:
         raise UserError(f"{path} was made in other features ({own}), callbacks.metrics.features are: {features}")
-    found = Gaussian(torch.from_numpy(mean).double(), torch.from_numpy(covariance).double())
+    found = Gaussian(*(torch.from_numpy(one.astype(np.float64)) for one in (mean, covariance)))
     if not (found.mean.isfinite().all() and found.covariance.isfinite().all()):
         raise UserError(f"{path} has numbers that are not finite")
+    if not (found.covariance.diagonal() >= 0).all() or not torch.allclose(found.covariance, found.covariance.T):
+        raise UserError(f"{path} has a sigma that is no covariance: it is not symmetric, or has negative variances")
     return found

@@ -153,10 +153,13 @@ class ImageFolder(ImageDataModule):
         positive(sigma_data=self.sigma_data)
         if classes:
             self._choose_classes()
+        labels = {label for _, label in files}
+        if empty := [name for i, name in enumerate(classes) if i not in labels]:
+            rank_zero_info(f"no images of their own for {', '.join(empty[:10])}: empty folders, or links to others")
 
     @property
     def fingerprint(self) -> list[Any]:
-        files = [(split, str(path), path.stat().st_size) for split, f in self.files.items() for path, _ in f]
+        files = [(split, str(path), *_size_and_time(path)) for split, f in self.files.items() for path, _ in f]
         return [*super().fingerprint, hashlib.sha256(repr(files).encode()).hexdigest()]
 
     def _scan(self, place: Path, seen: set[str]) -> list[tuple[Path, int]]:

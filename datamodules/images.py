@@ -14,7 +14,7 @@ from torch import Tensor
 from bd_lightning.checks import in_range
 from bd_lightning.modules.base import batch_seed
 from datamodules.base import DataModule
-from datamodules.splits import Rows
+from datamodules.splits import DataError, Rows
 from datamodules.subsets import random_subset
 
 FLIPS = 1_000_003  # keeps mirroring apart from the noise of the fields
@@ -33,7 +33,16 @@ def to_unit(x: Tensor) -> Tensor:
 
 
 class ByteImages(Rows):
-    """A split of images held in memory: x (N, C, H, W) of bytes and labels (N,)."""
+    """A split of images held in memory: x (N, C, H, W) of bytes and labels (N,).
+
+    Raises:
+        DataError: as `Rows`, and if they are no bytes.
+    """
+
+    def __init__(self, x: Tensor, labels: Tensor | None = None) -> None:
+        super().__init__(x, labels)
+        if x.dtype != torch.uint8:
+            raise DataError(f"ByteImages are of torch.uint8, 0 to 255, got {x.dtype}: convert them, or give Rows")
 
     def take(self, rows: Tensor) -> "ByteImages":
         """Some of the rows."""

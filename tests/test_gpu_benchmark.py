@@ -68,6 +68,8 @@ def test_data_is_found_or_refused(tmp_path):
     (["--minutes", "0"], "--minutes and --call must be positive"),
     (["--minutes", "1", "--call", "-3"], "--minutes and --call must be positive"),
     (["--minutes", "nan"], "--minutes and --call must be positive"),
+    (["--minutes", "inf"], "--minutes and --call must be positive, and below a million"),
+    (["--minutes", "1", "--call", "inf"], "--minutes and --call must be positive, and below a million"),
     (["--minutes", "1", "--device", "cuda"], "PyTorch finds no GPU here"),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_one_sentence(words, said, monkeypatch, capsys, tmp_path):
@@ -93,6 +95,39 @@ def test_the_report_has_what_there_is(tmp_path):
     rows.add(kind="judged", name="a", protocol="50000 samples", **{"test/fid": 3.214, "test/kid": None})
     assert "| 3.21 | – | – | – |" in report(rows, None, "cuda") and "a: 50000 samples" in report(rows, None, "cuda")
     assert "REHEARSAL" in report(rows, None, "cpu")
+
+
+@pytest.mark.parametrize("damage", [{"configs": "eight"}, {"wrong": 3}, {"seconds": 0}, {"seconds": "x"}, {"flop": "x"},
+                                    {"curve": 5}, {"steps": "8"}, {"mode": "fp8"}])  # fmt: skip
+def test_rows_with_values_of_another_kind(damage, tmp_path, monkeypatch):
+    rows = [
+        {"kind": "devices", "name": "all", "card": "CPU", "torch": "2.11", "configs": 8, "wrong": []},
+        {"kind": "flops", "name": "Bellman Diffusion", "batch": 16, "flop": 19.0e9, "parameters": 36_600},
+        *({"kind": "speed", "name": f"Bellman Diffusion: {mode}", "seconds": 0.05, "first": 1.0, "batch": 16,
+           "memory": None} for mode in ("float32", "bf16")),
+        {"kind": "profile", "name": "Bellman Diffusion", "file": "profile.txt"},
+        {"kind": "plan", "name": "Bellman Diffusion", "mode": "bf16", "steps": 8, "minutes": 0.5},
+        {"kind": "trained", "name": "Bellman Diffusion", "mode": "bf16", "minutes": 3, "steps": 8, "images": 409,
+         "curve": [[4, None]]},
+    ]  # fmt: skip
+    one = bench(tmp_path)
+    for row in rows:
+        one.rows.add(**row | {key: value for key, value in damage.items() if key in row})
+    monkeypatch.setattr(gpu, "judged", lambda *args: {"protocol": "none"})
+    monkeypatch.setattr(gpu, "weights", lambda *args: {})
+    with pytest.raises(UserError, match="has a row with a value that is none of its kind"):
+        gpu.everything(one)
+
+
+def test_a_report_that_is_lost_is_written_again(tmp_path):
+    one = bench(tmp_path)
+    one.once("plan", "a", lambda: {"steps": 8})
+    (one.out / "report.md").unlink()
+    assert one.report() == (one.out / "report.md").read_text()
+    (one.out / "report.md").unlink()
+    (one.out / "report.md").mkdir()
+    with pytest.raises(UserError, match="cannot write .*report.md .Is a directory."):
+        one.report()
 
 
 def test_cards_are_told_apart():

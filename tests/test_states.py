@@ -3,12 +3,14 @@
 import copy
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import train
+from bd_lightning.cli import resumed
 from bd_lightning.cli.resumed import carry_over
 
 V1 = Path(__file__).parent / "checkpoints" / "v1" / "default.ckpt"
@@ -170,3 +172,15 @@ def test_a_split_that_fills_no_step_is_refused(tmp_path, capsys):
     assert (
         "for each of 2 that are accumulated; set data.batch_size to 750 or less" in said and said.count("error: ") == 1
     )
+
+
+@pytest.mark.parametrize(("key", "value", "said"), [
+    ("metrics", {"reference": "train", "n": 500}, True), ("metrics", {"reference": "val", "n": 500}, False),
+    ("ema", {"decay": 0.9}, False),
+])  # fmt: skip
+def test_scores_of_another_protocol_are_said_not_to_compare(key, value, said):
+    before = {"callbacks": {"metrics": {"reference": "val", "n": 500}, "ema": {"decay": 0.99}}}
+    now = {"callbacks": before["callbacks"] | {key: value}}
+    remark = resumed.changed(SimpleNamespace(checkpoint={"hyper_parameters": before}, config=now))
+    assert ("scores from here on do not compare with those before" in remark) == said
+    assert bool(remark) == (now != before)

@@ -8,7 +8,7 @@ from bd_lightning.checks import UserError
 from benchmarks import common
 from datamodules import Digits
 from tests.test_kept_rows import OURS, pictures  # noqa: F401
-from tests.tiny_data import write_folder
+from tiny_data import write_folder
 
 
 class Watching(L.LightningModule):

@@ -85,7 +85,11 @@ def changed(plan: Plan) -> str:
         f"{key}={now.get(key)} (was {before.get(key)})" for key in keys if str(before.get(key)) != str(now.get(key))
     ]
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    return f"not as in the checkpoint: {', '.join(found[:8])}{more}" if found else ""
+    scored = any(one.startswith("callbacks.metrics.") for one in found)
+    other = (
+        "; scores from here on do not compare with those before, and best.ckpt is the best of both" if scored else ""
+    )
+    return f"not as in the checkpoint: {', '.join(found[:8])}{more}{other}" if found else ""
 
 
 class SoundStates(L.Callback):

@@ -186,6 +186,19 @@ def test_inception_from_a_file(inception_weights):
     assert float((out[0] - out[1]).abs().max()) > 0
 
 
+def test_inception_weights_of_an_older_torch(inception_weights):
+    """The published file is older than torch's present format; and weights that are lost are refused."""
+    state = torch.load(inception_weights, weights_only=True)
+    torch.save(state, inception_weights, _use_new_zipfile_serialization=False)
+    made = InceptionFeatures(str(inception_weights))
+    made.prepare(Digits())
+    assert made.loaded
+    name = next(iter(state))
+    torch.save({**state, name: torch.full_like(state[name], torch.nan)}, inception_weights)
+    with pytest.raises(UserError, match=f"could not be read from .*{name} is not finite"):
+        InceptionFeatures(str(inception_weights)).prepare(Digits())
+
+
 def test_inception_weights_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="weights: file not found: nowhere.pth"):
         InceptionFeatures("nowhere.pth")

@@ -1,6 +1,10 @@
 """Numbers that compare with published ones: references, exported samples, training without a validation split."""
 
+import errno
+import json
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,8 +89,11 @@ def test_published_statistics_are_a_reference(tmp_path, monkeypatch, caplog):
         ({"arr_0": np.zeros((2, 8, 8, 3), np.uint8)}, "has no mu and no sigma .it has arr_0.: a reference needs"),
         ({"mu": np.zeros(2)}, "has no sigma"),
         ({"mu": np.zeros(3), "sigma": np.eye(3)}, "is of 3 features, callbacks.metrics.features are 2 .halves."),
-        ({"mu": np.zeros(2), "sigma": np.eye(3)}, r"mu of shape \(2,\) and sigma of shape \(3, 3\)"),
+        ({"mu": np.zeros(2), "sigma": np.eye(3)}, r"mu of float64, shape \(2,\), and sigma of float64, shape \(3, 3\)"),
         ({"mu": np.full(2, np.nan), "sigma": np.eye(2)}, "not finite"),
+        ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, r"mu of <U1, shape \(2,\), and sigma of float64"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "has a sigma that is no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2.0], [0.0, 1.0]])}, "has a sigma that is no covariance"),
         ({"mu": np.array([{}, {}]), "sigma": np.eye(2)}, "cannot be read as an .npz file of arrays"),
         ({"mu": np.zeros(2), "sigma": np.eye(2), "features": np.array("quarters")}, "in other features .quarters."),
     ],
@@ -97,10 +104,22 @@ def test_statistics_that_do_not_fit_are_one_sentence(arrays, sentence, tmp_path)
         load_statistics(tmp_path / "x.npz", 2, "halves")
 
 
+@pytest.mark.parametrize("kind", [">f8", "<g", "i4", "f4"])
+def test_statistics_of_other_numbers_are_read(kind, tmp_path):
+    np.savez(tmp_path / "x.npz", mu=np.arange(2).astype(kind), sigma=np.eye(2).astype(kind))
+    found = load_statistics(tmp_path / "x.npz", 2, "halves")
+    assert found.mean.tolist() == [0, 1] and found.covariance.dtype == torch.float64
+
+
 def test_references_that_are_no_files(tmp_path):
-    (tmp_path / "x.npz").write_bytes(b"no archive")
-    with pytest.raises(UserError, match="cannot be read as an .npz"):
-        load_statistics(tmp_path / "x.npz", 2, "halves")
+    file = tmp_path / "x.npz"
+    np.savez_compressed(file, mu=np.zeros(300), sigma=np.eye(300))
+    whole = file.read_bytes()
+    np.save(tmp_path / "y.npy", np.zeros(2))
+    for damaged in (b"no archive", whole[:100] + b"\xff" * 40 + whole[140:], (tmp_path / "y.npy").read_bytes()):
+        file.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read as an .npz"):
+            load_statistics(file, 300, "halves")
     with pytest.raises(UserError, match="reference: file not found: .*nowhere.npz"):
         load_statistics(tmp_path / "nowhere.npz", 2, "halves")
     with pytest.raises(ValueError, match="reference must be train, val, test or an .npz file, got 'trian'"):
@@ -159,7 +178,7 @@ def test_two_ranks_write_one_file(tmp_path):
     images = torch.randint(0, 256, (7, 3, 4, 4), dtype=torch.uint8)
     ranks = [expected(tmp_path / "x.npz", 7, (3, 4, 4)) for _ in range(2)]
     ranks[0].check(2)  # on rank 0 alone
-    strategy = SimpleNamespace(barrier=lambda name: None)
+    strategy = SimpleNamespace(barrier=lambda name: None, reduce_boolean_decision=lambda fine, all: fine)
     trainers = [
         SimpleNamespace(global_rank=r, world_size=2, is_global_zero=r == 0, strategy=strategy) for r in range(2)
     ]
@@ -183,6 +202,38 @@ def test_places_that_cannot_hold_an_export(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=10**6))
     with pytest.raises(UserError, match=r"export of 50000 samples needs 0.307 GB in .*, which has 0.001 GB left"):
         expected(tmp_path / "x.npz", 50_000, (3, 32, 32)).check(2)
+
+
+def test_a_disk_that_fills_up_is_one_sentence(tmp_path, monkeypatch):
+    data, file = Shades(True, root=str(tmp_path)), tmp_path / "new" / "samples.npz"
+    own, opened = Path.open, []
+
+    class Full:
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            self.file.close()
+
+        def seek(self, place):
+            return None
+
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def full(path, mode="r", *args, **kwargs):
+        found = own(path, mode, *args, **kwargs)
+        opened.append(path.name)
+        return Full(found) if path.name.endswith(".raw") and mode == "r+b" else found
+
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match="export: cannot write to .*/new .No space left on device.: make room"):
+        evaluated(data, tmp_path, monkeypatch, torch.zeros(50, 1, 8, 8), "test", export=str(file))
+    assert ".samples.npz.raw" in opened and not list(file.parent.iterdir())
+    assert "test/fid" in json.loads((tmp_path / "fid.json").read_text())[-1]  # what was drawn is judged
 
 
 def test_export_is_for_tests(capsys):

@@ -47,6 +47,27 @@ def test_bytes_are_those_of_the_files_and_nothing_is_decoded_twice(tmp_path, mon
         assert fresh._place("train").name in maps.read()
 
 
+def test_what_is_derived_of_a_changed_file_is_made_anew(tmp_path):
+    """Even where the file is as large as before, as those without compression are."""
+    root = write_folder(tmp_path / "f")
+    (root / "cat" / "0.png").unlink()
+    prints = []
+    for colour in ("red", "blue"):
+        Image.new("RGB", (20, 16), colour).save(root / "cat" / "0.bmp")
+        prints.append(ImageFolder(str(root), size=8, root=str(tmp_path)).fingerprint)
+    assert prints[0] != prints[1] and prints[1] == ImageFolder(str(root), size=8, root=str(tmp_path)).fingerprint
+
+
+def test_images_that_are_no_bytes_and_classes_without_images(tmp_path, caplog):
+    with pytest.raises(DataError, match="ByteImages are of torch.uint8, 0 to 255, got torch.float32"):
+        ByteImages(torch.zeros(4, 1, 8, 8))
+    root = write_folder(tmp_path / "f")
+    (root / "ant").mkdir()
+    with caplog.at_level("INFO"):
+        ImageFolder(str(root), size=8, root=str(tmp_path))
+    assert "no images of their own for ant: empty folders, or links to others" in caplog.text
+
+
 @pytest.mark.parametrize("change", ["content", "name", "class", "size"])
 def test_another_folder_has_another_file(change, tmp_path):
     root = write_folder(tmp_path / "f")
