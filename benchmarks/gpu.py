@@ -32,20 +32,19 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from bd_lightning.checks import UserError, reason_of
 from benchmarks import arguments, common
-from benchmarks.common import Recipe, Training, now
+from benchmarks.common import Recipe, Training
 from benchmarks.gpu_report import report
+from benchmarks.gpu_speed import MODES, flops, profile, speed
 from benchmarks.rows import Rows, sound
 from tests.gpu_steps import CASES, built, step_and_sample
 
@@ -63,15 +62,12 @@ MODELS = {
     ],
     "score matching": [CONSTANT],
 }  # fmt: skip
-MODES = {f"{p}{', compiled' * c}": (p == "bf16", c) for p in ("float32", "bf16") for c in (False, True)}
 REHEARSAL = [
     "trainer=cpu", "model.network.channels=[16,16,32,32]", "model.network.blocks=1", "data.batch_size=16",
     "data.num_workers=0", "data.pin_memory=false", "model.samplers.sde.levels=10", "model.samplers.ode.steps=5",
     "callbacks.metrics.n=32", "callbacks.metrics.n_test=64", "callbacks.metrics.batch_size=32", "callbacks.grid.n=16",
     "callbacks.metrics.kid_subset=16", "callbacks.memorisation=null", "model.warmup_steps=5",
 ]  # fmt: skip
-TIMED = 4.0
-"""Seconds that each kind of step is timed for."""
 
 
 class Bench:
@@ -189,52 +185,6 @@ def devices(bench: Bench) -> dict[str, Any]:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     return found | {"waits": waits, "memory": torch.cuda.get_device_properties(bench.device).total_memory}
-
-
-def flops(bench: Bench) -> dict[str, Any]:
-    """FLOP of a training step, counted."""
-    training, loss_of = bench.training("Bellman Diffusion", False, False)
-    with FlopCounterMode(display=False) as counter:
-        training.update(loss_of)
-    parameters = sum(p.numel() for p in training.model.parameters())
-    return {"batch": bench.batch, "flop": counter.get_total_flops(), "parameters": parameters}
-
-
-def speed(bench: Bench, name: str, mode: str) -> dict[str, Any]:
-    """Seconds of a training step: the first, with compilation, and the median of those after; or why there are none."""
-    try:
-        training, loss_of = bench.training(name, *MODES[mode])
-        if bench.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(bench.device)
-        begun = now(bench.device)
-        training.update(loss_of)
-        first, seconds = now(bench.device) - begun, []
-        while len(seconds) < 6 or sum(seconds[1:]) < TIMED:
-            begun = now(bench.device)
-            for _ in range(5):
-                training.update(loss_of)
-            seconds.append((now(bench.device) - begun) / 5)
-        memory = torch.cuda.max_memory_allocated(bench.device) if bench.device.type == "cuda" else None
-        return {"seconds": median(seconds[1:]), "first": first, "batch": bench.batch, "memory": memory}
-    except RuntimeError as error:  # no compiler, or too little memory
-        return {"failed": " ".join(str(error).split())[:300]}
-    finally:
-        torch.compiler.reset()
-
-
-def profile(bench: Bench) -> dict[str, Any]:
-    """Where the time of a bf16 step goes, in a file."""
-    training, loss_of = bench.training("Bellman Diffusion", True, False)
-    for _ in range(3):
-        training.update(loss_of)
-    with torch.profiler.profile() as found:
-        for _ in range(3):
-            training.update(loss_of)
-        now(bench.device)
-    where = "self_device_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
-    text = found.key_averages().table(sort_by=where, row_limit=25, max_name_column_width=60)
-    (bench.out / "profile.txt").write_text(text)
-    return {"file": "profile.txt"}
 
 
 # ---- 3 and 4: training, FID, weights
