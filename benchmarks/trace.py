@@ -25,9 +25,7 @@ of the settings and seeds asked for.
 """
 
 import argparse
-import itertools
 import math
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -36,42 +34,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd_lightning import kernels
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build
-from bd_lightning.distances import relative_error
 from bd_lightning.objectives import FieldDivergence, NoiseLevels
-from bd_lightning.targets import Density, GaussianMixture
 from benchmarks import arguments, common
 from benchmarks.common import Recipe, Training
 from benchmarks.rows import Rows, mean_sd, sound, table
+from benchmarks.trace_learning import measure_learning, report_learning
+from benchmarks.trace_problems import KERNELS, PROBLEMS, WAYS, problem_of, words_of
 
 BATCH, LEVELS = 64, (0.03, 0.1, 0.2, 0.3, 0.5, 1.0, 3.0, 10.0)
-JUDGED = (0.1, 0.3, 1.0, 3.0)
-KERNELS = {"closed-form slices": kernels.ClosedFormSlices(), "constant": kernels.Constant()}
-PAIRED = math.inf
-WAYS: dict[str, tuple[str, float]] = {
-    "Stein": ("stein", 0.0),
-    "Hutchinson": ("hutchinson", 0.0),
-    "exact": ("exact", 0.0),
-    "combined": ("combined", 0.0),
-    "antithetic": ("stein", PAIRED),
-    "combined, antithetic": ("combined", PAIRED),
-}
-
-
-def mixture(dim: int, modes: int) -> GaussianMixture:
-    """Modes at random on a sphere of radius √d, a third as wide as that sphere's coordinates."""
-    means = torch.randn(modes, dim, generator=torch.Generator().manual_seed(dim))
-    return GaussianMixture((means / means.norm(dim=1, keepdim=True) * math.sqrt(dim)).tolist(), sd=0.3)
-
-
-PROBLEMS: dict[str, list[str]] = {
-    "mixture_2d": ["data=gaussians_2d", "model=points", "callbacks=points"],
-    "mixture_32d": ["data=gaussians_2d", "model=mlp", "callbacks=points"],
-    "mnist_codes": ["experiment=mnist_latent"],
-    "mnist_pixels": ["experiment=mnist_small"],
-}
 READ = ("data.", "model", "model.", "callbacks.ema.decay", "trainer.gradient_clip_val")
 INSTEAD = {
     "model.init": "networks are trained anew",
@@ -88,13 +60,6 @@ MEASURED = {
 LEARNED = {**INSTEAD, **dict.fromkeys(("model.kernel", "model.objective.trace"), "all are compared")}
 
 
-def words_of(name: str, words: list[str]) -> list[str]:
-    """Those of the words that are for a problem: none for mixtures, and for pixels none of an autoencoder."""
-    if name.startswith("mixture"):
-        return []
-    return sorted(word for word in words if name == "mnist_codes" or not word.startswith("data.autoencoder"))
-
-
 def check(options: argparse.Namespace) -> None:
     """Refuse words that are wrong or for none of the problems, before anything is measured."""
     options.words = arguments.settings(options.words, READ, LEARNED if options.learn else MEASURED)
@@ -104,17 +69,6 @@ def check(options: argparse.Namespace) -> None:
     for name in options.problems:
         config = common.compose(*PROBLEMS[name], *words_of(name, options.words))
         build.check_kind(config["model"], "model", "bd_lightning.modules.BellmanDiffusion")
-
-
-def problem_of(name: str, words: list[str]) -> tuple[dict[str, Any], Any]:
-    """The config and the data of a problem."""
-    config = common.compose(*PROBLEMS[name], *words)
-    data = common.make_data(config)
-    if name == "mixture_32d":
-        data = type(data)(density=mixture(32, 10), batch_size=data.batch_size)
-    data.prepare_data()
-    data.setup("fit")
-    return config, data
 
 
 class Problem:
@@ -209,71 +163,6 @@ def measure(problem: Problem, kernel: str, level: float, draws: int) -> dict[str
     return {**found, "a": a} | ({"c": level * math.sqrt(1 / a - 1)} if 0 < a < 1 else {})
 
 
-# ---- what is learned
-
-
-def learn(name: str, words: list[str], kernel: str, way: str, seed: int, steps: int) -> Iterator[dict[str, Any]]:
-    """Train by one way; errors after each quarter."""
-    config, data = problem_of(name, words)
-    model = common.make_model(config, data.facts.arguments, seed)
-    model.fields.kernel = model.kernel = KERNELS[kernel]
-    trace, antithetic = WAYS[way]
-    model.objective = replace(model.objective, trace=trace)
-    model.noise = replace(model.noise, antithetic=0.5 if antithetic else 0.0, stratified=bool(antithetic))
-    training, seconds = Training(model, Recipe.of(model, config, steps)), 0.0
-    densities = [] if name.startswith("mnist") else [data.density]
-    torch.manual_seed(seed)
-    for done, (x, label) in zip(range(1, steps + 1), common.batches(data, seed)):
-        start = time.process_time()
-        training.step(lambda x=x, label=label: model.losses(x, label).total)
-        seconds += time.process_time() - start
-        if done % (steps // 4) == 0:
-            state = torch.get_rng_state()
-            yield {"done": done, "minutes": seconds / 60, "errors": errors(training.averaged, data, *densities)}
-            torch.set_rng_state(state)
-
-
-@torch.no_grad()
-def errors(model: Any, data: Any, *densities: Density) -> dict[str, list[float]]:
-    """Errors of the denoised held-out data, and of the fields against those of a density, at each of `JUDGED`."""
-    rows = data.split("val")
-    pick = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:2000].tolist()
-    x = torch.stack([rows[i][0] for i in pick])
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
-    found: dict[str, list[float]] = {}
-    for level in JUDGED:
-        sigma = torch.full((len(x),), level * data.facts.sigma_data)
-        point = x + sigma.view(-1, *[1] * (x.ndim - 1)) * noise
-        for density in densities:
-            known = model.analytic(density)(point.double(), sigma.double())
-            for field, ours, true in zip("sg", model.fields(point, sigma), known):
-                found.setdefault(field, []).append(relative_error(ours, true))
-        denoised = point + sigma.view(-1, *[1] * (x.ndim - 1)) ** 2 * model.fields.score(point, sigma, exact=True)
-        found.setdefault("denoised", []).append(float((denoised - x).square().mean()) / data.facts.sigma_data**2)
-    return found
-
-
-def report_learning(rows: Rows, options: argparse.Namespace) -> None:
-    """Print a table for each problem and kernel: errors after each quarter, and at each level after the last."""
-    for name, kernel in itertools.product(options.problems, KERNELS):
-        lines = []
-        for way in WAYS:
-            key = {**learned(name, options), "kernel": kernel, "way": way}
-            for done in sorted({row["done"] for row in rows.where(**key)}):
-                if not (part := rows.of_seeds(range(options.seeds), **key, done=done)):
-                    continue
-                cells = [
-                    "; ".join(mean_sd((row["errors"][key][i] for row in part), 3) for i in range(len(JUDGED)))
-                    for key in ("s", "g", "denoised")
-                    if key in part[0]["errors"]
-                ]
-                lines.append([way, done, mean_sd((row["minutes"] for row in part), 2), *cells, len(part)])
-        known = len(lines[0]) == 7
-        print(f"\n{name}, {kernel}: errors at σ/σ_data = {', '.join(map(str, JUDGED))}")
-        header = ["way", "steps", "minutes", *(["s", "g"] if known else []), "denoised", "seeds"]
-        print(table(header, lines))
-
-
 def main() -> None:
     """Measure what is missing, print the tables."""
     parser = common.parser(__doc__)
@@ -318,27 +207,6 @@ def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What rows of variances of a problem are of."""
     words = words_of(name, options.words)
     return {"problem": name, "words": words, "steps": options.steps, "draws": options.draws}
-
-
-def learned(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What rows of a problem that is learned are of."""
-    return {"kind": "learned", "problem": name, "words": words_of(name, options.words), "steps": options.learn}
-
-
-def measure_learning(rows: Rows, options: argparse.Namespace) -> None:
-    """Train what is missing."""
-    for seed in range(options.seeds):
-        for name in options.problems:
-            for kernel in KERNELS:
-                for way in WAYS:
-                    if way == "exact" and not name.startswith("mixture_2d"):
-                        continue
-                    kept = {**learned(name, options), "kernel": kernel, "way": way, "seed": seed}
-                    if rows.where(**kept, done=options.learn):
-                        continue
-                    for row in learn(name, kept["words"], kernel, way, seed, options.learn):
-                        if not rows.where(**kept, done=row["done"]):
-                            rows.say(**kept, **row)
 
 
 def report(rows: Rows, options: argparse.Namespace) -> None:

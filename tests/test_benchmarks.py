@@ -322,16 +322,17 @@ def test_variances_of_traces(monkeypatch, tmp_path, capsys):
 
 
 def test_what_ways_of_taking_the_trace_learn(monkeypatch, tmp_path, capsys):
-    from benchmarks import trace
+    from benchmarks import trace, trace_learning
 
-    monkeypatch.setattr(trace, "WAYS", {name: trace.WAYS[name] for name in ("Stein", "combined, antithetic")})
+    ways = {name: trace.WAYS[name] for name in ("Stein", "combined, antithetic")}
+    monkeypatch.setattr(trace_learning, "WAYS", ways)
     words = ["--learn", "40", "--seeds", "1", "--problems", "mixture_2d", "--out", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["trace.py", *words])
     trace.main()
     said = capsys.readouterr().out
     rows = trace.Rows(tmp_path / "rows.jsonl")
     assert len(rows) == 2 * 2 * 4 and "errors at σ/σ_data" in said
-    assert all(len(row["errors"]["g"]) == len(trace.JUDGED) and row["minutes"] > 0 for row in rows)
+    assert all(len(row["errors"]["g"]) == len(trace_learning.JUDGED) and row["minutes"] > 0 for row in rows)
     constant = rows.where(kernel="constant", way="Stein")
     assert max(constant[-1]["errors"]["s"]) < 1e-5  # its mobility is one
     assert constant[-1]["errors"]["g"][2] < constant[0]["errors"]["g"][2]

@@ -12,7 +12,7 @@ from bd_lightning.checks import UserError
 from bd_lightning.dynamics import MultistepDynamics
 from bd_lightning.modules import RelativeDensities
 from bd_lightning.networks import MLP
-from benchmarks import arguments, common, fields, images, linearity, trace
+from benchmarks import arguments, common, fields, images, linearity, trace, trace_learning
 from benchmarks.rows import Rows
 
 FLOW, OURS = "flow matching", images.DEFAULT
@@ -154,7 +154,9 @@ def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def traces(tmp_path, monkeypatch, capsys):
     """trace.py with little to measure."""
     monkeypatch.setattr(trace, "LEVELS", (0.3,))
-    monkeypatch.setattr(trace, "WAYS", {name: trace.WAYS[name] for name in ("Stein", "combined")})
+    ways = {name: trace.WAYS[name] for name in ("Stein", "combined")}
+    for place in (trace, trace_learning):
+        monkeypatch.setattr(place, "WAYS", ways)
     return Bench(trace, tmp_path / "out", monkeypatch, capsys)
 
 
@@ -181,9 +183,9 @@ def test_variances_of_other_settings_are_other_rows(traces):
 
 
 def test_what_is_learned_in_other_settings_is_other_rows(traces):
-    traces.patch.setattr(trace, "KERNELS", {"constant": trace.KERNELS["constant"]})
+    traces.patch.setattr(trace_learning, "KERNELS", {"constant": trace.KERNELS["constant"]})
     words = ["--problems", "mixture_2d", "--seeds", "1", "--learn"]
-    traces.stopped(trace, "errors", 2, *words, "4")
+    traces.stopped(trace_learning, "errors", 2, *words, "4")
     assert [row["done"] for row in traces.rows()] == [1, 2]
     added, said = traces(*words, "4")
     assert [row["done"] for row in added[:2]] == [3, 4] and len(traces.rows()) == 2 * 4
