@@ -3,6 +3,8 @@
 import argparse
 import importlib
 import itertools
+import operator
+import os
 import statistics
 import sys
 import time
@@ -216,7 +218,8 @@ class Training:
         Args:
             source: all batches, from the first.
             steps: of the whole training.
-            path: where all that later steps depend on is kept every `KEEP` seconds, up to the last step.
+            path: where all that later steps depend on is kept every `KEEP` seconds. Delete it when what came of the
+                training is kept.
 
         Raises:
             UserError: if the file is damaged, or of another training.
@@ -224,21 +227,20 @@ class Training:
         parts = {"model": self.model, "average": self.average, "optimizer": self.optimizer, "schedule": self.schedule}
         begun, random, clock = 0, chance(), time.monotonic()
         if path.exists():
-            begun, random = _go_on(parts, path)
+            begun, random = _go_on(parts, path, steps)
         for done, batch in zip(range(1, steps + 1), source):
             if done == begun:
                 set_chance(random)
             if done <= begun:
                 continue
             yield done, batch
-            if time.monotonic() > clock + KEEP:
+            if time.monotonic() > clock + KEEP and done < steps:
                 states = {name: part.state_dict() for name, part in parts.items()}
                 save({"done": done, "chance": chance(), **states}, path)
                 clock = time.monotonic()
-        path.unlink(missing_ok=True)
 
 
-def _go_on(parts: Mapping[str, Any], path: Path) -> tuple[int, dict[str, Tensor]]:
+def _go_on(parts: Mapping[str, Any], path: Path, steps: int) -> tuple[int, dict[str, Tensor]]:
     regular_file(path, "training to go on with")
     state_before = chance()
     try:
@@ -246,7 +248,11 @@ def _go_on(parts: Mapping[str, Any], path: Path) -> tuple[int, dict[str, Tensor]
         for name, part in parts.items():
             part.load_state_dict(state[name])
         set_chance(state["chance"])
-        return int(state["done"]), state["chance"]
+        if not 0 < operator.index(state["done"]) < steps:
+            raise ValueError("not so many steps")
+        if not all(p.isfinite().all() for p in parts["model"].parameters()):
+            raise ValueError("weights that are not finite")
+        return state["done"], state["chance"]
     except Exception as error:  # whatever the reader raises, the file is at fault
         raise UserError(f"{path} is damaged, or of another training: delete it to train anew") from error
     finally:
@@ -316,7 +322,7 @@ class Turns:
 def save(weights: Mapping[str, Any], path: Path) -> None:
     """Write weights, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     torch.save(weights, part)
     part.replace(path)
 

@@ -62,6 +62,14 @@ MODELS = {
     ],
     "score matching": [CONSTANT],
 }  # fmt: skip
+READ = ("data", "data.", "model", "model.", "callbacks", "callbacks.", "trainer.", "seed")
+INSTEAD = {
+    "steps": "use --minutes", "eval_every": "it is a quarter of the training", "root": "use --out",
+    "run_id": "it is the model's name", "logger": "there is none", "trainer.precision": "both are timed",
+    "model.compile": "both are timed, or use --eager", "callbacks.progress": "there is none",
+    "callbacks.trajectory": "there is none", "trainer.enable_progress_bar": "there is none",
+    "experiment": "it is cifar10_h200", "data.folder": "use --data", "data.root": "use --data, or --out",
+}  # fmt: skip
 REHEARSAL = [
     "trainer=cpu", "model.network.channels=[16,16,32,32]", "model.network.blocks=1", "data.batch_size=16",
     "data.num_workers=0", "data.pin_memory=false", "model.samplers.sde.levels=10", "model.samplers.ode.steps=5",
@@ -80,11 +88,14 @@ class Bench:
         self.rows = Rows(self.out / "rows.jsonl")
         cut = REHEARSAL if self.device.type == "cpu" else ["trainer=gpu", "trainer.devices=1"]
         self.words = ["experiment=cifar10_h200", *data_words(options.data, self.out), *cut, *inception(options.weights)]
-        self.words += options.words
+        self.words += arguments.settings(options.words, READ, INSTEAD)
         settings = {"words": self.words, "minutes": options.minutes, "eager": options.eager}
         if self.rows and not self.rows.where(kind="settings", **settings):
             raise UserError(f"{options.out} holds rows of other settings: give another --out, or the command as it was")
         self.config = common.compose(*self.words)
+        for name in ("grid", "metrics", "last"):
+            if not self.config["callbacks"].get(name):
+                raise UserError(f"callbacks.{name}=null: what it leaves is reported here, leave that out")
         self.batch = self.config["data"]["batch_size"]
         self.modes = [mode for mode, (_, compiled) in MODES.items() if not (compiled and options.eager)]
         if not self.rows:

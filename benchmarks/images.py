@@ -31,6 +31,7 @@ takes methods or habits, and may be repeated. --figure draws grids and curves of
 
 import argparse
 import hashlib
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -40,7 +41,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import UserError
@@ -50,7 +51,7 @@ from benchmarks import arguments, common
 from benchmarks.common import Recipe, Training, optional
 from benchmarks.images_costs import speed
 from benchmarks.images_report import costs_of, draw, report
-from benchmarks.peers import CALLS, DDPM, Draw, FlowMatching
+from benchmarks.peers import CALLS, DDPM, Bellman, FlowMatching
 from benchmarks.rows import Rows, sound
 from callbacks.metrics import NEIGHBOURS, Given, frechet_distance, precision_recall
 from datamodules import to_uint8
@@ -87,28 +88,6 @@ INSTEAD = {word.partition("=")[0]: "all methods make as many network calls" for 
     "trainer.max_steps": "use --steps", "trainer.accelerator": "use --device", "root": "use --out", "n": "use --n",
     "trainer.accumulate_grad_batches": "use data.batch_size",
 }  # fmt: skip
-
-
-class Bellman(nn.Module):
-    """A model of this suite with the surface of `peers.Peer`."""
-
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model, self.conditional = model, model.conditional
-        self.samplers = {name: self._sampler(name) for name in model.samplers}
-        self.main = model.sampler
-
-    @property
-    def trained_as(self) -> Any:
-        """The model itself."""
-        return self.model
-
-    def loss(self, x: Tensor, label: Tensor) -> Tensor:
-        """The weighted losses of both fields, a mean over the batch (B, *)."""
-        return self.model.losses(x, label if self.conditional else None).total
-
-    def _sampler(self, name: str) -> Draw:
-        return lambda owner, rows, label: owner.model.sample(rows, name, seed=1, label=label)
 
 
 @dataclass(frozen=True)
@@ -149,11 +128,19 @@ class Suite:
         self.steps = options.steps or self.config["steps"]
         words = [word for word in options.words if not word.startswith("model.lr=")]  # no cost depends on the rate
         self.speeds = {"experiment": options.experiment, "words": words, "bf16": options.bf16, "device": options.device}
-        self.trained = {**self.speeds, "words": options.words, "steps": self.steps}
+        self.speeds["config"] = self.digest(lr=None)
+        self.trained = {**self.speeds, "words": options.words, "steps": self.steps, "config": self.digest()}
         self.curved, self.scored = {**self.trained, "n": options.n_curve}, {**self.trained, "n": options.n}
         self.model = common.make_model(self.config, self.facts.arguments)
         self.pixels = self.data.observed is self.data
         self.mirrored = self.pixels and self.data.observed.flip
+
+    def digest(self, **model: Any) -> str:
+        """What tells configs apart that have the same name, with other values of some arguments of the model."""
+        clip, callbacks = self.config["trainer"].get("gradient_clip_val"), self.config["callbacks"]
+        features = callbacks["metrics"]["features"]
+        parts = [self.config["data"], self.config["model"] | model, clip, callbacks["ema"], features]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
     def habits(self) -> dict[str, Habit]:
         """What can be switched, of the habits that the experiment can have."""
@@ -249,18 +236,22 @@ class Suite:
         return values
 
 
-def learn(suite: Suite, name: str, seed: int, rows: Rows) -> None:
-    """Train a method, and keep its curve and its weights."""
+def learn(suite: Suite, name: str, seed: int, rows: Rows, habit: Habit | None = None) -> None:
+    """Train a method, or the default with a habit switched; keep a method's curve, and the weights."""
     averaged: Any = None
     raw: Any = None
     kept = suite.weights(name, seed).with_suffix(".training")
-    for done, averaged, raw in suite.train(name, seed, kept):  # noqa: B007
+    method, switched = (name, Habit()) if habit is None else (DEFAULT, habit)
+    for done, averaged, raw in suite.train(method, seed, kept, switched):  # noqa: B007
+        if habit is not None:
+            continue
         key = {"kind": "curve", "name": name, "seed": seed, "done": done, **suite.curved}
         if suite.options.n_curve and not rows.where(**key):
             rows.say(**key, fid=suite.score(averaged, averaged.main, suite.options.n_curve)["fid"])
     if name == DEFAULT:
         common.save(raw.state_dict(), suite.weights(UNAVERAGED, seed))
     common.save(averaged.state_dict(), suite.weights(name, seed))
+    kept.unlink(missing_ok=True)
 
 
 def judge(suite: Suite, name: str, seed: int, rows: Rows) -> None:
@@ -339,8 +330,9 @@ def main() -> None:
         for name in chosen:
             key = {"kind": "habit", "name": name, "seed": seed, **suite.scored}
             if not rows.where(**key):
-                kept = suite.weights(name, seed).with_suffix(".training")
-                *_, (_, averaged, _) = suite.train(DEFAULT, seed, kept, habits[name])
+                if not suite.weights(name, seed).exists():
+                    learn(suite, name, seed, rows, habits[name])
+                averaged = suite.restore(suite.build(DEFAULT, seed, habits[name].words), name, seed)
                 rows.say(**key, **suite.score(averaged, averaged.main, options.n))
     with sound(rows):
         report(suite, rows, methods, [UNAVERAGED, *chosen] if DEFAULT in methods else chosen)

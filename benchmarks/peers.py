@@ -211,3 +211,25 @@ def _heun(owner: FlowMatching, rows: range, label: Tensor | None) -> Tensor:
             slope = (slope + owner.velocity(euler, x.new_full((len(x),), there), label)) / 2
         x = x + (there - here) * slope
     return x * owner.scale
+
+
+class Bellman(nn.Module):
+    """A model of this suite with the surface of `Peer`."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.conditional = model, model.conditional
+        self.samplers = {name: self._sampler(name) for name in model.samplers}
+        self.main = model.sampler
+
+    @property
+    def trained_as(self) -> Any:
+        """The model itself."""
+        return self.model
+
+    def loss(self, x: Tensor, label: Tensor) -> Tensor:
+        """The weighted losses of both fields, a mean over the batch (B, *)."""
+        return self.model.losses(x, label if self.conditional else None).total
+
+    def _sampler(self, name: str) -> Draw:
+        return lambda owner, rows, label: owner.model.sample(rows, name, seed=1, label=label)

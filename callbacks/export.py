@@ -41,7 +41,7 @@ class Export:
         self.part = self.path.with_name(f".{self.path.name}.part")
         self.whole = self.path.with_name(f".{self.statistics.name}.part")
         self.shape: tuple[int, int, int, int] = (0, 0, 0, 3)
-        self.rank, self.world, self.written, self.lost = 0, 1, 0, ""
+        self.rank, self.world, self.written, self.lost, self.made = 0, 1, 0, "", False
 
     def expect(self, n: int, shape: tuple[int, ...]) -> None:
         """Say, on every rank, that n samples of a shape (channels, height, width) will come."""
@@ -58,7 +58,7 @@ class Export:
         """
         if self.path.suffix != ".npz":
             raise UserError(f"export must be the name of an .npz file, got {str(self.path)!r}")
-        for path in (self.path, self.statistics):
+        for path in (self.path, self.statistics, self.raw):
             if path.exists():
                 raise UserError(f"export: {path} is there already; delete it, or choose another name")
         folder = self.path.parent
@@ -80,8 +80,13 @@ class Export:
         """Make room, on rank 0 first."""
         self.rank, self.world, self.written = trainer.global_rank, trainer.world_size, 0
         if trainer.is_global_zero:
-            self.raw.write_bytes(b"")
-        trainer.strategy.barrier("room for the export")
+            try:
+                with self.writing(), self.raw.open("xb"):
+                    self.made = True
+            except FileExistsError:
+                self.lost = f"export: {self.raw} is there, another test writes to it, or was killed: delete it then"
+        if not trainer.strategy.reduce_boolean_decision(not self.lost, all=True):
+            self.lost = self.lost or f"export: rank 0 cannot write to {self.path.parent}"
 
     def add(self, images: Tensor) -> None:
         """Write the next of this rank's samples, bytes (B, 1 or 3, H, W), unless room was lacking before."""
@@ -99,6 +104,8 @@ class Export:
         """What is written inside may find no room: that is kept, so that the samples are judged all the same."""
         try:
             yield
+        except FileExistsError:
+            raise
         except OSError as error:
             self.lost = (
                 f"export: cannot write to {self.path.parent} ({reason_of(error)}): make room, or choose another place"
@@ -108,6 +115,8 @@ class Export:
         """Put the files in place, on rank 0, when all ranks are through; none if one of them found no room."""
         if not trainer.strategy.reduce_boolean_decision(not self.lost, all=True):
             self.lost = self.lost or f"export: another rank cannot write to {self.path.parent}: make room"
+        elif trainer.is_global_zero and self.path.exists():
+            self.lost = f"export: {self.path} is there by now, of another test: choose another name"
         elif trainer.is_global_zero:
             with self.writing():
                 with self.raw.open("rb") as raw, zipfile.ZipFile(self.part, "w") as archive:
@@ -121,5 +130,5 @@ class Export:
 
     def abandon(self) -> None:
         """Leave nothing behind but whole files, on rank 0."""
-        for path in (self.raw, self.part, self.whole) if self.rank == 0 else ():
+        for path in (self.raw, self.part, self.whole) if self.made else ():
             path.unlink(missing_ok=True)

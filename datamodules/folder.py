@@ -218,7 +218,10 @@ class ImageFolder(ImageDataModule):
         return Path(self.root) / ".cache" / f"{self.name}-decoded-{digest}.bytes"
 
     def _decoded(self, split: str) -> ByteImages | None:
-        return read_decoded(self._place(split), len(self.files[split]), self.shape)
+        found = read_decoded(self._place(split), len(self.files[split]), self.shape)
+        if found is None or not set(found.labels.unique().tolist()) <= {label for _, label in self.files[split]}:
+            return None
+        return found
 
     def _decode(self, split: str) -> bool:
         """Write the cache file of a split."""

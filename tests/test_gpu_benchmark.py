@@ -1,6 +1,7 @@
 """benchmarks/gpu.py: rows that are kept, what is refused, its tables, and DDPM as an objective of the suite."""
 
 import math
+import re
 import sys
 from argparse import Namespace
 
@@ -117,6 +118,17 @@ def test_rows_with_values_of_another_kind(damage, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "weights", lambda *args: {})
     with pytest.raises(UserError, match="has a row with a value that is none of its kind"):
         gpu.everything(one)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["steps=4"], "'steps=4' would not be read: use --minutes"),
+    (["trainer.precision=16-mixed"], "would not be read: both are timed"),
+    (["callbacks.grid=null"], "callbacks.grid=null: what it leaves is reported here"),
+    (["callbacks.metrics=null"], "callbacks.metrics=null: what it leaves is reported here"),
+])  # fmt: skip
+def test_words_that_would_be_of_no_use_are_refused(words, said, tmp_path):
+    with pytest.raises(UserError, match=re.escape(said)):
+        bench(tmp_path, words=words)
 
 
 def test_a_report_that_is_lost_is_written_again(tmp_path):

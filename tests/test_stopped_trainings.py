@@ -1,11 +1,13 @@
 """Trainings of benchmarks: the order of their batches, and what is left of one that is stopped."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
 
 from bd_lightning.checks import UserError
-from benchmarks import common
+from benchmarks import common, images
 from datamodules import Digits
 from tests.test_kept_rows import OURS, pictures  # noqa: F401
 from tiny_data import write_folder
@@ -56,9 +58,13 @@ def test_a_training_that_is_stopped_goes_on(pictures, tmp_path, monkeypatch):  #
     monkeypatch.setattr(common, "KEEP", -1.0)
     bench.stopped(common.Training, "step", 5, *words)
     (kept,) = bench.folder.glob("*.training")
-    whole = kept.read_bytes()
-    for damaged in (whole[:1000], b""):
-        kept.write_bytes(damaged)
+    whole, state = kept.read_bytes(), torch.load(kept, weights_only=True)
+    lost = {**state["model"], "w": next(iter(state["model"].values()))}
+    for damaged in (whole[:1000], b"", {"done": 8}, {"done": -1}, {"done": "4"}, {"model": lost}):
+        if isinstance(damaged, dict):
+            torch.save({**state, **damaged}, kept)
+        else:
+            kept.write_bytes(damaged)
         with pytest.raises(UserError, match="is damaged, or of another training: delete it to train anew"):
             bench(*words)
     kept.write_bytes(whole)
@@ -70,3 +76,20 @@ def test_a_training_that_is_stopped_goes_on(pictures, tmp_path, monkeypatch):  #
     bench.folder = tmp_path / "other"
     bench(*words)
     assert [row for row in bench.rows() if row["kind"] != "speed"] == rows and len(steps) == 3 + 8
+
+
+def test_a_habit_that_is_trained_is_kept(pictures, monkeypatch):  # noqa: F811
+    bench, words = pictures("--only", "no clipping")
+    bench.stopped(images.Suite, "score", 0, *words)
+    monkeypatch.setattr(images.Suite, "train", lambda *_: pytest.fail("trained again"))
+    added, _ = bench(*words)
+    assert [(row["kind"], row["name"]) for row in added] == [("habit", "no clipping")]
+    assert not list(bench.folder.glob("*.training"))
+
+
+def test_configs_of_one_name_are_told_apart():
+    """An experiment's rate, say, that has changed since; costs do not depend on the rate."""
+    config = {"trainer": {}, "callbacks": {"ema": {"decay": 0.9}, "metrics": {"features": {}}}, "data": {}}
+    slow, fast = (SimpleNamespace(config=config | {"model": {"lr": lr}}) for lr in (1e-3, 2e-3))
+    assert images.Suite.digest(slow) != images.Suite.digest(fast)
+    assert images.Suite.digest(slow, lr=None) == images.Suite.digest(fast, lr=None)

@@ -236,6 +236,35 @@ def test_a_disk_that_fills_up_is_one_sentence(tmp_path, monkeypatch):
     assert "test/fid" in json.loads((tmp_path / "fid.json").read_text())[-1]  # what was drawn is judged
 
 
+def test_two_exports_to_one_name(tmp_path):
+    """The second is refused, before it computes or when it would begin, and the first is not touched."""
+    first, second, late = (expected(tmp_path / "x.npz", 3, (3, 4, 4)) for _ in range(3))
+    fine = SimpleNamespace(barrier=lambda name: None, reduce_boolean_decision=lambda fine, all: fine)
+    trainer = SimpleNamespace(global_rank=0, world_size=1, is_global_zero=True, strategy=fine)
+    for export in (first, second, late):
+        export.check(2)
+    first.begin(trainer)
+    with pytest.raises(UserError, match=r"\.x.npz.raw is there already"):
+        expected(tmp_path / "x.npz", 3, (3, 4, 4)).check(2)
+    second.begin(trainer)
+    images = torch.randint(1, 256, (3, 3, 4, 4), dtype=torch.uint8)
+    for export in (second, first):
+        export.add(images)
+    second.finish(trainer, moments_of(torch.randn(9, 2)), "two")
+    second.abandon()
+    assert "another test writes to it, or was killed: delete it then" in second.lost
+    first.finish(trainer, moments_of(torch.randn(9, 2)), "two")
+    first.abandon()
+    with np.load(tmp_path / "x.npz") as found:
+        np.testing.assert_array_equal(found["arr_0"], images.permute(0, 2, 3, 1).numpy())
+    late.begin(trainer)
+    late.add(255 - images)
+    late.finish(trainer, moments_of(torch.randn(9, 2)), "two")
+    late.abandon()
+    assert not first.lost and "is there by now, of another test" in late.lost
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x.npz", "x.stats.npz"]
+
+
 def test_export_is_for_tests(capsys):
     assert train.main(["export=x.npz"]) == 2
     assert "export keeps the samples of a test: train.py test" in capsys.readouterr().err

@@ -47,6 +47,15 @@ def test_bytes_are_those_of_the_files_and_nothing_is_decoded_twice(tmp_path, mon
         assert fresh._place("train").name in maps.read()
 
 
+def test_labels_that_are_damaged_are_made_anew(tmp_path):
+    root = write_folder(tmp_path / "f")
+    data = ImageFolder(str(root), size=8, root=str(tmp_path))
+    data.prepare_data()
+    before, place = data.read_split("train").labels.clone(), data._place("train")
+    place.write_bytes(place.read_bytes()[:-8] + b"\xff" * 8)
+    assert torch.equal(data.read_split("train").labels, before)
+
+
 def test_what_is_derived_of_a_changed_file_is_made_anew(tmp_path):
     """Even where the file is as large as before, as those without compression are."""
     root = write_folder(tmp_path / "f")
