@@ -174,7 +174,7 @@ def test_training_is_that_of_train_py(tmp_path):
     config = common.compose(*words, "model.warmup_steps=2")
     data = common.make_data(config)
     facts = data.facts.arguments
-    batches = [batch for _, batch in zip(range(steps), common.batches(data))]
+    batches = [batch for _, batch in zip(range(steps), common.batches(data, 0))]
 
     ours = common.make_model(config, facts, seed=3)
     recipe = common.Recipe.of(ours, config, steps)
