@@ -94,7 +94,7 @@ class Bench:
             raise UserError(f"{options.out} holds rows of other settings: give another --out, or the command as it was")
         self.config = common.compose(*self.words)
         for name in ("grid", "metrics", "last"):
-            if not self.config["callbacks"].get(name):
+            if not (self.config["callbacks"] or {}).get(name):
                 raise UserError(f"callbacks.{name}=null: what it leaves is reported here, leave that out")
         self.batch = self.config["data"]["batch_size"]
         self.modes = [mode for mode, (_, compiled) in MODES.items() if not (compiled and options.eager)]

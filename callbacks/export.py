@@ -79,12 +79,10 @@ class Export:
     def begin(self, trainer: L.Trainer) -> None:
         """Make room, on rank 0 first."""
         self.rank, self.world, self.written = trainer.global_rank, trainer.world_size, 0
+        self.lost, self.made = "", False
         if trainer.is_global_zero:
-            try:
-                with self.writing(), self.raw.open("xb"):
-                    self.made = True
-            except FileExistsError:
-                self.lost = f"export: {self.raw} is there, another test writes to it, or was killed: delete it then"
+            with self.writing(), self.raw.open("xb"):
+                self.made = True
         if not trainer.strategy.reduce_boolean_decision(not self.lost, all=True):
             self.lost = self.lost or f"export: rank 0 cannot write to {self.path.parent}"
 
@@ -105,7 +103,7 @@ class Export:
         try:
             yield
         except FileExistsError:
-            raise
+            self.lost = f"export: {self.raw} is there, another test writes to it, or was killed: delete it then"
         except OSError as error:
             self.lost = (
                 f"export: cannot write to {self.path.parent} ({reason_of(error)}): make room, or choose another place"

@@ -124,6 +124,7 @@ def test_rows_with_values_of_another_kind(damage, tmp_path, monkeypatch):
     (["steps=4"], "'steps=4' would not be read: use --minutes"),
     (["trainer.precision=16-mixed"], "would not be read: both are timed"),
     (["callbacks.grid=null"], "callbacks.grid=null: what it leaves is reported here"),
+    (["callbacks=null"], "callbacks"),
     (["callbacks.metrics=null"], "callbacks.metrics=null: what it leaves is reported here"),
 ])  # fmt: skip
 def test_words_that_would_be_of_no_use_are_refused(words, said, tmp_path):
