@@ -5,6 +5,7 @@ import importlib
 import itertools
 import operator
 import os
+import signal
 import statistics
 import sys
 import time
@@ -51,7 +52,8 @@ count = at_least(1)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a benchmark; a mistake of the user is one sentence and the exit status 2, Ctrl-C one and 130."""
+    """Run a benchmark; a mistake of the user is one sentence and the exit status 2, Ctrl-C or SIGTERM one and 130."""
+    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except UserError as error:
@@ -60,6 +62,8 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt as stop:
         print(f"\nstopped{f': {stop}' if stop.args else ''}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.signal(signal.SIGTERM, usual)
 
 
 def optional(package: str) -> Any:

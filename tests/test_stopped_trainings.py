@@ -1,5 +1,8 @@
 """Trainings of benchmarks: the order of their batches, and what is left of one that is stopped."""
 
+import os
+import signal
+import time
 from types import SimpleNamespace
 
 import lightning as L
@@ -93,3 +96,17 @@ def test_configs_of_one_name_are_told_apart():
     slow, fast = (SimpleNamespace(config=config | {"model": {"lr": lr}}) for lr in (1e-3, 2e-3))
     assert images.Suite.digest(slow) != images.Suite.digest(fast)
     assert images.Suite.digest(slow, lr=None) == images.Suite.digest(fast, lr=None)
+
+
+def test_sigterm_is_a_sentence(capsys):
+    """As Ctrl-C is, by which what is finished is kept; the signal is then again what it was."""
+
+    def main():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    usual = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        common.run(main)
+    assert end.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
+    assert signal.getsignal(signal.SIGTERM) is usual
