@@ -61,6 +61,7 @@ class Geometric(Augmentation):
     def __post_init__(self) -> None:
         in_range(0, 1, p=self.p, rotation=self.rotation)
         positive(scale=self.scale, shift=self.shift)
+        in_range(0, 10, scale=self.scale, shift=self.shift)
 
     def __call__(self, x: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """As the base says."""

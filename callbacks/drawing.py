@@ -29,6 +29,7 @@ class SampleModule(Protocol):
         sample: draws samples of given indices.
         all_gather: the tensors of all ranks, one above the other.
         log_dict: logs numbers.
+        describe: how the model is guided, and the like.
         dim: number of data dimensions.
         multi_scale: fields at every noise level, or at σ = 0 alone.
         fields: the learned fields, a function of points and noise levels.
@@ -43,10 +44,16 @@ class SampleModule(Protocol):
     sample: Any
     all_gather: Any
     log_dict: Any
+    describe: Any
     dim: int
     multi_scale: bool
     fields: Any
     analytic: Any
+
+
+def manner(pl_module: SampleModule, sampler: str) -> str:
+    """How samples are drawn, for protocols: the sampler, its network calls, guidance."""
+    return f"{sampler}, {pl_module.samplers[sampler].calls} network calls{pl_module.describe()}"
 
 
 SHAPES = {"images": (3, "points"), "vectors": (1, "images")}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from bd_lightning.checks import UserError, positive
 from bd_lightning.progress import bar
 from callbacks.vision_transformer import VisionTransformer
-from datamodules.cache import cache_path, load_cached, save_cached
+from datamodules.cache import cache_path, load_cached, sampled, save_cached
 from datamodules.images import ImageDataModule, to_unit
 
 
@@ -56,6 +56,22 @@ class ImageFeatures(nn.Module):
     def facts(self) -> dict[str, float]:
         """Numbers about the features themselves, for the log."""
         return {}
+
+
+def features_of(features: ImageFeatures, images: Tensor) -> Tensor:
+    """Features (B, num_features) of bytes (B, C, H, W).
+
+    Raises:
+        UserError: if they are of another shape, not finite, or no tensor.
+    """
+    rows = features(images)
+    shape, name = (len(images), features.num_features), type(features).__name__
+    if not isinstance(rows, Tensor) or tuple(rows.shape) != shape:
+        got = f"the shape {list(rows.shape)}" if isinstance(rows, Tensor) else f"a {type(rows).__name__}"
+        raise UserError(f"{name} of {len(images)} images must be a tensor of the shape {list(shape)}, got {got}")
+    if not rows.isfinite().all():
+        raise UserError(f"{name} gave features that are not finite, of images of bytes: mend it")
+    return rows
 
 
 class ClassifierFeatures(ImageFeatures):
@@ -111,7 +127,7 @@ class ClassifierFeatures(ImageFeatures):
         with isolate_rng():
             torch.manual_seed(self.seed)
             self._build(data.shape, len(data.class_names))
-            path = cache_path(data, "classifier", self.key)
+            path = cache_path(data, "classifier", self.key, *(sampled(data, split) for split in ("train", data.unseen)))
             cached = load_cached(path, "state", "accuracy", "kid_scale")
             if cached is None:
                 start = time.perf_counter()
@@ -120,7 +136,7 @@ class ClassifierFeatures(ImageFeatures):
                 save_cached({"state": self.state_dict(), "accuracy": self.accuracy, "kid_scale": self.kid_scale}, path)
                 rank_zero_info(
                     f"Trained a classifier of {data.name} for FID in {time.perf_counter() - start:.0f} s: "
-                    f"{self.accuracy:.1%} of the {data.unseen} split right; kept in {path}"
+                    f"{self.accuracy:.1%} of the {data.called(data.unseen)} split right; kept in {path}"
                 )
             else:
                 self.load_state_dict(cached["state"])

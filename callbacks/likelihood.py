@@ -180,7 +180,7 @@ class FlowLikelihood(Likelihood):
         told = ", given the class" if pl_module.conditional else ""
         lost = int((~drawn.isfinite()).sum())
         protocol = (
-            f"{len(drawn)} samples of the {stage} split of {data.name}{told}"
+            f"{len(drawn)} samples of the {data.called(stage)} split of {data.name}{told}"
             f"{', dequantised' if bits else ''}; {self.method(dim)}"
         )
         name, unit = ("bits_per_dim", "bits per dimension") if bits else ("nats", "nats")
@@ -333,8 +333,8 @@ class FieldLikelihood(Likelihood):
                 said.append(words)
         sizes = ", ".join(f"{len(found['logs'])} of {name}" for name, found in drawn.items() if name != stage)
         protocol = (
-            f"{len(nats)} samples of the {stage} split of {data.name}{f' and {sizes}' if sizes else ''}, noised at "
-            f"{self.sigma:g}; flow: {self.flow.method(math.prod(data.shape))}"
+            f"{len(nats)} samples of the {data.called(stage)} split of {data.name}{f' and {sizes}' if sizes else ''}, "
+            f"noised at {self.sigma:g}; flow: {self.flow.method(math.prod(data.shape))}"
         )
         logged = {f"{stage}/{name}": value for name, value in values.items()}
         return Findings(logged, {**logged, "protocol": protocol, "summary": f"{'; '.join(said)}: {protocol}"})

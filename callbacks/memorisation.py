@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Subset
 
 from bd_lightning.checks import in_range, positive
 from bd_lightning.progress import bar
-from callbacks.drawing import SampleModule, data_of, draw_together
+from callbacks.drawing import SampleModule, data_of, draw_together, manner
 from callbacks.evaluation import Evaluation, Findings
 from callbacks.pictures import grid_image, publish_picture
 from callbacks.records import step_of
@@ -95,6 +95,14 @@ class Memorisation(Evaluation):
         in_range(0, 1, ratio=ratio)
         self.n, self.sampler, self.batch_size, self.ratio, self.seed = n, sampler, batch_size, ratio, seed
 
+    def evaluate(self, trainer: L.Trainer, pl_module: SampleModule, stage: str) -> None:
+        """Evaluate, if some images are not trained on."""
+        data = cast(ImageDataModule, data_of(trainer).observed)
+        if stage in self.stages and "test" in data.trained_on:
+            rank_zero_info(f"Memorisation: left out, {data.all_by} holds no images out that samples compare with")
+            return
+        super().evaluate(trainer, pl_module, stage)
+
     def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> Tensor:
         """The samples."""
         return draw_together(trainer, pl_module, self.n, self.batch_size, self.seed, sampler)
@@ -114,7 +122,8 @@ class Memorisation(Evaluation):
             f"median distance to the nearest training image {values['distance_ratio']:.2f} times that of test images; "
             f"{values['close']:.1%} of samples nearer than 99 % of test images (1.0% without memorisation); "
             f"{values['copies']:.2%} copies by the ratio test ({values['copies_held_out']:.2%} of test images): "
-            f"{self.n} samples ({sampler}, seed {self.seed}), {len(held_out)} test images of {data.name}, pixels"
+            f"{self.n} samples ({manner(pl_module, sampler)}, seed {self.seed}), {len(held_out)} test images of "
+            f"{data.name}, pixels"
         )
         rank_zero_info(f"Memorisation: {summary}")
         self._draw(trainer, samples, ours[:, 0], index[:, 0], theirs[:, 0], data)

@@ -15,10 +15,10 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from bd_lightning.checks import UserError, in_range, positive
 from bd_lightning.kernels import whole_products
 from callbacks import references
-from callbacks.drawing import SampleModule, all_or_none, data_of, draw
+from callbacks.drawing import SampleModule, all_or_none, data_of, draw, manner
 from callbacks.evaluation import Evaluation, Findings, Metric
 from callbacks.export import Export
-from callbacks.features import ImageFeatures
+from callbacks.features import ImageFeatures, features_of
 from callbacks.moments import Moments, frechet, frechet_distance, load_statistics
 from callbacks.references import Reference
 from datamodules.images import ImageDataModule, to_uint8
@@ -220,7 +220,7 @@ class ImageMetrics(Evaluation):
             with all_or_none(trainer):
                 for x in draw(trainer, pl_module, n, self.batch_size, self.seed, sampler):
                     images = to_uint8(x)
-                    rows = self.features(images)
+                    rows = features_of(self.features, images)
                     sums.update(rows)
                     kept = torch.cat([kept, rows[: share - len(kept)]])
                     if export is not None:
@@ -257,10 +257,10 @@ class ImageMetrics(Evaluation):
         manifold = self._manifold(n, len(reference.rows))
         row = {
             **values,
-            "floor": round(reference.floor, 2),
+            **({} if reference.floor is None else {"floor": round(reference.floor, 2)}),
             "noise": round(reference.noise, 2),
             "protocol": (
-                f"{n} samples ({sampler}, {pl_module.samplers[sampler].calls} network calls, seed {self.seed}) against "
+                f"{n} samples ({manner(pl_module, sampler)}, seed {self.seed}) against "
                 f"{reference.what}; {self.features.description}; "
                 f"floor: {reference.floor_of}; noise: uniform bytes"
                 + (f"; precision, recall: {manifold} of each, {NEIGHBOURS} neighbours" if manifold else "")
@@ -269,9 +269,9 @@ class ImageMetrics(Evaluation):
         more = f", KID {values[f'{stage}/kid']:.4f}" if f"{stage}/kid" in values else ""
         if f"{stage}/precision" in values:
             more += f", precision {values[f'{stage}/precision']:.3f}, recall {values[f'{stage}/recall']:.3f}"
-        row["summary"] = (
-            f"FID {values[f'{stage}/fid']:.2f}{more} (real images {row['floor']:.2f}, noise {row['noise']:.1f}): "
-            f"{row['protocol']}"
-        )
-        facts = {"fid/floor": reference.floor, "fid/noise": reference.noise, **self.features.facts}
+        real = "" if reference.floor is None else f"real images {row['floor']:.2f}, "
+        row["summary"] = f"FID {values[f'{stage}/fid']:.2f}{more} ({real}noise {row['noise']:.1f}): {row['protocol']}"
+        facts = {"fid/noise": reference.noise, **self.features.facts}
+        if reference.floor is not None:
+            facts["fid/floor"] = reference.floor
         return Findings(values | facts, row)

@@ -120,7 +120,7 @@ def load_statistics(path: str | Path, num_features: int, features: str) -> Gauss
             held = ", ".join(file.files)
     except Exception as error:  # whatever the reader raises, the file is at fault
         raise UserError(
-            f"{path} cannot be read as an .npz file of arrays ({' '.join(str(error).split())[:120]})"
+            f"{path} cannot be read as an .npz file of arrays, with mu and sigma as numpy.savez writes them"
         ) from error
     if missing:
         raise UserError(f"{path} has no {' and no '.join(missing)} (it has {held}): a reference needs mu and sigma")
@@ -143,4 +143,7 @@ def load_statistics(path: str | Path, num_features: int, features: str) -> Gauss
         raise UserError(f"{path} has numbers that are not finite")
     if not (found.covariance.diagonal() >= 0).all() or not torch.allclose(found.covariance, found.covariance.T):
         raise UserError(f"{path} has a sigma that is no covariance: it is not symmetric, or has negative variances")
+    values = torch.linalg.eigvalsh(found.covariance)
+    if values[0] < -1e-6 * values[-1]:
+        raise UserError(f"{path} has a sigma that is no covariance: its variance in some direction is negative")
     return found

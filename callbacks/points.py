@@ -9,7 +9,7 @@ from torch import Tensor
 from bd_lightning.checks import positive
 from bd_lightning.distances import mmd, relative_error, wasserstein2
 from bd_lightning.targets import Density
-from callbacks.drawing import SampleModule, data_of, draw_together
+from callbacks.drawing import SampleModule, data_of, draw_together, manner
 from callbacks.evaluation import Evaluation, Findings, Metric
 from datamodules.base import DataModule
 from datamodules.splits import samples_of
@@ -120,7 +120,7 @@ class PointMetrics(Evaluation):
             values |= self._field_errors(pl_module, data.density, held_out, stage)
         modes = f", largest error of a mode's weight {values['mode_error']:.3f}" if "mode_error" in values else ""
         protocol = (
-            f"{n} samples ({sampler}, {pl_module.samplers[sampler].calls} network calls, seed {self.seed}), "
+            f"{n} samples ({manner(pl_module, sampler)}, seed {self.seed}), "
             f"{min(n, self.n)} at a time, "
             f"against {min(self.n, len(held_out))} points of the {stage} split of {data.name}; "
             f"floor: {n} training points in their place"

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from bd_lightning.progress import bar
-from callbacks.features import ImageFeatures
+from callbacks.features import ImageFeatures, features_of
 from callbacks.moments import Gaussian, Moments, frechet, load_statistics
-from datamodules.cache import cache_path, load_cached, save_cached
+from datamodules.cache import cache_path, load_cached, sampled, save_cached
 from datamodules.images import ImageDataModule, to_uint8
 from datamodules.subsets import random_subset
 
@@ -29,7 +29,7 @@ class Reference:
         gaussian: mean and covariance of the features.
         rows: features of at most `KEPT` of the images, at random, shape (N, F); none of them for a file of statistics.
         what: which images they are.
-        floor: FID of other real images.
+        floor: FID of other real images; None if there are none.
         floor_of: which images those are.
         noise: FID of uniform noise.
     """
@@ -37,7 +37,7 @@ class Reference:
     gaussian: Gaussian
     rows: Tensor
     what: str
-    floor: float
+    floor: float | None
     floor_of: str
     noise: float
 
@@ -54,7 +54,7 @@ def embed(
     loader = DataLoader(chosen, data.eval_batch_size, collate_fn=data.collate)
     with bar(f"{split} images of {data.name} for FID", len(chosen)) as progress:
         for x, _ in loader:
-            rows = features(to_uint8(x).to(device)).cpu()
+            rows = features_of(features, to_uint8(x).to(device)).cpu()
             sums.update(rows)
             parts.append(rows[kept[seen : seen + len(x)]])
             seen += len(x)
@@ -69,25 +69,34 @@ def of_noise(features: ImageFeatures, data: ImageDataModule, n: int, device: tor
         torch.manual_seed(0)
         for start in range(0, n, 500):
             images = torch.randint(0, 256, (500, *data.shape), dtype=torch.uint8)[: n - start]
-            sums.update(features(images.to(device)))
+            sums.update(features_of(features, images.to(device)))
     return sums.gaussian()
 
 
 def of_split(features: ImageFeatures, data: ImageDataModule, split: str, device: torch.device) -> Reference:
     """The images of a split, cached under <data.root>/.cache."""
-    path = cache_path(data, f"reference-{split}", "moments", KEPT, features.key)
+    other = "train" if data.called(split) != "train" else "test"
+    if data.called(other) == data.called(split):
+        other = split  # all is trained on: there are no other images
+    digests = [sampled(data, name) for name in (split, other)]
+    path = cache_path(data, f"reference-{split}", "moments", KEPT, features.key, *digests)
     keys = ("mean", "covariance", "rows", "n", "floor", "floor_of", "noise")
     cached = load_cached(path, *keys)
     if cached is None:
         sums, rows = embed(features, data, split, device)
-        real, _ = embed(features, data, "train" if split != "train" else "test", device, limit=sums.n)
         here, noise = sums.gaussian(), of_noise(features, data, sums.n, device)
-        others = f"{real.n} {'train' if split != 'train' else 'test'} images"
-        floor_of = f"{others}, at random" if real.n == sums.n else others
-        values = *here, rows, sums.n, frechet(here, real.gaussian()), floor_of, frechet(here, noise)
+        floor, floor_of = None, "none, all images are trained on"
+        if other != split:
+            real, _ = embed(features, data, other, device, limit=sums.n)
+            others = f"{real.n} {data.called(other)} images"
+            floor, floor_of = frechet(here, real.gaussian()), f"{others}, at random" if real.n == sums.n else others
+        values = *here, rows, sums.n, floor, floor_of, frechet(here, noise)
         cached = dict(zip(keys, values))
         save_cached(cached, path)
-    gaussian, what = Gaussian(cached["mean"], cached["covariance"]), f"{cached['n']} {split} images of {data.name}"
+    gaussian, what = (
+        Gaussian(cached["mean"], cached["covariance"]),
+        f"{cached['n']} {data.called(split)} images of {data.name}",
+    )
     return Reference(gaussian, cached["rows"], what, cached["floor"], cached["floor_of"], cached["noise"])
 
 
@@ -95,7 +104,7 @@ def of_file(features: ImageFeatures, data: ImageDataModule, file: str, device: t
     """Published statistics. Training images tell whether they fit the data and the resize: if not, one line says so."""
     here = load_statistics(file, features.num_features, features.protocol)
     digest = sha256(Path(file).read_bytes()).hexdigest()
-    path = cache_path(data, "reference-file", digest, KEPT, features.key)
+    path = cache_path(data, "reference-file", digest, KEPT, features.key, sampled(data, "train"))
     cached = load_cached(path, "n", "floor", "noise", "shift")
     if cached is None:
         sums, _ = embed(features, data, "train", device, limit=KEPT)

@@ -76,6 +76,7 @@ class DataModule(Data):
         sigma_data: standard deviation of the training samples in the model's units.
         reference_split: split that samples are compared with: "stage" is the held-out split of the running stage.
         unseen: the split to judge by what is not trained on.
+        trained_on: names of the splits whose samples are trained on.
         density: the density that the samples are from, where it is known in closed form.
         cell: width of the cells that values were rounded to, in the model's units; None for real numbers.
         log_volume: log of the volume of a sample's units, as they are shown, over that of the model's.
@@ -96,6 +97,7 @@ class DataModule(Data):
     sigma_data: float
     reference_split: str = "stage"
     unseen: str = "val"
+    trained_on: frozenset[str] = frozenset({"train"})
     density: Density | None = None
     cell: float | None = None
     log_volume: float = 0.0
@@ -164,9 +166,16 @@ class DataModule(Data):
         """What a model learns, (B, *shape), of what is shown and judged: the inverse of `decode`."""
         return x
 
+    def called(self, split: str) -> str:
+        """What protocols call a split: "train" for all that is trained on."""
+        return "train" if split in self.trained_on else split
+
     @property
     def fingerprint(self) -> list[Any]:
-        """All that the splits depend on, as plain values: what is derived from the data is cached under it."""
+        """What the splits depend on, as plain values: what is derived from the data is cached under it.
+
+        What it leaves out, such as arguments of a sub-class, is told by samples (see `cache.sampled`).
+        """
         return [self.name, self.shape, self.class_names]
 
     @abstractmethod
@@ -204,6 +213,8 @@ class DataModule(Data):
             x, label = rows[0]
             shape, dtype, labels = tuple(x.shape), x.dtype, labels_of(rows)
             int(label)
+            if not isinstance(x, Tensor):
+                raise TypeError(f"a sample is a {type(x).__name__}; torch.as_tensor(x).float() makes a tensor of it")
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
             raise DataError(
                 f"{place} must be a data set of pairs, x a tensor and a label, such as datamodules.Rows(x, labels)"
@@ -231,7 +242,9 @@ class DataModule(Data):
         )
         few = f"{self.name}: the training split has {size} samples, fewer than one batch{each}"
         if most < 2:
-            raise DataError(f"{few} of two samples, the least there is: hold out fewer, or take more data")
+            raise DataError(
+                f"{few} of two samples, the least there is: hold out or accumulate fewer, or take more data"
+            )
         if self.total_batch_size is not None:
             raise DataError(f"{few}; set data.total_batch_size to {most * (self.total_batch_size // self.batch_size)}")
         raise DataError(f"{few}; set data.batch_size to {most} or less")

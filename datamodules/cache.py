@@ -13,6 +13,7 @@ import torch
 
 from bd_lightning.checks import reason_of
 from datamodules.base import DataModule
+from datamodules.subsets import random_subset
 
 warned: set[str] = set()
 """Folders that were warned of."""
@@ -22,6 +23,16 @@ def cache_path(data: DataModule, what: str, *keys: Any) -> Path:
     """A file under <data.root>/.cache for something derived from a data set, named by all it depends on."""
     digest = hashlib.sha256(json.dumps([data.fingerprint, *keys], default=str).encode()).hexdigest()[:12]
     return Path(data.root) / ".cache" / f"{data.name}-{what}-{digest}.pt"
+
+
+def sampled(data: DataModule, split: str) -> str:
+    """A digest of how many samples a split has, and of 256 of them at random with their labels."""
+    rows = data.split(split)
+    digest = hashlib.sha256(str(len(rows)).encode())
+    for i in random_subset(len(rows), 256):
+        x, label = rows[i]
+        digest.update(x.detach().cpu().contiguous().numpy().tobytes() + str(int(label)).encode())
+    return digest.hexdigest()[:12]
 
 
 def keep(path: Path, write: Callable[[BinaryIO], Any]) -> bool:

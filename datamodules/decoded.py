@@ -1,5 +1,6 @@
 """Images that are decoded and resized once: their bytes in a file, which is mapped into memory."""
 
+import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -36,8 +37,9 @@ def write_decoded(path: Path, decode: Callable[[int], tuple[Tensor, int]], n: in
         DataError: from `decode`.
     """
     for part in path.parent.glob(f"{path.stem}.*.part"):
-        if time.time() - part.stat().st_mtime > STALE:
-            part.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has moved it to its place
+            if time.time() - part.stat().st_mtime > STALE:
+                part.unlink()
 
     def write(file) -> None:
         labels: list[int] = []

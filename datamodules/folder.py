@@ -50,24 +50,28 @@ class FolderImages(Dataset):
         return to_unit(pixels), label
 
     def decode(self, index: int) -> tuple[torch.Tensor, int]:
-        """Image `index` as bytes (channels, size, size), and its label.
+        """Image `index` as bytes (channels, size, size), and its label; the next one's, if it is damaged.
 
         Raises:
             DataError: if too many files are damaged.
         """
-        path, _ = self.files[index]
-        try:
-            if path not in self.damaged:
-                pixels = v2.functional.pil_to_tensor(read(path, self.channels))
-                return self.resize(pixels), int(self.labels[index])
-        except DataError as error:
-            self.damaged[path] = str(error)
-            if len(self.damaged) > self.most * len(self.files):
-                share = math.ceil(100 * len(self.damaged) / len(self.files)) / 100
-                more = f" ({len(self.damaged)} such files in all)" if len(self.damaged) > 1 else ""
-                raise DataError(f"{error}{more}, or raise data.max_broken to {share:g} or above") from error
-            rank_zero_info(f"{error}; the next one takes its place")
-        return self.decode((index + 1) % len(self))
+        for row in (i % len(self) for i in range(index, index + len(self))):
+            path, _ = self.files[row]
+            if path in self.damaged:
+                continue
+            try:
+                return self.resize(v2.functional.pil_to_tensor(read(path, self.channels))), int(self.labels[row])
+            except DataError as error:
+                self._note(path, error)
+        raise DataError(f"none of the {len(self)} images can be decoded, the first of them {self.files[0][0]}")
+
+    def _note(self, path: Path, error: DataError) -> None:
+        self.damaged[path] = str(error)
+        if len(self.damaged) > self.most * len(self.files):
+            share = math.ceil(100 * len(self.damaged) / len(self.files)) / 100
+            more = f" ({len(self.damaged)} such files in all)" if len(self.damaged) > 1 else ""
+            raise DataError(f"{error}{more}, or raise data.max_broken to {share:g} or above") from error
+        rank_zero_info(f"{error}; the next one takes its place")
 
 
 class ImageFolder(ImageDataModule):
@@ -76,7 +80,7 @@ class ImageFolder(ImageDataModule):
     If the folder has `train` and `test` (or `val`) inside, these are the splits, and a missing one is cut from `train`
     (for validation) or is the other held-out one. Otherwise `val_fraction` of all images is held out, for validation
     and test alike. Splits depend on file names only. Hidden files are passed over; links are followed, every
-    folder once.
+    folder once; photographs are turned upright as their EXIF data say.
 
     The images of a split are decoded and resized once, to a file under <data.root>/.cache that is named by the files,
     their sizes and times, and the size of the images; every process maps it into its memory.
@@ -135,7 +139,7 @@ class ImageFolder(ImageDataModule):
         files = self.files["train"]
         if "val" not in held_out and not val_fraction:
             self.files["val"] = [files[i] for i in random_subset(len(files), SEEN)]
-            self.train_on_all("data.val_fraction=0", "test" if "test" in held_out else "val")
+            self.train_on_all("data.val_fraction=0", *held_out)
         elif "val" not in held_out:
             order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
             if len(files) == 1:
@@ -163,10 +167,18 @@ class ImageFolder(ImageDataModule):
         return [*super().fingerprint, hashlib.sha256(repr(files).encode()).hexdigest()]
 
     def _scan(self, place: Path, seen: set[str]) -> list[tuple[Path, int]]:
-        files = []
+        files, strays = [], []
         for path in find(place, seen):
             first = path.relative_to(place).parts[0]
-            files.append((path, self.class_names.index(first) if first in self.class_names else 0))
+            if self.class_names and first not in self.class_names:
+                strays.append(path)
+                continue
+            files.append((path, self.class_names.index(first) if self.class_names else 0))
+        if strays:
+            raise DataError(
+                f"{len(strays)} images under {place} are in none of the class folders "
+                f"{', '.join(self.class_names[:10])}, the first of them {strays[0]}: move or delete them"
+            )
         return files
 
     def _readable(self, found: dict[str, list[tuple[Path, int]]], most: float) -> dict[str, list[tuple[Path, int]]]:
@@ -214,7 +226,7 @@ class ImageFolder(ImageDataModule):
 
     def _place(self, split: str) -> Path:
         state = [(str(path), label, *_size_and_time(path)) for path, label in self.files[split]]
-        digest = hashlib.sha256(repr([state, self.max_broken]).encode()).hexdigest()[:12]
+        digest = hashlib.sha256(repr([state, self.max_broken, "upright"]).encode()).hexdigest()[:12]
         return Path(self.root) / ".cache" / f"{self.name}-decoded-{digest}.bytes"
 
     def _decoded(self, split: str) -> ByteImages | None:

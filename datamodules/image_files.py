@@ -7,13 +7,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from datamodules.splits import DataError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
 """What a file of a format ends with."""
+_TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), 2))  # fmt: skip
 _UNREADABLE = (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -79,18 +83,28 @@ def _refused(image: Image.Image) -> str | None:
     return None
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """An image, turned as its EXIF data say; as it is, if they cannot be read."""
+    image.load()  # damaged pixels are an error, unlike damaged EXIF data
+    try:
+        turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # whatever the reader raises
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
 def read(path: Path, channels: int) -> Image.Image:
-    """An image of bytes, grey (1 channel) or colour (3). Pixels of 16 bits keep their scale.
+    """An image of bytes, grey (1 channel) or colour (3), upright. Pixels of 16 bits keep their scale.
 
     Raises:
         DataError: naming the file, and the reason.
     """
     try:
         with Image.open(path) as file:
-            image: Image.Image = file
-            reason = _refused(image)
+            reason = _refused(file)
             if reason:
                 raise DataError(f"cannot read the image {path}: {reason}; save it with 8 or 16 bits")
+            image = _upright(file)
             if image.mode.startswith("I"):  # 16 bits; convert() would clip them
                 image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().astype(np.uint8))
             elif image.mode in ("P", "PA") or "transparency" in image.info:

@@ -102,14 +102,15 @@ class ImageDataModule(DataModule):
     def fingerprint(self):
         return [*super().fingerprint, sorted(self.shares.items()), "random shares"]
 
-    def train_on_all(self, setting: str, unseen: str) -> None:
-        """Hold no image out: samples are compared with the training set.
+    def train_on_all(self, setting: str, *held_out: str) -> None:
+        """Hold no image of the training set out: samples are compared with all of it.
 
         Args:
             setting: what says so, e.g. "data.val_size=0".
-            unseen: the split to judge by what is not trained on, or is the least.
+            held_out: the splits that are not trained on all the same, if there are any.
         """
-        self.all_by, self.reference_split, self.unseen = setting, "train", unseen
+        self.all_by, self.reference_split, self.unseen = setting, "train", (*held_out, "val")[0]
+        self.trained_on = frozenset({"train", "val", "test"}) - set(held_out)
 
     def setup(self, stage: str | None = None) -> None:
         """Load the splits of a stage; say so if validation has seen its images."""
@@ -132,12 +133,18 @@ class ImageDataModule(DataModule):
         rows = self.read_split(split)
         if all(share == 1 for share in self.shares.values()):
             return rows
-        chosen = []
+        try:
+            chosen, labels, take = [], rows.labels, rows.take
+        except AttributeError as error:
+            raise DataError(
+                f"{self.name}: data.keep chooses rows by their labels, and read_split gives a {type(rows).__name__} "
+                "without `labels` (N,) or `take(rows)`: return datamodules.Rows, or write both"
+            ) from error
         for label, share in self.shares.items():
-            found = (rows.labels == label).nonzero()[:, 0]
+            found = (labels == label).nonzero()[:, 0]
             part = share if split == "train" else math.ceil(share)
             chosen.append(found[random_subset(len(found), math.ceil(part * len(found)))])
-        left = rows.take(torch.cat(chosen).sort().values)
+        left = take(torch.cat(chosen).sort().values)
         number = torch.zeros(len(self.shares), dtype=torch.long)
         number[[label for label, share in self.shares.items() if share > 0]] = torch.arange(len(self.class_names))
         left.labels = number[left.labels]

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from bd_lightning.latents import LatentSpace
 from bd_lightning.progress import bar
 from datamodules.base import DataModule
-from datamodules.cache import cache_path, load_cached, save_cached
+from datamodules.cache import cache_path, load_cached, sampled, save_cached
 from datamodules.images import ImageDataModule
 from datamodules.splits import Rows
 
@@ -50,6 +50,7 @@ class Latents(DataModule):
         self.images, self.autoencoder = images, autoencoder
         self.name = f"{images.name}-latents"
         self.class_names, self.reference_split = images.class_names, images.reference_split
+        self.trained_on = images.trained_on
         codes = autoencoder.encode(torch.zeros(1, *images.shape))
         self.shape = tuple(codes.shape[1:])
         if self.decode(codes).shape[1:] != images.shape:
@@ -82,7 +83,7 @@ class Latents(DataModule):
 
     def load_split(self, split):
         mirrored = split == "train" and self.images.flip
-        path = cache_path(self, f"codes-{split}", mirrored)
+        path = cache_path(self, f"codes-{split}", mirrored, sampled(self.images, split))
         cached = load_cached(path, "codes", "labels")
         if cached is None:
             device = self.trainer.strategy.root_device if self.trainer else torch.device("cpu")

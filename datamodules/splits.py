@@ -126,6 +126,8 @@ def stacked(place: str, shape: tuple[int, ...], classes: int, batch: Any) -> Any
         return batch
     try:
         x, label = torch.utils.data.default_collate(batch)
+        if not isinstance(x, Tensor) or not isinstance(label, Tensor):
+            raise TypeError("a sample is a tensor and a label a number, one of them is something else")
     except (RuntimeError, TypeError, ValueError) as error:
         raise DataError(f"{place} has samples that make no batch ({' '.join(str(error).split())[:200]})") from error
     if x.shape[1:] != shape or x.dtype != torch.float32:

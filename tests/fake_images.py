@@ -20,6 +20,9 @@ class Drawn:
     def __init__(self):
         self.logged = {}
 
+    def describe(self):
+        return ""
+
     def log_dict(self, values, sync_dist):
         self.logged |= {key: float(value) for key, value in values.items()}
 
@@ -42,6 +45,7 @@ def fake_trainer(data, model, folder):
 class Shades(ImageDataModule):
     """Images of ten classes, told apart by their brightness, either class by class or in random order."""
 
+    class_names = tuple("0123456789")
     shape, sigma_data, sizes = (1, 8, 8), 0.5, {"train": 6000, "val": 1500, "test": 1500}
 
     def __init__(self, shuffled, **options):

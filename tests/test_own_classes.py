@@ -55,6 +55,13 @@ def own(tmp_path, monkeypatch, capsys, caplog):
         ("", "None", "the train split must be a data set of pairs"),
         ("", "Rows(x.numpy())", "samples must be a tensor, got a ndarray"),
         ("", "Rows(x[:, :1])", "samples of the shape (1,), and its shape is said to be (2,)"),
+        (
+            "",
+            "[(one.numpy(), 0) for one in x]",
+            "a sample is a ndarray; torch.as_tensor(x).float() makes a tensor of it",
+        ),
+        (TWO, "[(one, 'a' if i > 7 else 0) for i, one in enumerate(x)]", "has samples that make no batch"),
+        (TWO, "[(one, 'a' if i > 0 else 0) for i, one in enumerate(x)]", "samples that make no batch"),
         ("", "Rows(x.double())", "samples of torch.float64, and models take torch.float32"),
         ("", "Rows(x.masked_fill(x > 2, torch.nan))", "samples are not finite, the first of them in row"),
         ("", "Rows(x, torch.ones(200, dtype=torch.long))", "the label 1, and there are 0 class_names"),

@@ -1,8 +1,10 @@
 """export: a trained model as a folder that others can use (see `exported`), with a model card."""
 
+import glob
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,6 +28,8 @@ from datamodules import SampleRequests
 
 SHOWN = 64
 """Samples that are drawn for the card, of seed 0."""
+STALE = 3600
+"""Seconds after which an unfinished folder is what a killed process has left."""
 
 
 def run(plan: Plan) -> None:
@@ -73,12 +77,15 @@ def free_place(to: str | None) -> Path:
 @contextmanager
 def placed(target: Path) -> Iterator[Path]:
     """A folder beside its place, moved there when all in it is written, and removed if it is not."""
-    part = target.with_name(f".{target.name}.part")
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
     with writing(target, "to"), made(target.parent, target.exists, "to"):
-        shutil.rmtree(part, ignore_errors=True)  # what a killed process left
+        for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+            if time.time() - old.stat().st_mtime > STALE:
+                shutil.rmtree(old, ignore_errors=True)
         try:
             part.mkdir()
             yield part
+            free_place(str(target))  # another process may have been faster
             part.replace(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)

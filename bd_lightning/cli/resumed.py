@@ -26,9 +26,10 @@ def refuse_other_data(trained: Facts, given: Facts) -> None:
     mine = given.plain()
     for name, value in trained.plain().items():
         if name != "kind" and mine.get(name) != value:
+            keep = f"set data.sigma_data={value}" if name == "sigma_data" else "leave data as it was"
             raise UserError(
                 f"the checkpoint was trained on data with {name} {value}, this data has {mine.get(name)}: "
-                "leave data as it was, or start a new run"
+                f"{keep}, or start a new run"
             )
 
 

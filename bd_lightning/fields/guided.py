@@ -244,7 +244,7 @@ class Guidance:
     transition: float | str | None = None
 
     def __post_init__(self) -> None:
-        in_range(0, math.inf, guidance=self.scale)
+        in_range(0, 1000, guidance=self.scale)
         check_interval(guidance_interval=self.interval)
         in_range(-100, 100, **{"guidance.before": self.before})
         if self.transition is None and self.before != 1:

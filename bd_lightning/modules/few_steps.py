@@ -83,7 +83,8 @@ class FewStepGenerator(Generator):
     ) -> None:
         refuse_scores(samplers, sampler)
         super().__init__(shape, num_classes, samplers, sampler, noise, 1.0, guidance_interval, **options)
-        in_range(0, math.inf, huber=huber, guidance=guidance, calibrate=calibrate)
+        in_range(0, math.inf, huber=huber, calibrate=calibrate)
+        in_range(0, 1000, guidance=guidance)
         if network.head_shape:
             raise ValueError("network.per_class=true is for model=relative, which can be a teacher")
         given: dict[str, Any] = {"mix": mix, "remove": remove, "merge": merge, "labels": labels}

@@ -6,7 +6,7 @@ from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from bd_lightning.checks import UserError
-from callbacks import ClassifierFeatures, DINOv2Features, ImageMetrics, InceptionFeatures
+from callbacks import ClassifierFeatures, DINOv2Features, ImageMetrics, InceptionFeatures, references
 from callbacks import features as features_module
 from callbacks.memorisation import memorisation, nearest_two, some_images
 from callbacks.metrics import frechet_distance, precision_recall
@@ -14,8 +14,8 @@ from callbacks.moments import frechet, moments_of
 from callbacks.vision_transformer import VisionTransformer
 from datamodules import Digits, to_uint8
 from datamodules.cache import load_cached, save_cached
-from datamodules.images import to_unit
-from fake_images import Drawn, Shades, evaluated, fake_trainer
+from datamodules.images import ByteImages, to_unit
+from fake_images import Drawn, Halves, Shades, evaluated, fake_trainer
 
 
 def features(root, **options):
@@ -105,6 +105,40 @@ def test_the_order_of_the_data_does_not_matter(tmp_path, monkeypatch):
     assert rows[False]["floor"] < 0.02 * rows[False]["noise"] and rows[True]["floor"] < 0.02 * rows[True]["noise"]
     assert rows[False]["val/fid"] == pytest.approx(rows[True]["val/fid"], rel=1e-3)  # the reference is whole
     assert max(abs(row["val/kid"]) for row in rows.values()) < 0.4  # a reference of the first classes: above 1
+
+
+def test_what_is_cached_is_of_the_samples_not_of_the_name_of_the_data(tmp_path):
+    """An argument of a data set of one's own may change all that it holds."""
+
+    class Brighter(Shades):
+        more = 0
+
+        def read_split(self, split):
+            rows = super().read_split(split)
+            return ByteImages(rows.x + self.more, rows.labels)
+
+    found = []
+    for more in (0, 20, 0):
+        data = Brighter(True, root=str(tmp_path))
+        data.more = more
+        found.append(references.of_split(Halves(), data, "val", torch.device("cpu")))
+    means = [one.gaussian.mean for one in found]
+    assert torch.equal(means[1], means[0] + 20) and torch.equal(means[2], means[0])
+    assert len(list((tmp_path / ".cache").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (torch.zeros(4, 3), r"Halves of 4 images must be a tensor of the shape \[4, 2\], got the shape \[4, 3\]"),
+        (torch.full((4, 2), torch.nan), "Halves gave features that are not finite"),
+        (torch.zeros(4, 2).numpy(), "got a ndarray"),
+    ],
+)
+def test_features_of_ones_own_are_looked_at(rows, sentence, monkeypatch):
+    monkeypatch.setattr(Halves, "forward", lambda self, images: rows)
+    with pytest.raises(UserError, match=sentence):
+        features_module.features_of(Halves(), torch.zeros(4, 1, 8, 8, dtype=torch.uint8))
 
 
 def test_held_out_images_of_memorisation_are_a_random_subset(tmp_path):

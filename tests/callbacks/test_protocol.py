@@ -94,6 +94,7 @@ def test_published_statistics_are_a_reference(tmp_path, monkeypatch, caplog):
         ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, r"mu of <U1, shape \(2,\), and sigma of float64"),
         ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "has a sigma that is no covariance"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 2.0], [0.0, 1.0]])}, "has a sigma that is no covariance"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1.0, 5.0], [5.0, 1.0]])}, "variance in some direction is negative"),
         ({"mu": np.array([{}, {}]), "sigma": np.eye(2)}, "cannot be read as an .npz file of arrays"),
         ({"mu": np.zeros(2), "sigma": np.eye(2), "features": np.array("quarters")}, "in other features .quarters."),
     ],

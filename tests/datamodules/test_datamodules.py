@@ -144,7 +144,9 @@ def test_bad_data_is_named(tmp_path, monkeypatch):
         Digits(batch_size=1)
     with pytest.raises(DataError, match="leaves none of the 40 images"):
         MNIST(root=str(write_mnist(tmp_path / "m")), val_size=40).load_split("train")
-    with pytest.raises(DataError, match="fewer than one batch of two samples, the least there is: hold out fewer"):
+    with pytest.raises(
+        DataError, match="fewer than one batch of two samples, the least there is: hold out or accumulate fewer"
+    ):
         MNIST(root=str(tmp_path / "m"), val_size=39).split("train")
     with pytest.raises(DataError, match="set data.total_batch_size to 32$"):
         few = MNIST(root=str(tmp_path / "m"), val_size=24, total_batch_size=64)

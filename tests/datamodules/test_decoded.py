@@ -1,5 +1,6 @@
 """Images of a folder that are decoded once, and training on all of them."""
 
+import json
 import os
 import sys
 import time
@@ -166,6 +167,49 @@ def test_a_run_on_all_images(tmp_path, caplog):
     with caplog.at_level("INFO"):
         assert train.main(words) == 0
     assert "all 40 images are trained on" in caplog.text
+
+
+def test_what_protocols_say_of_images_that_are_all_trained_on(tmp_path, caplog):
+    """No split is called a test's, no floor is given, and nothing is compared with images held out."""
+    root = write_folder(tmp_path / "f", splits=("train",), n=20)
+    left = ("callbacks.metrics", "callbacks.memorisation", "callbacks.best")
+    words = [word for word in WORDS if not word.startswith(left)]
+    words += [
+        "callbacks.metrics.features.steps=20",
+        "callbacks.metrics.n=40",
+        "data=folder",
+        f"data.folder={root}",
+        "data.size=8",
+    ]
+    words += [
+        "data.batch_size=16",
+        "data.val_fraction=0",
+        f"root={tmp_path / 'runs'}",
+        f"data.root={tmp_path}",
+        "run_id=x",
+    ]
+    assert train.main(words) == 0
+    (last,) = (tmp_path / "runs").rglob("last.ckpt")
+    with caplog.at_level("INFO"):
+        assert train.main(["test", f"ckpt_path={last}", "callbacks.memorisation.n=10", "likelihood=ode"]) == 0
+    (path,) = (tmp_path / "runs").rglob("test*/fid.json")
+    row = json.loads(path.read_text())[-1]
+    assert "against 40 train images" in row["protocol"] and "floor: none, all images are trained on" in row["protocol"]
+    assert "floor" not in row and "real images" not in row["summary"]
+    assert "Memorisation: left out, data.val_fraction=0 holds no images out" in caplog.text
+    assert not list((tmp_path / "runs").rglob("memorisation.json"))
+    (path,) = (tmp_path / "runs").rglob("likelihood*.json")
+    assert "samples of the train split of ImageFolder" in json.loads(path.read_text())[-1]["protocol"]
+
+
+def test_a_folder_in_which_nothing_can_be_decoded_ends(tmp_path):
+    root = write_folder(tmp_path / "f", size=(40, 40))
+    for path in root.rglob("*.png"):
+        data, half = path.read_bytes(), len(path.read_bytes()) // 2
+        path.write_bytes(data[:half] + bytes(40) + data[half + 40 :])
+    images = ImageFolder(str(root), size=8, root=str(tmp_path), max_broken=1, sigma_data=0.5)
+    with pytest.raises(DataError, match="none of the .* images can be decoded, the first of them"):
+        images.prepare_data()
 
 
 def test_too_much_damage_is_one_sentence(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 import train
 from datamodules import ImageFolder
@@ -34,6 +34,25 @@ def test_16_bits_keep_their_scale(name):
     with Image.open(name) as image, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert np.asarray(image.convert("L")).mean() > 200  # what Pillow makes of it
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photographs_are_upright(orientation):
+    """As Pillow itself turns them."""
+    pixels = np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save("a.jpg", exif=exif)
+    with Image.open("a.jpg") as image:
+        expected = np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
+    assert (np.asarray(read(Path("a.jpg"), 3)) == expected).all()
+
+
+def test_images_outside_the_class_folders_are_named(tmp_path):
+    root = write_folder(tmp_path / "f", splits=("train", "test"))
+    (root / "test" / "cat").rename(root / "test" / "cow")
+    with pytest.raises(DataError, match="12 images under .*test are in none of the class folders cat, dog, the first"):
+        ImageFolder(str(root), size=8)
 
 
 @pytest.mark.parametrize(("dtype", "what"), [(np.float32, "floating point"), (np.int32, "32 bits")])
@@ -131,7 +150,8 @@ def test_any_folder_is_read_or_refused_in_a_sentence(seed, tmp_path):
                 assert x.shape == data.shape and x.isfinite().all() and 0 <= label <= len(data.class_names)
         assert sum(len(files) for files in data.files.values()) > 0 and torch.is_tensor(x)
     except DataError as error:
-        assert str(error).startswith(("one image is not enough", "no images for the")) and "\n" not in str(error)
+        known = ("one image is not enough", "no images for the", "in none of the class folders")
+        assert any(words in str(error) for words in known) and "\n" not in str(error)
     list(find(root, set()))
 
 
