@@ -1,7 +1,9 @@
 """Train, evaluate and sample: python train.py --help"""
 
 import os
+import signal
 import sys
+from typing import Any
 
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build, compare, plan
@@ -34,7 +36,18 @@ def carry_out(resolved: plan.Plan) -> None:
     """Do what was planned; torch is imported by now."""
     from bd_lightning.cli import average, export, fit, predict
 
-    {"predict": predict.run, "export": export.run, "average": average.run}.get(resolved.command, fit.run)(resolved)
+    if resolved.command in ("fit", "validate", "test"):  # Lightning ends them where nothing is lost
+        fit.run(resolved)
+        return
+    usual = signal.signal(signal.SIGTERM, _end)
+    try:
+        {"predict": predict.run, "export": export.run, "average": average.run}[resolved.command](resolved)
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+
+
+def _end(number: int, frame: Any) -> None:
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """Mixtures of classes from the command line, end to end on digits."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -124,9 +127,13 @@ def test_a_pattern_merges_all_that_it_stands_for(halves, classify):
         (["remove={7: 1}"], "'remove' must be"),
         (["remove=[7,7]"], "remove names class '7' twice"),
         (["mix={}"], "'mix' is empty: name what it is for, or leave it out"),
-        (["mix={3: .nan, 8: 1.0}"], "weights of a mixture are numbers of at most 1e+30, got nan"),
+        (["mix={3: .nan, 8: 1.0}"], "weights of a mixture are numbers between 1e-30 and 1e+30 in size, or 0, got nan"),
+        (["mix={3: 1.0e-60, 8: 1.0e-61}"], "numbers between 1e-30 and 1e+30 in size, or 0, got 1e-60"),
+        (["mix={true: 2.0}"], "'mix' must be"),
+        (["merge={1: 1.0}"], "'merge' must be"),
+        (["mix={3: 1.0}", "calibrate=100000000000000"], "'calibrate' must lie between 0 and 1,000,000"),
         (["merge={'': 1.0}"], "a checkpoint has the empty path ''"),
-        (["mix={3: 1.0}", "calibrate=-1"], "'calibrate' must not be negative, got -1"),
+        (["mix={3: 1.0}", "calibrate=-1"], "'calibrate' must lie between 0 and 1,000,000, got -1"),
         (["merge={nowhere.ckpt: 1.0}"], "checkpoint not found: nowhere.ckpt"),
         (["mix={3: 1.0}", "labels=[3]"], "give one of the two"),
         (["mix={3: 1.0}", "model.guidance=2"], "a mixture has none: add model.guidance=1"),
@@ -182,3 +189,16 @@ def test_models_that_do_not_fit_each_other(whole, root, capsys):
     assert train.main(command) == 0
     assert train.main(["predict", f"ckpt_path={plain}", "mix={3: 1.0}"]) == 2
     assert "train with model=relative" in capsys.readouterr().err
+
+
+def test_sigterm_ends_a_prediction(whole, monkeypatch):
+    """At once, with the status that shells give it: Lightning alone looks for it while it trains."""
+
+    def write(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr("callbacks.writers.ImageWriter.write_on_batch_end", write)
+    with pytest.raises(SystemExit) as end:
+        train.main(["predict", f"ckpt_path={whole}", "mix={3: 1.0}", "n=4"])
+    assert end.value.code == 128 + signal.SIGTERM

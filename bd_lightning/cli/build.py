@@ -19,6 +19,7 @@ from bd_lightning.upgrade import refuse_old
 
 MOST_CALLS = 10_000
 MOST_DRAWS = 1000
+MOST_PILOTS = 1_000_000
 """Network calls of a sampler that `test` is asked to judge at most."""
 
 FACTS = ("shape", "num_classes", "sigma_data", "actions", "v_min", "v_max", "run_dir")
@@ -126,8 +127,8 @@ def check_keys(config: Mapping[str, Any]) -> None:
             raise ConfigError(f"'{key}' is empty: name what it is for, or leave it out")
     if not 0 <= config["seed"] < 2**32:
         raise ConfigError(f"'seed' must lie between 0 and {2**32 - 1}, got {config['seed']}")
-    if config["calibrate"] < 0:
-        raise ConfigError(f"'calibrate' must not be negative, got {config['calibrate']}")
+    if not 0 <= config["calibrate"] <= MOST_PILOTS:
+        raise ConfigError(f"'calibrate' must lie between 0 and {MOST_PILOTS:,}, got {config['calibrate']}")
 
 
 def check(config: Mapping[str, Any]) -> None:
@@ -288,6 +289,8 @@ def _fits(value: Any, hint: Any, key: str) -> bool:
         return value is None
     if isinstance(value, Mapping):
         if (origin or hint) not in (dict, Mapping):
+            return False
+        if args and not all(_fits(name, args[0], key) for name in value):
             return False
         for name, sub in value.items():
             _check_value(sub, args[1] if args else Any, f"{key}.{name}")

@@ -50,7 +50,9 @@ def refuse_other_optimizer(plan: Plan, model: Any) -> None:
     before, now = (own | (node.get("optimizer") or {}) for node in nodes)
     for name in now | before:
         was, given = before.get(name), now.get(name)
-        if was != given and not (name == "_target_" and not any("bd_lightning." in str(one) for one in (was, given))):
+        own_class = name == "_target_" and not any("bd_lightning." in str(one) for one in (was, given))
+        moved = own_class and str(was).rpartition(".")[2] == str(given).rpartition(".")[2]
+        if was != given and not moved:
             key = "model.optimizer" + ("" if name == "_target_" else f".{name}")
             raise UserError(
                 f"{plan.config['ckpt_path']} was trained with {key}={was}, whose state cannot go on with {given}: "

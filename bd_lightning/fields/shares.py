@@ -110,8 +110,10 @@ def combine(
         ValueError: for another number of names than of classes.
     """
     for what in [*(weight for *_, weight in sources), *(mix or {}).values()]:
-        if not abs(what) <= LARGEST:
-            raise UserError(f"weights of a mixture are numbers of at most {LARGEST:g}, got {what}")
+        if not (what == 0 or 1 / LARGEST <= abs(what) <= LARGEST):  # what single precision holds
+            raise UserError(
+                f"weights of a mixture are numbers between {1 / LARGEST:g} and {LARGEST:g} in size, or 0, got {what}"
+            )
     parts: list[tuple[Sequence[str], list[float], list[float]]] = []
     known = list(dict.fromkeys(name for _, names, _ in sources for name in names))
     for name in [*(mix or ()), *remove]:

@@ -122,6 +122,8 @@ def test_antithetic_pairs_are_told_the_same():
         (lambda: UNet((1, 8, 8), told=-1), "told must"),
         (lambda: Geometric(p=1.5), "p must lie between 0 and 1"),
         (lambda: Geometric(scale=0.0), "scale must be positive"),
+        (lambda: Geometric(scale=1e30), "scale must lie between 0 and 10"),
+        (lambda: Geometric(shift=1e30), "shift must lie between 0 and 10"),
         (lambda: Geometric()(torch.zeros(4, 32)), "an augmentation of images was given data of shape"),
     ],
 )

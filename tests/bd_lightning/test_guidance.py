@@ -22,7 +22,7 @@ from bd_lightning.kernels import ClosedFormSlices, Constant
 from bd_lightning.modules import BellmanDiffusion, RelativeDensities
 from bd_lightning.networks import MLP
 from bd_lightning.targets import GaussianMixture
-from callbacks.drawing import classes_of
+from callbacks.drawing import classes_of, manner
 
 CLASS = AnalyticFields(GaussianMixture([[1.0, 1.0]], sd=0.3), Constant())
 ALL = AnalyticFields(GaussianMixture([[1.0, 1.0], [-1.0, -1.0]], sd=0.3), Constant())
@@ -118,7 +118,7 @@ def test_guidance_is_a_scale_or_a_mapping():
         ({}, "guidance needs its scale"),
         ({"scale": True}, "guidance.scale must be a number, got True"),
         ({"scale": 2.0, "transition": True}, "guidance.transition must be a number"),
-        ({"scale": -1.0}, "guidance must lie between 0 and inf"),
+        ({"scale": -1.0}, "guidance must lie between 0 and 1000"),
         ({"scale": "two"}, "guidance takes numbers"),
         ({"scale": 2.0, "interval": [2.0, 1.0]}, "guidance_interval must be"),
         ({"scale": 2.0, "before": math.nan, "transition": 1.0}, "guidance.before must lie between"),
@@ -144,6 +144,7 @@ def test_conditional_and_relative_models_take_it():
     models[1].fields.count(torch.tensor([0, 1]))
     for model in models:
         assert isinstance(model.asked(label), DynamicGuidedFields) and model.describe() == ", guided with scale 2"
+        assert manner(model, "ode") == "ode, 7 network calls, guided with scale 2"
         with pytest.warns(UserWarning, match="100% of 2 chains never met their transition"):  # the fields are zero
             assert model.sample([0, 1], label=label).shape == (2, 2)
         assert not isinstance(model.asked(None), GuidedFields)

@@ -172,7 +172,10 @@ def test_an_optimizer_of_another_module_is_another_one(tmp_path, capsys, monkeyp
     assert launch(tmp_path / "runs", "run_id=b", "model.optimizer._target_=own_optimizers.AdamW") == 0
     last = tmp_path / "runs" / "bellman-diffusion" / "b" / "checkpoints" / "last.ckpt"
     words = [f"ckpt_path={last}", "steps=6", "trust=true"]
-    assert train.main([*words, "model.optimizer._target_=own_optimizers.Renamed"]) == 0
+    assert train.main([*words, "model.optimizer._target_=own_optimizers.Renamed"]) == 2
+    assert "whose state cannot go on with own_optimizers.Renamed" in capsys.readouterr().err
+    (tmp_path / "moved_optimizers.py").write_text("from own_optimizers import AdamW\n")
+    assert train.main([*words, "model.optimizer._target_=moved_optimizers.AdamW"]) == 0
     assert launch(tmp_path / "runs", "run_id=c", "model.optimizer._target_=own_optimizers.Empty") == 2
     assert "model.optimizer: Empty makes a NoneType, no torch.optim.Optimizer" in capsys.readouterr().err
 

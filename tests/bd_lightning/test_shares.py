@@ -113,7 +113,7 @@ def test_a_source_of_one_density_knows_no_classes():
 def test_weights_are_numbers(weight):
     names = ["a", "b", "c", "d"]
     for source, mix in ((weight, None), (1.0, {"a": weight, "b": 1.0})):
-        with pytest.raises(UserError, match="weights of a mixture are numbers of at most"):
+        with pytest.raises(UserError, match="weights of a mixture are numbers between"):
             combine([(SOURCE, names, source)], mix)
 
 

@@ -196,6 +196,15 @@ def test_keep_chooses_classes_and_thins_them():
     assert len({str(data.fingerprint) for data in (whole, few, thin, Digits(keep={3: 0.2}))}) == 4
 
 
+def test_keep_needs_labels():
+    class Pairs(Digits):
+        def read_split(self, split):
+            return [(torch.zeros(1, 8, 8), 0)] * 4
+
+    with pytest.raises(DataError, match="Pairs: data.keep chooses rows by their labels, and read_split gives a list"):
+        Pairs(keep=["0"]).load_split("train")
+
+
 def test_random_subsets_are_spread_out_and_fixed():
     chosen = random_subset(999, 500)
     assert chosen == sorted(set(chosen)) == random_subset(999, 500) and len(chosen) == 500
