@@ -18,9 +18,11 @@ from bd_lightning.cli.config import GROUPS, TOP_LEVEL, ConfigError
 from bd_lightning.upgrade import refuse_old
 
 MOST_CALLS = 10_000
-MOST_DRAWS = 1000
-MOST_PILOTS = 1_000_000
 """Network calls of a sampler that `test` is asked to judge at most."""
+MOST_DRAWS = 1000
+"""Draws of an image that `predict` takes the mean of at most."""
+MOST_PILOTS = 1_000_000
+"""Samples that weights of a mixture are calibrated by at most."""
 
 FACTS = ("shape", "num_classes", "sigma_data", "actions", "v_min", "v_max", "run_dir")
 """Arguments that a config leaves out: the data module knows all but the last, `train.py` that one."""

@@ -80,7 +80,7 @@ def placed(target: Path) -> Iterator[Path]:
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     with writing(target, "to"), made(target.parent, target.exists, "to"):
         for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-            if time.time() - old.stat().st_mtime > STALE:
+            if old.exists() and time.time() - old.stat().st_mtime > STALE:
                 shutil.rmtree(old, ignore_errors=True)
         try:
             part.mkdir()
