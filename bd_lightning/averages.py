@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import UserError
+from bd_lightning.checks import UserError, reason_of
 
 SNAPSHOTS = "averages"
 """The folder of a run's snapshots."""
@@ -145,14 +145,23 @@ def save_snapshot(
         profiles: of each average.
         averages: weights by name, for each.
         halved: names of those that are kept in half precision; those that it cannot hold are not.
+
+    Raises:
+        UserError: if it cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     weights = [
         {name: _half(value) if name in halved else value.cpu() for name, value in one.items()} for one in averages
     ]
-    torch.save({"profiles": [list(profile) for profile in profiles], "weights": weights}, part)
-    part.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"profiles": [list(profile) for profile in profiles], "weights": weights}, part)
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch turns some failures to write into a RuntimeError
+        part.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write the snapshot {path} ({reason_of(error)}): make room, then resume from checkpoints/last.ckpt"
+        ) from error
 
 
 def _half(value: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from bd_lightning import checkpoints
 from bd_lightning.checks import UserError, regular_file
 from bd_lightning.cli import build
 from bd_lightning.cli import config as configs
@@ -335,10 +336,12 @@ def restore(module: nn.Module, path: Path, device: torch.device | str = "cpu") -
     """Give a module the weights of a file.
 
     Raises:
-        UserError: if they are not there, not whole, or another module's.
+        UserError: if they are not there, not whole, not finite, or another module's.
     """
     regular_file(path, "file of weights")
     try:
-        module.load_state_dict(torch.load(path, map_location=device, weights_only=True))
+        weights = torch.load(path, map_location=device, weights_only=True)
+        checkpoints.refuse_not_finite(weights)
+        module.load_state_dict(weights)
     except Exception as error:  # whatever the reader raises, the file is at fault
         raise UserError(f"{path} is damaged, or the weights of another model: delete it to train anew") from error

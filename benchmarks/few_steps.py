@@ -208,7 +208,7 @@ def main() -> None:
         _, stored = checkpoints.load(options.checkpoints[0], Generator)  # type: ignore[type-abstract]
         peer = Peer(path, stored, options.calls)
         results[path] = compare(path, peer, list(peer.samplers), judge, rows, options)
-    with sound(rows):
+    with sound(rows.path):
         report(results, judge, options)
     if options.time:
         print(table(["checkpoint", "time of a step"], times(options.checkpoints)))

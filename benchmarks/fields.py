@@ -302,7 +302,7 @@ def main() -> None:
         for name in NAMES
         for row in kept.of_seeds(range(options.seeds), target=target, name=name, steps=options.steps)
     ]
-    with sound(kept):
+    with sound(kept.path):
         report(rows, timing["times"])
 
 

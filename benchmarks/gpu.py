@@ -122,7 +122,7 @@ class Bench:
         Raises:
             UserError: if that cannot be, or a row has been damaged.
         """
-        with sound(self.rows):
+        with sound(self.rows.path):
             text = report(self.rows, self.peak, self.device.type)
         try:
             (self.out / "report.md").write_text(text)
@@ -212,7 +212,7 @@ def plan(bench: Bench, name: str) -> dict[str, Any]:
     taken = {mode: row["seconds"] for mode, row in rows.items() if "seconds" in row}
     if not taken:
         raise UserError(f"no step of {name} can be taken: {next(iter(rows.values()))['failed']}")
-    with sound(bench.rows):
+    with sound(bench.rows.path):
         mode = min(taken, key=taken.__getitem__)
         steps = 4 * max(1, round(60 * bench.options.minutes / taken[mode] / 4))
         return {"mode": mode, "steps": steps, "minutes": bench.options.minutes}
@@ -293,7 +293,7 @@ def everything(bench: Bench) -> None:
     bench.once("profile", "Bellman Diffusion", lambda: profile(bench))
     for name in MODELS:
         planned = bench.once("plan", name, lambda name=name: plan(bench, name))
-        with sound(bench.rows):
+        with sound(bench.rows.path):
             MODES[planned["mode"]]
             planned = {
                 "mode": planned["mode"],

@@ -317,7 +317,7 @@ def main() -> None:
     methods = [name for name in NAMES if not options.only or name in options.only]
     chosen = [name for name in habits if options.habits or name in (options.only or ())]
 
-    with sound(rows):
+    with sound(rows.path):
         timed = not set(methods) <= set(costs_of(suite, rows))
     if timed or DDPM_NAME in methods:
         optional("diffusers")  # before hours of training
@@ -334,7 +334,7 @@ def main() -> None:
                     learn(suite, name, seed, rows, habits[name])
                 averaged = suite.restore(suite.build(DEFAULT, seed, habits[name].words), name, seed)
                 rows.say(**key, **suite.score(averaged, averaged.main, options.n))
-    with sound(rows):
+    with sound(rows.path):
         report(suite, rows, methods, [UNAVERAGED, *chosen] if DEFAULT in methods else chosen)
     if options.figure:
         draw(suite, rows, methods, options.figure)

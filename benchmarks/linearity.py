@@ -231,7 +231,7 @@ def main() -> None:
                     print(f"seed {seed}, {name + way}: L1 {row['l1']:.3f}", file=sys.stderr)
                 for row in rows.where(**kept)[:1]:
                     done.setdefault(name + way, []).append(row)
-    with sound(rows):
+    with sound(rows.path):
         report(done, names)
     if options.figure:
         judge.models = models[0]

@@ -57,7 +57,7 @@ from benchmarks.returns_tables import (
     table,
 )
 from benchmarks.returns_training import build, learn
-from benchmarks.rows import Rows
+from benchmarks.rows import Rows, sound
 
 SMOKE = 20
 """Optimiser steps of a training in a rehearsal."""
@@ -144,7 +144,8 @@ def control(setting: Setting, path: Path, do: Work) -> None:
     jobs = [job for rate in setting.rates for method in METHODS for job in row(method, rate, TUNING_SEEDS)]
     while jobs:
         carry_out(jobs, path, do)
-        found = {method: best_rate(finished(path), setting, method) for method in METHODS}
+        with sound(path):
+            found = {method: best_rate(finished(path), setting, method) for method in METHODS}
         more = {method: beyond(*best, setting) for method, best in found.items()}
         jobs = [job for method, rate in more.items() if rate is not None for job in row(method, rate, TUNING_SEEDS)]
     rates = {method: dict.fromkeys((best, COMMON_RATE)) for method, (best, _) in found.items()}

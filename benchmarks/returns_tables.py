@@ -9,7 +9,7 @@ import numpy as np
 
 from bd_lightning.checks import UserError
 from benchmarks.returns_training import reached
-from benchmarks.rows import Rows
+from benchmarks.rows import Rows, sound
 
 METHODS = {"returns": "fields", "c51": "C51", "qr_dqn": "QR-DQN"}
 """Methods, as train.py's `model`, and their names in tables; the first is compared with the best of the others."""
@@ -77,7 +77,8 @@ def finished(path: Path) -> list[dict]:
         raise UserError(
             f"{path} holds a row a line, as an earlier version wrote it: choose another --out, or move it away"
         )
-    return [row for line in lines for row in line["rows"]]
+    with sound(path):
+        return [dict(row) for line in lines for row in line["rows"]]
 
 
 def gathered(rows: Iterable[dict], setting: Setting, method: str, rate: float, first: int) -> Row | None:
@@ -231,17 +232,23 @@ def table(folder: Path, settings: Iterable[Setting], figure: Path | None) -> Non
     Raises:
         UserError: if nothing is finished there.
     """
-    rows = {name: finished(folder / f"{name}.jsonl") for name in ("control", "evaluate", "peer", "linear")}
+    names = ("control", "evaluate", "peer", "linear")
+    kept = {name: folder / f"{name}.jsonl" for name in names}
+    rows = {name: finished(path) for name, path in kept.items()}
     if not any(rows.values()):
         raise UserError(
             f"nothing is finished in {folder} yet: run night, control, linear, evaluate or peer with this --out"
         )
-    drawn = control_table(rows["control"], settings) if rows["control"] else []
+    drawn = []
+    if rows["control"]:
+        with sound(kept["control"]):
+            drawn = control_table(rows["control"], settings)
     parts: dict[str, Callable[[list[dict]], None]]
     parts = {"evaluate": evaluation_table, "peer": peer_table, "linear": linear_table}
     for name, show in parts.items():
         if rows[name]:
-            show(rows[name])
+            with sound(kept[name]):
+                show(rows[name])
     if figure and drawn:
         curves(drawn, figure)
 

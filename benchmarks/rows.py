@@ -100,8 +100,8 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 @contextmanager
-def sound(rows: Rows) -> Iterator[None]:
-    """What is computed inside comes from rows, which may have been edited by hand.
+def sound(path: Path) -> Iterator[None]:
+    """What is computed inside comes from the rows of a file, which may have been edited by hand.
 
     Raises:
         UserError: if a value is not of the kind that is expected.
@@ -110,7 +110,7 @@ def sound(rows: Rows) -> Iterator[None]:
         yield
     except (AttributeError, KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
-        raise UserError(f"{rows.path} has a row with a value that is none of its kind ({reason}): mend it") from error
+        raise UserError(f"{path} has a row with a value that is none of its kind ({reason}): mend it") from error
 
 
 def mean_sd(values: Iterable[float], digits: int = 2) -> str:

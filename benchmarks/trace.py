@@ -188,7 +188,7 @@ def main() -> None:
     check(options)
     if options.learn:
         measure_learning(rows, options)
-        with sound(rows):
+        with sound(rows.path):
             return report_learning(rows, options)
     for seed in range(options.seeds):
         for name in options.problems:
@@ -197,7 +197,7 @@ def main() -> None:
             problem = Problem(name, kept["words"], seed, options.steps) if missing else None
             for kernel, level in missing:
                 rows.say(**kept, kernel=kernel, level=level, **measure(problem, kernel, level, options.draws))
-    with sound(rows):
+    with sound(rows.path):
         report(rows, options)
         if options.figure:
             draw(rows, options)

@@ -60,9 +60,21 @@ def make_envs(name: str, count: int, options: dict[str, Any] | None = None, scal
     if ":" in name:  # module:id imports the module, which runs it; configs of checkpoints name environments too
         raise DataError(
             f"cannot make the environment '{name}': an id with ':' runs the code of a module; give the id of an "
-            "environment that is registered"
+            "environment that is registered, one of your own as docs/guide/returns.md says"
         )
     register(name)
+
+    def plain(env: Any) -> Any:
+        space, actions = env.observation_space, env.action_space
+        if isinstance(actions, gymnasium.spaces.Discrete) and actions.start:
+            inner = gymnasium.spaces.Discrete(actions.n)
+            env = gymnasium.wrappers.TransformAction(env, lambda a: a + actions.start, inner)
+        if isinstance(space, gymnasium.spaces.Discrete) and space.start:
+            outer = gymnasium.spaces.Discrete(space.n)
+            env = gymnasium.wrappers.TransformObservation(env, lambda x: x - space.start, outer)
+        if isinstance(space, gymnasium.spaces.Box) and not space.shape:
+            env = gymnasium.wrappers.ReshapeObservation(env, (1,))
+        return env
 
     def divided(env: Any) -> Any:
         space = env.observation_space
@@ -75,7 +87,7 @@ def make_envs(name: str, count: int, options: dict[str, Any] | None = None, scal
     try:
         mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
         envs = gymnasium.make_vec(
-            name, count, vectorization_mode="sync", vector_kwargs=mode, wrappers=[divided], **(options or {})
+            name, count, vectorization_mode="sync", vector_kwargs=mode, wrappers=[plain, divided], **(options or {})
         )
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(

@@ -9,6 +9,7 @@ import torch
 import train
 from bd_lightning import averages, checkpoints
 from bd_lightning.averages import Profile
+from bd_lightning.checks import UserError
 from callbacks import PowerAverages
 from callbacks.averages import floating
 from small_run import WORDS
@@ -72,6 +73,16 @@ def test_any_length_is_rebuilt_from_snapshots_of_two(length):
     truth = followed(path, length)[-1]
     nearest = min(np.abs(two[one][-1] - truth).mean() for one in two)
     assert np.abs(found.coefficients @ stored - truth).mean() < 0.15 * nearest and found.error < 0.05
+
+
+def test_a_snapshot_on_a_full_disk_is_one_sentence_and_the_one_before_stays(tmp_path):
+    path, profiles = tmp_path / "snapshots" / "1.pt", [Profile(1, 6.9)]
+    averages.save_snapshot(path, profiles, [{"w": torch.ones(10)}], [])
+    before = path.read_bytes()
+    path.with_name("1.pt.part").symlink_to("/dev/full")
+    with pytest.raises(UserError, match=r"cannot write the snapshot .*1.pt \(.*disk full\?\): make room, then"):
+        averages.save_snapshot(path, profiles, [{"w": torch.ones(10**6)}], [])
+    assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == ["1.pt"]
 
 
 def test_weights_that_stand_still_stay_where_they_are():

@@ -98,7 +98,8 @@ def test_damaged_weights_are_one_sentence(tmp_path):
     common.restore(module, path)
     common.save(torch.nn.Linear(3, 1).state_dict(), path)
     other = path.read_bytes()
-    for content in (b"", b"PK", whole[: len(whole) // 2], other):
+    common.save({name: value * torch.nan for name, value in module.state_dict().items()}, path)
+    for content in (b"", b"PK", whole[: len(whole) // 2], other, path.read_bytes()):
         path.write_bytes(content)
         with pytest.raises(UserError, match=r"a\.pt is damaged.*delete it"):
             common.restore(module, path)

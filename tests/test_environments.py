@@ -77,6 +77,70 @@ def test_bytes_need_a_scale(pixels):
     assert (discount == 0).sum() == 4
 
 
+class FromFive(gymnasium.Env):
+    """Three states 5, 6, 7, which the actions 2 and 3 leave as they are and raise; or the state as one number."""
+
+    action_space = gymnasium.spaces.Discrete(2, start=2)
+
+    def __init__(self, number=False):
+        spaces = gymnasium.spaces
+        self.number = number
+        self.observation_space = spaces.Box(0, 9, (), np.float32) if number else spaces.Discrete(3, start=5)
+
+    def seen(self):
+        return np.float32(self.at) if self.number else self.at
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.at = 5
+        return self.seen(), {}
+
+    def step(self, action):
+        assert action in (2, 3)
+        self.at += int(action) - 2
+        return self.seen(), 0.0, self.at == 7, False, {}
+
+
+def test_spaces_that_do_not_start_at_zero_and_single_numbers(monkeypatch):
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    gymnasium.register("FromFive-v0", entry_point=FromFive, max_episode_steps=20)
+    for number, shape in ((False, (3,)), (True, (1,))):
+        data = Environment("FromFive-v0", -1, 1, options={"number": number}, num_envs=1, warmup=40)
+        stream = data.open(0)
+        stream.fill()
+        observation, action, _, _, following = stream.replay[np.arange(40)]
+        assert data.shape == shape and data.actions == 2 and set(action.tolist()) == {0, 1}
+        places = [
+            one.float() @ (torch.arange(5.0, 8.0) if not number else torch.ones(1)) for one in (observation, following)
+        ]
+        assert torch.equal(places[1], places[0] + action)
+
+
+def test_an_environment_of_ones_own_is_registered_beside_a_class_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "own_environment.py").write_text(
+        "import datamodules, gymnasium\n"
+        "class Environment(datamodules.Environment):\n    pass\n"
+        "gymnasium.register('Own-v0', entry_point='test_environments:FromFive', max_episode_steps=20)\n"
+    )
+    words = [
+        "experiment=rl_frozen_lake",
+        "data._target_=own_environment.Environment",
+        "data.env=Own-v0",
+        "data.options=null",
+        "data.v_min=-1",
+        "data.v_max=1",
+        "steps=4",
+    ]
+    words += ["eval_every=4", "logger=none", f"root={tmp_path}", "run_id=own"]
+    assert train.main(words) == 0
+    path = next(tmp_path.rglob("last.ckpt"))
+    assert train.main(["predict", f"ckpt_path={path}", "n=3"]) == 2
+    assert "names 'own_environment.Environment'" in capsys.readouterr().err
+    assert train.main(["predict", f"ckpt_path={path}", "n=3", "trust=true"]) == 0
+
+
 def test_packages_of_environments_that_are_missing_are_named(monkeypatch):
     registry = {name: spec for name, spec in gymnasium.registry.items() if not name.startswith("MinAtar/")}
     monkeypatch.setattr(gymnasium, "registry", registry)

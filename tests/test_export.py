@@ -15,6 +15,7 @@ import bd_lightning
 import train
 from bd_lightning import checkpoints
 from bd_lightning.checks import UserError
+from bd_lightning.cli.plan import digest
 from bd_lightning.latents import TrainedLatents, check_codes
 from conftest import ROOT
 from small_run import contents
@@ -84,10 +85,11 @@ def test_the_card_leaves_out_numbers_of_another_sampler_or_guidance(run, tmp_pat
     (run / "fid.json").write_text(json.dumps([{"step": 4, "val/fid": 40.0, "protocol": "as trained"}]))
     stored = yaml.safe_load((run / "config.yaml").read_text())["model"]
     steps = {**stored, "samplers": {"ode": {**stored["samplers"]["ode"], "steps": 7}}}
-    for k, node in enumerate([stored, steps]):
+    last = run / "checkpoints" / "last.ckpt"
+    for k, (node, weights) in enumerate([(stored, digest(last)), (steps, digest(last)), (stored, "of another file")]):
         folder = run / f"test-last-0000004-{k}"
         folder.mkdir()
-        (folder / "settings.json").write_text(json.dumps({"model": node}))
+        (folder / "settings.json").write_text(json.dumps({"model": node, "checkpoints": [weights]}))
         (folder / "fid.json").write_text(json.dumps([{"step": 4, "test/fid": 41.0 + k, "protocol": "a test"}]))
 
     def quoted(source, name, *words):
@@ -96,9 +98,10 @@ def test_the_card_leaves_out_numbers_of_another_sampler_or_guidance(run, tmp_pat
         rows = json.loads(file.read_text()) if file.exists() else []
         return [row.get("val/fid", row.get("test/fid")) for row in rows], (tmp_path / name / "README.md").read_text()
 
-    last = run / "checkpoints" / "last.ckpt"
     assert quoted(last, "own")[0] == [40.0, 41.0]
     assert quoted(last, "few", "model.samplers.ode.steps=7")[0] == [42.0]
+    torch.save({**torch.load(last, weights_only=True), "made_by": "average"}, last.with_name("length-0.05.ckpt"))
+    assert quoted(last.with_name("length-0.05.ckpt"), "average")[0] == []
     rows, card = quoted(tmp_path / "own", "other", "model.samplers.ode.steps=5")
     assert rows == [] and "None were measured with the sampler and guidance of this folder." in card
 

@@ -98,6 +98,23 @@ def test_a_night_is_rehearsed_and_not_repeated(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == table
 
 
+@pytest.mark.parametrize(
+    "name, row",
+    [
+        ("control", {"env": "rl_frozen_lake", "method": "returns", "rate": 1e-3, "seeds": 3}),
+        ("evaluate", {"rewards": "discrete"}),
+        ("peer", {"name": "a", "windows": "b"}),
+        ("linear", [1]),
+    ],
+)
+def test_rows_that_were_edited_by_hand_are_named(tmp_path, monkeypatch, capsys, name, row):
+    (tmp_path / f"{name}.jsonl").write_text(json.dumps({"job": "a", "seconds": 1, "rows": [row]}) + "\n")
+    with pytest.raises(SystemExit):
+        command(monkeypatch, "table", "--out", str(tmp_path))
+    said = capsys.readouterr().err.strip()
+    assert f"{name}.jsonl has a row with a value that is none of its kind" in said and "\n" not in said
+
+
 def test_a_job_that_was_cut_leaves_nothing_and_is_done_anew(tmp_path, monkeypatch, capsys):
     """Ctrl-C after the first row of the second job: one sentence, and all rows of both jobs in the end."""
 

@@ -75,7 +75,7 @@ def checkpoint(base: Mapping[str, Any], parts: list[Snapshot], found: averages.F
         raise UserError(f"the snapshots are of another model than the checkpoint ({reason})")
     weights |= {name: total[name].to(value.dtype) for name, value in floating.items()}
     own = {"hyper_parameters": base["hyper_parameters"], "state_dict": weights}
-    return {**own, "global_step": parts[-1].profile.step}
+    return {**own, "global_step": parts[-1].profile.step, "made_by": "average"}
 
 
 def score(plan: Plan, path: Path) -> None:

@@ -17,7 +17,7 @@ from bd_lightning import addresses, checkpoints, exported, report
 from bd_lightning.checks import UserError, one_of
 from bd_lightning.cli import objects, predict
 from bd_lightning.cli.folders import SETTINGS, made, short, writing
-from bd_lightning.cli.plan import Plan
+from bd_lightning.cli.plan import Plan, digest
 from bd_lightning.combinations import choose_labels
 from bd_lightning.facts import Facts
 from bd_lightning.facts import read as read_facts
@@ -212,7 +212,9 @@ def shown(product: str | None) -> str:
 
 
 def measured(plan: Plan) -> tuple[list[dict[str, Any]], int]:
-    """Rows of fid.json, of an exported folder or of the run and its evaluations, of the step of the weights.
+    """Rows of fid.json, of an exported folder or of the run and the evaluations of this very file, of its step.
+
+    What a run says of itself is of the average that it follows, not of one that `average` made.
 
     Returns:
         Those of samples drawn as this export draws, and the number of others.
@@ -223,9 +225,12 @@ def measured(plan: Plan) -> tuple[list[dict[str, Any]], int]:
         return [], 0
     run = report.read(folder)
     found: dict[str, bool] = {}
-    for name, rows in {**run.records, **run.evaluations}.items():
+    made = (plan.checkpoint or {}).get("made_by") is not None
+    for name, rows in {**({} if made else run.records), **run.evaluations}.items():
         if Path(name).name == "fid.json":
             source = run.config if name in run.records else json.loads((folder / name).with_name(SETTINGS).read_text())
+            if name not in run.records and source["checkpoints"][0] != digest(own):
+                continue
             alike = drawing(source["model"]) == drawing(plan.config["model"])
             found |= {json.dumps(row, sort_keys=True): alike for row in rows if row["step"] == plan.step}
     return [json.loads(row) for row, alike in found.items() if alike], sum(not alike for alike in found.values())
