@@ -29,7 +29,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,8 +240,33 @@ def slug(name: str) -> str:
 
 
 def run_dir(bench: Bench, name: str) -> Path:
-    """The run folder of a model."""
-    return next((bench.out / "runs").glob(f"*/{slug(name)}"))
+    """The run folder of a model.
+
+    Raises:
+        UserError: if it is gone.
+    """
+    for folder in (bench.out / "runs").glob(f"*/{slug(name)}"):
+        return folder
+    raise UserError(
+        f"{bench.out / 'runs'} has no run of {name}, which {bench.rows.path} says was trained: put it back, or delete "
+        "its lines there to train it anew"
+    )
+
+
+@contextmanager
+def left_whole(folder: Path) -> Iterator[None]:
+    """What a run has left in its folder is read inside.
+
+    Raises:
+        UserError: if it is not all there.
+    """
+    try:
+        yield
+    except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{folder} lacks grids or numbers of its run, or they are damaged ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:160]}): delete it to train anew"
+        ) from error
 
 
 def command(*words: str) -> None:
@@ -257,9 +283,10 @@ def trained(bench: Bench, name: str, planned: dict[str, Any]) -> dict[str, Any]:
     """Train, or go on with it; the samples of its last step go to OUT."""
     command(*run_words(bench, name, planned), "ckpt_path=last")
     folder = run_dir(bench, name)
-    grid = sorted((folder / "samples").glob(f"{bench.config['model']['sampler']}-*.png"))[-1]
-    shutil.copy(grid, bench.out / f"{slug(name)}.png")
-    curve = [[row["step"], row.get("val/fid")] for row in json.loads((folder / "fid.json").read_text())]
+    with left_whole(folder):
+        grid = sorted((folder / "samples").glob(f"{bench.config['model']['sampler']}-*.png"))[-1]
+        shutil.copy(grid, bench.out / f"{slug(name)}.png")
+        curve = [[row["step"], row.get("val/fid")] for row in json.loads((folder / "fid.json").read_text())]
     return {**planned, "images": planned["steps"] * bench.batch, "curve": curve}
 
 
@@ -267,15 +294,20 @@ def judged(bench: Bench, name: str, planned: dict[str, Any]) -> dict[str, Any]:
     """FID and its like of the last weights, by `train.py test`."""
     folder = run_dir(bench, name)
     command("test", f"ckpt_path={folder}/checkpoints/last.ckpt", *run_words(bench, name, planned)[1:-1])
-    found = max(folder.glob("test-*/fid.json"), key=lambda path: path.stat().st_mtime)
-    return dict(json.loads(found.read_text())[-1])
+    with left_whole(folder):
+        found = max(folder.glob("test-*/fid.json"), key=lambda path: path.stat().st_mtime)
+        return dict(json.loads(found.read_text())[-1])
 
 
 def weights(bench: Bench, name: str) -> dict[str, Any]:
-    """The averaged weights in bf16, as `train.py export` writes them."""
-    target = bench.out / "weights"
-    shutil.rmtree(target, ignore_errors=True)
-    last = run_dir(bench, name) / "checkpoints" / "last.ckpt"
+    """The averaged weights in bf16, as `train.py export` writes them.
+
+    Raises:
+        UserError: if something else lies in their place.
+    """
+    target, last = bench.out / "weights", run_dir(bench, name) / "checkpoints" / "last.ckpt"
+    if (target / "model.safetensors").is_file():  # of a command that was stopped before its row was kept
+        shutil.rmtree(target, ignore_errors=True)
     command("export", f"ckpt_path={last}", f"to={target}", "precision=bf16")
     return {"bytes": sum(path.stat().st_size for path in target.iterdir()), "folder": target.name}
 

@@ -1,5 +1,7 @@
 """Features that FID and KID are computed in."""
 
+import hashlib
+import re
 import time
 from abc import abstractmethod
 from pathlib import Path
@@ -188,6 +190,31 @@ class ClassifierFeatures(ImageFeatures):
         return self.head(self.trunk(to_unit(images))).argmax(1)
 
 
+def why(error: Exception) -> str:
+    """The first words of an error of torch's, without the colours of a terminal."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
+    return " ".join(plain.split())[:200] or type(error).__name__
+
+
+def other_weights(path: str | None, published: str | None = None) -> tuple[str, ...]:
+    """What features by weights from a file are told apart by: nothing without one, else the start of its SHA-256.
+
+    Args:
+        path: the file, or None.
+        published: how the SHA-256 of the standard file begins, which is told apart from none.
+
+    Raises:
+        ValueError: if it is not there.
+    """
+    if path is None:
+        return ()
+    if not Path(path).is_file():
+        raise ValueError(f"weights: file not found: {path}")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()[:8]
+    return () if found == published else (f"weights {found}",)
+
+
 def refuse_lost(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights as they are.
 
@@ -215,12 +242,13 @@ class InceptionFeatures(ImageFeatures):
 
     num_features = 2048
     description = "2048 Inception v3 pool features, images resized to 299×299"
-    key = ("inception-v3-compat", 2048)
+    key: tuple = ("inception-v3-compat", 2048)
+    published = "6726825d"
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
-        if weights is not None and not Path(weights).is_file():
-            raise ValueError(f"weights: file not found: {weights}")
+        other = other_weights(weights, self.published)
+        self.key, self.description = (*self.key, *other), ", ".join((self.description, *other))
         self.weights, self.network, self.loaded = weights, nn.Identity(), False
 
     def check(self, data: ImageDataModule) -> None:
@@ -237,7 +265,7 @@ class InceptionFeatures(ImageFeatures):
         except Exception as error:  # no network, or a file that is not these weights
             source = f"read from {self.weights}" if self.weights else "downloaded"
             raise UserError(
-                f"the Inception weights could not be {source} ({' '.join(str(error).split())[:200]}); "
+                f"the Inception weights could not be {source} ({why(error)}); "
                 "give callbacks.metrics.features.weights the path of weights-inception-2015-12-05-6726825d.pth, "
                 "or use callbacks.ClassifierFeatures"
             ) from error
@@ -271,7 +299,7 @@ class DINOv2Features(ImageFeatures):
 
     num_features = 1024
     description = "1024 DINOv2 ViT-L/14 features, images resized to 224×224, bicubic and antialiased"
-    key = ("dinov2-vitl14", 224, "bicubic antialiased")
+    key: tuple = ("dinov2-vitl14", 224, "bicubic antialiased")
     url = "https://dl.fbaipublicfiles.com/dinov2/dinov2_vitl14/dinov2_vitl14_pretrain.pth"
     network: nn.Module
     mean: Tensor
@@ -279,8 +307,8 @@ class DINOv2Features(ImageFeatures):
 
     def __init__(self, weights: str | None = None) -> None:
         super().__init__()
-        if weights is not None and not Path(weights).is_file():
-            raise ValueError(f"weights: file not found: {weights}")
+        other = other_weights(weights)
+        self.key, self.description = (*self.key, *other), ", ".join((self.description, *other))
         self.weights, self.network, self.loaded = weights, nn.Identity(), False
         for name, values in {"mean": (0.485, 0.456, 0.406), "deviation": (0.229, 0.224, 0.225)}.items():
             self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
@@ -298,7 +326,7 @@ class DINOv2Features(ImageFeatures):
         except Exception as error:  # no network, or a file that is not these weights
             source = f"read from {self.weights}" if self.weights else "downloaded"
             raise UserError(
-                f"the DINOv2 weights could not be {source} ({' '.join(str(error).split())[:200]}); "
+                f"the DINOv2 weights could not be {source} ({why(error)}); "
                 "give callbacks.metrics.features.weights the path of dinov2_vitl14_pretrain.pth"
             ) from error
         self.network = network

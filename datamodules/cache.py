@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-import os
+import secrets
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +45,7 @@ def keep(path: Path, write: Callable[[BinaryIO], Any]) -> bool:
     Returns:
         Whether it is there now. Where that is not possible there is a warning, once for a folder.
     """
-    part = path.with_suffix(f".{os.getpid()}.part")
+    part = path.with_suffix(f".{secrets.token_hex(6)}.part")  # process numbers are shared between containers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:

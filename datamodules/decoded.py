@@ -1,6 +1,7 @@
 """Images that are decoded and resized once: their bytes in a file, which is mapped into memory."""
 
 import contextlib
+import glob
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -36,10 +37,6 @@ def write_decoded(path: Path, decode: Callable[[int], tuple[Tensor, int]], n: in
     Raises:
         DataError: from `decode`.
     """
-    for part in path.parent.glob(f"{path.stem}.*.part"):
-        with contextlib.suppress(FileNotFoundError):  # another process has moved it to its place
-            if time.time() - part.stat().st_mtime > STALE:
-                part.unlink()
 
     def write(file) -> None:
         labels: list[int] = []
@@ -57,7 +54,14 @@ def write_decoded(path: Path, decode: Callable[[int], tuple[Tensor, int]], n: in
 
 
 def read_decoded(path: Path, n: int, shape: Sequence[int]) -> ByteImages | None:
-    """The n images of a shape (C, H, W) in a file of `write_decoded`, mapped; None if it is not there, or another's."""
+    """The n images of a shape (C, H, W) in a file of `write_decoded`, mapped; None if it is not there, or another's.
+
+    What killed processes have left beside it is removed.
+    """
+    for part in path.parent.glob(f"{glob.escape(path.stem)}.*.part"):
+        with contextlib.suppress(OSError):  # another process has moved it to its place
+            if time.time() - part.stat().st_mtime > STALE:
+                part.unlink()
     size = n * int(np.prod(shape))
     try:
         if path.stat().st_size != size + 8 * n:

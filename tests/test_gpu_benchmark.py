@@ -54,6 +54,26 @@ def test_steps_fill_the_minutes_in_the_mode_of_the_first(tmp_path, monkeypatch):
     assert "steps=300" in words and "eval_every=75" in words and "model.compile=true" in words
 
 
+def test_what_runs_have_left_is_looked_at_and_what_is_the_users_stays(tmp_path, monkeypatch):
+    one, name = bench(tmp_path), "Bellman Diffusion"
+    monkeypatch.setattr(gpu, "command", lambda *words: None)
+    for read in (lambda: gpu.weights(one, name), lambda: gpu.judged(one, name, {})):
+        with pytest.raises(UserError, match="runs has no run of Bellman Diffusion, which .* says was trained"):
+            read()
+    folder = one.out / "runs" / "p" / "bellman-diffusion"
+    (folder / "samples").mkdir(parents=True)
+    monkeypatch.setattr(gpu, "run_words", lambda *args: [])
+    for _ in range(2):
+        with pytest.raises(UserError, match="bellman-diffusion lacks grids or numbers of its run, or they are damaged"):
+            gpu.trained(one, name, {"steps": 4})
+        (folder / "samples" / "ode-0000004.png").write_text("a")
+        (folder / "fid.json").write_text('[{"step": 4')
+    (one.out / "weights").mkdir()
+    (one.out / "weights" / "mine.pth").write_text("a")
+    gpu.weights(one, name)
+    assert (one.out / "weights" / "mine.pth").is_file()
+
+
 def test_data_is_found_or_refused(tmp_path):
     with pytest.raises(UserError, match="neither cifar-10-batches-py nor train and test"):
         gpu.data_words(tmp_path, tmp_path)

@@ -49,10 +49,10 @@ def test_training_does_not_wait_for_what_the_first_validation_needs(tmp_path, mo
         metrics.setup(trainer, module, "fit")
 
 
-@pytest.mark.parametrize("shown", [True, False])
-def test_no_bars_without_a_progress_bar_in_the_config(shown, at_once, capfd):
-    words = [] if shown else ["callbacks.progress=null"]
-    objects.prepare(configs.compose(configs.parse(["trainer=cpu", *words])))
+@pytest.mark.parametrize("word", ["", "callbacks.progress=null", "trainer.enable_progress_bar=false"])
+def test_no_bars_without_a_progress_bar_in_the_config(word, at_once, capfd):
+    shown = not word
+    objects.prepare(configs.compose(configs.parse(["trainer=cpu", *word.split()])))
     with progress.bar("codes", 2) as bar:
         bar.update(2)
     assert ("codes" in capfd.readouterr().err) == shown

@@ -37,7 +37,8 @@ def prepare(config: Mapping[str, Any]) -> None:
             "set trainer=cpu, and to train choose an experiment of that size, e.g. experiment=mnist_small"
         )
     _refuse_processes(config["trainer"], accelerator == "cpu" or not gpus)
-    progress.show((config["callbacks"] or {}).get("progress") is not None)
+    wanted = config["trainer"].get("enable_progress_bar") is not False
+    progress.show(wanted and (config["callbacks"] or {}).get("progress") is not None)
     L.seed_everything(config["seed"], workers=True, verbose=False)
 
 
@@ -170,8 +171,10 @@ def _subclasses(cls: type) -> list[Any]:
 
 
 def trainer(plan: Plan, **extra: Any) -> L.Trainer:
-    """The trainer, in the run folder; without a progress bar of its own where no callback is one."""
+    """The trainer, in the run folder; without a progress bar of its own where no callback is one, or none is wanted."""
     node = plan.config["trainer"]
+    if node.get("enable_progress_bar") is False:
+        extra["callbacks"] = [one for one in extra["callbacks"] if not isinstance(one, ProgressBar)]
     if not any(isinstance(callback, ProgressBar) for callback in extra["callbacks"]):
         node = {"enable_progress_bar": False, **node}
     return build.instantiate(node, "trainer", default_root_dir=str(plan.run_dir), **extra)

@@ -1,5 +1,7 @@
 """FID, its features and its caches."""
 
+import hashlib
+
 import pytest
 import torch
 from torch import nn
@@ -220,6 +222,22 @@ def test_inception_from_a_file(inception_weights):
     assert float((out[0] - out[1]).abs().max()) > 0
 
 
+@pytest.mark.parametrize("features", [InceptionFeatures, DINOv2Features])
+def test_features_by_other_weights_are_other_features(features, tmp_path, monkeypatch):
+    """References and statistics are found again by the key; the published file is what is downloaded."""
+    made = {}
+    for name in ("a", "b"):
+        (tmp_path / name).write_text(name)
+        made[name] = features(str(tmp_path / name))
+    known = [features(), *made.values()]
+    assert len({one.key for one in known}) == len({one.protocol for one in known}) == 3
+    assert made["a"].key == features(str(tmp_path / "a")).key
+    assert made["a"].description.endswith(f"weights {hashlib.sha256(b'a').hexdigest()[:8]}")
+    monkeypatch.setattr(InceptionFeatures, "published", hashlib.sha256(b"a").hexdigest()[:8])
+    same = InceptionFeatures(str(tmp_path / "a"))
+    assert (same.key, same.description) == (InceptionFeatures().key, InceptionFeatures().description)
+
+
 def test_inception_weights_of_an_older_torch(inception_weights):
     """The published file is older than torch's present format; and weights that are lost are refused."""
     state = torch.load(inception_weights, weights_only=True)
@@ -237,8 +255,13 @@ def test_inception_weights_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="weights: file not found: nowhere.pth"):
         InceptionFeatures("nowhere.pth")
     wrong = tmp_path / "wrong.pth"
-    torch.save({"a": torch.ones(1)}, wrong)
-    with pytest.raises(UserError, match="could not be read from .*wrong.pth"):
+    for content in ({"a": torch.ones(1)}, {"a": nn.Identity}):
+        torch.save(content, wrong)
+        with pytest.raises(UserError, match="could not be read from .*wrong.pth") as told:
+            InceptionFeatures(str(wrong)).prepare(Digits())
+        assert "\x1b" not in str(told.value)
+    wrong.write_bytes(b"")
+    with pytest.raises(UserError, match=r"could not be read from .*wrong.pth \(\w+"):
         InceptionFeatures(str(wrong)).prepare(Digits())
     from torch_fidelity import feature_extractor_inceptionv3 as source
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 import train
 from datamodules import ImageFolder, decoded, folder
+from datamodules.cache import keep
 from datamodules.images import ByteImages
 from datamodules.splits import DataError, moved
 from small_run import WORDS
@@ -117,6 +118,23 @@ def test_interruption_leaves_no_half_file(tmp_path, monkeypatch):
     os.utime(killed, (0, time.time() - 2 * decoded.STALE))
     data.prepare_data()
     assert len(files(tmp_path)) == 2 and not killed.exists()  # val and test are one
+    killed.write_bytes(b"half")
+    os.utime(killed, (0, time.time() - 2 * decoded.STALE))
+    data.prepare_data()
+    assert not killed.exists()
+
+
+def test_processes_of_one_number_do_not_share_a_file(tmp_path, monkeypatch, recwarn):
+    """As in two containers with one `data.root`."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    place = tmp_path / "a.bytes"
+
+    def write(file):
+        file.write(b"whole")
+        if not place.exists():
+            assert keep(place, lambda other: other.write(b"others"))
+
+    assert keep(place, write) and place.read_bytes() == b"whole" and not recwarn.list
 
 
 def test_a_file_of_another_length_is_made_again(tmp_path):
