@@ -180,7 +180,8 @@ def _load(path: Path) -> dict[str, Any]:
         profiles = [Profile(int(step), float(gamma)) for step, gamma in stored["profiles"]]
         if not profiles or any(one.step < 1 or not 0 <= one.gamma < math.inf for one in profiles):
             raise ValueError("no profiles of averages")
-        if len(stored["weights"]) != len(profiles) or not all(isinstance(one, dict) for one in stored["weights"]):
+        sound = all(isinstance(value, Tensor) for one in stored["weights"] for value in one.values())
+        if len(stored["weights"]) != len(profiles) or not sound:
             raise ValueError("not as many weights as profiles")
         return {"profiles": profiles, "weights": stored["weights"]}
     except Exception as error:

@@ -116,7 +116,7 @@ def _with_data_root(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: str | Path) -> dict[str, Any]:
-    """What a folder holds, as a checkpoint: `state_dict`, `hyper_parameters`, `global_step`.
+    """What a folder holds, as a checkpoint: `state_dict`, `hyper_parameters`, `global_step`, and `precision`.
 
     Raises:
         UserError: if a file is missing, was cut off, or is something else.
@@ -144,7 +144,8 @@ def read(folder: str | Path) -> dict[str, Any]:
     except Exception as error:  # whatever the YAML reader raises
         raise UserError(f"{folder / CONFIG} is damaged ({_said(error)}): fetch it again") from error
     plain = {str(key): value for key, value in config.items()}
-    return {"state_dict": weights, "hyper_parameters": _at(folder, plain), "global_step": step}
+    kept = {"state_dict": weights, "hyper_parameters": _at(folder, plain), "global_step": step}
+    return {**kept, "precision": str(metadata.get("precision", "float32"))}
 
 
 def _at(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,9 @@ from dataclasses import asdict, dataclass, fields
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
+PROBES = 4
+"""States of an environment that figures and samples are for."""
+
 
 @dataclass(frozen=True)
 class Facts:

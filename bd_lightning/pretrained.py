@@ -113,6 +113,8 @@ def load(place: str | Path, trust: bool = False) -> Pretrained:
 
 def _load(place: str | Path) -> Pretrained:
     model, stored = checkpoints.load(place, Generator)  # type: ignore[type-abstract]
+    if not isinstance(stored["data"], dict):
+        raise UserError(f"{place} is damaged, the data of its config are no mapping: fetch it again")
     node = stored["data"].get("autoencoder")
     latents = None
     if node:

@@ -87,18 +87,19 @@ def gathered(rows: Iterable[dict], setting: Setting, method: str, rate: float, f
     Jobs end when all their seeds are done; from there on their last evaluations count.
     """
     count = setting.seeds if first == SEEDS else setting.tuning
-    jobs = {
-        row["seeds"][0]: row
-        for row in rows
-        if (row["env"], row["method"], row["rate"]) == (setting.name, method, rate)
-        and first <= row["seeds"][0] < first + count
-    }
-    if sum(len(row["seeds"]) for row in jobs.values()) != count:
+    found: dict[int, tuple[list[float], dict]] = {}  # of each seed its run, and the job that it is of
+    for row in rows:
+        if (row["env"], row["method"], row["rate"]) == (setting.name, method, rate):
+            for seed, run in zip(row["seeds"], row["returns"]):
+                found.setdefault(seed, (run, row))
+    wanted = range(first, first + count)
+    if not found.keys() >= set(wanted):
         return None
-    longest = max((row["env_steps"] for row in jobs.values()), key=len)
-    returns = [run + run[-1:] * (len(longest) - len(run)) for _, row in sorted(jobs.items()) for run in row["returns"]]
-    seconds = sum(row["seconds"] * len(row["seeds"]) for row in jobs.values()) / count
-    steps = sum(len(row["env_steps"]) * len(row["seeds"]) for row in jobs.values()) / count * setting.eval_every
+    runs = [found[seed] for seed in wanted]
+    longest = max((row["env_steps"] for _, row in runs), key=len)
+    returns = [run + run[-1:] * (len(longest) - len(run)) for run, _ in runs]
+    seconds = sum(row["seconds"] for _, row in runs) / count
+    steps = sum(len(row["env_steps"]) for _, row in runs) / count * setting.eval_every
     return {"env_steps": longest, "returns": returns, "seconds": seconds, "milliseconds": 1000 * seconds / steps}
 
 
@@ -202,7 +203,8 @@ def evaluation_table(rows: list[dict]) -> None:
 def peer_table(rows: list[dict]) -> None:
     """Print the returns of training episodes, ours and others'."""
     for name in dict.fromkeys(row["name"] for row in rows):
-        values = np.array([row["windows"] for row in rows if row["name"] == name])
+        seeds = {row["seed"]: row["windows"] for row in reversed(rows) if row["name"] == name}  # twice counts once
+        values = np.array(list(seeds.values()))
         mean, error = values.mean(0), values.std(0, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0 * values[0]
         print(f"\nCartPole, {name}: " + ", ".join(f"{m:.0f} ± {e:.0f}" for m, e in zip(mean, error)))
 
@@ -250,7 +252,8 @@ def table(folder: Path, settings: Iterable[Setting], figure: Path | None) -> Non
             with sound(kept[name]):
                 show(rows[name])
     if figure and drawn:
-        curves(drawn, figure)
+        with sound(kept["control"]):
+            curves(drawn, figure)
 
 
 def curves(drawn: list[tuple], path: Path) -> None:

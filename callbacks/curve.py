@@ -52,7 +52,9 @@ class CallsCurve(L.Callback):
                     del samplers[key]
                 if found is not None:
                     values = {m.name: found.values.get(f"test/{m.name}") for m in self.judge.metrics}
-                    rows.append({"sampler": name, "calls": one.calls, **values, "protocol": found.row["protocol"]})
+                    rows.append(
+                        {"sampler": name, "calls": one.calls, **values, "protocol": found.row.get("protocol", "")}
+                    )
         if trainer.is_global_zero:
             self.write(trainer, rows)
 

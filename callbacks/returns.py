@@ -133,14 +133,17 @@ class EpisodeReturns(Evaluation):
         steps = data.experience.steps if data.experience is not None else 0
         values = {"return": mean, "return_error": error} | ({"env_steps": float(steps)} if steps else {})
         pl_module.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
-        if self.threshold is not None and self.solved is None:
+        trained = trainer.state.fn == "fit"
+        if trained and self.threshold is not None and self.solved is None:
             if mean >= self.threshold and self.above is not None:
                 self.solved = self.above
             self.above = (self.above or steps) if mean >= self.threshold else None
         if trainer.is_global_zero:
             reached = ""
             if self.threshold is not None:
-                when = "not reached" if self.solved is None else f"held from {self.solved} environment steps on"
+                when = "reached" if mean >= self.threshold else "not reached"
+                if trained:
+                    when = "not reached" if self.solved is None else f"held from {self.solved} environment steps on"
                 reached = f"; {self.threshold:g} was {when}"
             short = f", {cut.sum()} cut after {data.cap} steps" if cut.any() and data.cap is not None else ""
             append_record(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from bd_lightning.checks import UserError, in_range, positive
-from bd_lightning.facts import EnvironmentFacts
+from bd_lightning.facts import PROBES, EnvironmentFacts
 from datamodules.base import Data
 from datamodules.experience import Experience, LambdaExperience, Transitions, encode
 from datamodules.splits import DataError
@@ -94,9 +94,10 @@ def make_envs(name: str, count: int, options: dict[str, Any] | None = None, scal
             f"'{name}' needs packages that are not installed: install them with 'uv sync --group games' "
             f"(gymnasium says: {' '.join(str(error).split())})"
         ) from error
-    except (gymnasium.error.Error, TypeError, ModuleNotFoundError) as error:
+    except Exception as error:  # whatever the environment's own code raises
         given = f" with options {options}" if options else ""
-        raise DataError(f"cannot make the environment '{name}'{given}: {' '.join(str(error).split())}") from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise DataError(f"cannot make the environment '{name}'{given}: {reason}") from error
     actions, states = envs.single_action_space, envs.single_observation_space
     if not isinstance(actions, gymnasium.spaces.Discrete):
         raise DataError(
@@ -221,6 +222,7 @@ class Environment(Data):
         }
         self.returns_range = (v_min, v_max)
         self.held_out, self.seed, self.steps, self.resumed_epsilon = held_out, seed, 0, 1.0
+        self.left: int | None = None
         self.held: dict[str, Transitions] = {}
         self.experience: Experience | None = None
         self.cap = max_steps
@@ -249,8 +251,8 @@ class Environment(Data):
         envs = self.make(self.num_envs)
         return self.stream(envs, self.shape, self.gamma, seed=seed, returns_range=self.returns_range, **self.streams)
 
-    def _probes(self, envs: Any, count: int = 4) -> Tensor:
-        """The first observation of an episode and others under random actions, all distinct."""
+    def _probes(self, envs: Any, count: int = PROBES) -> Tensor:
+        """The first observation of an episode and others under random actions, distinct if there are as many."""
         random = np.random.default_rng(0)
         rows = [encode(envs.reset(seed=0)[0], self.shape)[0]]
         for _ in range(2000):
@@ -259,7 +261,7 @@ class Environment(Data):
                 rows.append(observed)
             if len(rows) == count:
                 break
-        return torch.from_numpy(np.stack(rows))
+        return torch.from_numpy(np.stack((rows * count)[:count]))
 
     def held_out_transitions(self, stage: str) -> Transitions:
         """Transitions under random actions, of "val" or "test", made at their first use."""
@@ -283,6 +285,7 @@ class Environment(Data):
         if self.steps:  # resumed: ε goes on from there, after a new warm-up
             self.experience.steps, self.experience.warmup = self.steps, self.steps + self.experience.warmup
             self.experience.epsilon = (self.resumed_epsilon, self.experience.epsilon[1])
+            self.experience.decay = self.experience.decay if self.left is None else max(1, self.left)
         return DataLoader(self.experience, batch_size=None)
 
     def eval_dataloader(self, stage: str) -> DataLoader:
@@ -299,14 +302,17 @@ class Environment(Data):
         return self.eval_dataloader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Environment steps so far, and the present ε."""
+        """Environment steps so far, the present ε, and the steps that are left of its decay."""
         if self.experience is None:
             return {}
-        return {"steps": self.experience.steps, "epsilon": float(self.experience.exploration)}
+        stream = self.experience
+        left = max(0, stream.decay - max(0, stream.steps - stream.warmup))
+        return {"steps": stream.steps, "epsilon": float(stream.exploration), "left": left}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from these."""
         self.steps, self.resumed_epsilon = state_dict.get("steps", 0), state_dict.get("epsilon", 1.0)
+        self.left = state_dict.get("left")
 
 
 class LambdaEnvironment(Environment):

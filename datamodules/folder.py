@@ -156,7 +156,7 @@ class ImageFolder(ImageDataModule):
         self.sigma_data = self._measure() if sigma_data is None else sigma_data
         positive(sigma_data=self.sigma_data)
         if classes:
-            self._choose_classes()
+            self.choose_classes()
         labels = {label for _, label in files}
         if empty := [name for i, name in enumerate(classes) if i not in labels]:
             rank_zero_info(f"no images of their own for {', '.join(empty[:10])}: empty folders, or links to others")

@@ -80,9 +80,9 @@ class ImageDataModule(DataModule):
         self.flip, self.keep = flip, keep
         self.shares: dict[int, float] = {}
         if self.class_names:
-            self._choose_classes()
+            self.choose_classes()
 
-    def _choose_classes(self) -> None:
+    def choose_classes(self) -> None:
         """Work out the share of each class; call it once `class_names` is known."""
         names = list(self.class_names)
         chosen = names if self.keep is None else self.keep
@@ -113,7 +113,16 @@ class ImageDataModule(DataModule):
         self.trained_on = frozenset({"train", "val", "test"}) - set(held_out)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the splits of a stage; say so if validation has seen its images."""
+        """Load the splits of a stage; say so if validation has seen its images.
+
+        Raises:
+            DataError: if `keep` asks for classes that were not known when it was read.
+        """
+        if self.keep is not None and not self.shares:
+            raise DataError(
+                f"keep={self.keep} was not obeyed: {type(self).__name__} has no classes, or names them after "
+                "ImageDataModule.__init__; set class_names before it, or call choose_classes() after"
+            )
         super().setup(stage)
         if stage == "fit" and self.all_by:
             rank_zero_info(

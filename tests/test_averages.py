@@ -85,6 +85,14 @@ def test_a_snapshot_on_a_full_disk_is_one_sentence_and_the_one_before_stays(tmp_
     assert path.read_bytes() == before and [one.name for one in path.parent.iterdir()] == ["1.pt"]
 
 
+def test_a_snapshot_without_tensors_is_damaged(tmp_path):
+    path = tmp_path / averages.SNAPSHOTS / "1.pt"
+    averages.save_snapshot(path, [Profile(1, 6.9)], [{"w": torch.ones(2)}], [])
+    torch.save({**torch.load(path, weights_only=True), "weights": [{"w": 5}]}, path)
+    with pytest.raises(UserError, match="1.pt is no snapshot of averages, or it is damaged"):
+        averages.snapshots(tmp_path)
+
+
 def test_weights_that_stand_still_stay_where_they_are():
     profiles = [Profile(t, gamma) for t in (10, 20, 30) for gamma in (17.0, 6.9)]
     assert averages.fit(profiles, Profile(30, 1.0)).coefficients.sum() == pytest.approx(1.0)

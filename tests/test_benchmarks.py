@@ -123,6 +123,10 @@ def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyon
     assert returns_tables.score(found, setting, 5000) == pytest.approx(
         (2000 * 2000 * 1000 * 4000 * 4000 * 2000) ** (1 / 6)
     )
+    fewer = row(1e-3, [100, 101], 2, [[-9, -9]] * 2)  # of another number of seeds: what was there before counts
+    assert returns_tables.gathered([first, second, fewer], setting, method, 1e-3, 100) == found
+    few = dataclasses.replace(setting, tuning=2)
+    assert returns_tables.gathered([slow, fewer], few, method, 5e-4, 100)["returns"] == slow["returns"][:2]
     best, tried = returns_tables.best_rate([slow, first, second], setting, method)
     assert best == 1e-3 and tried == [5e-4, 1e-3]
     assert (

@@ -3,6 +3,7 @@
 import csv
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,73 @@ def test_bytes_need_a_scale(pixels):
     assert observation[:, 0, 0, 0].unique().tolist() == pytest.approx([0, 0.2, 0.4, 0.6, 0.8])
     assert (following - observation).allclose(torch.tensor(0.2))  # that of the last step is 1, not the next episode's 0
     assert (discount == 0).sum() == 4
+
+
+TINY = [
+    "data.warmup=20", "data.held_out=20", "data.batch_size=8", "callbacks.returns.episodes=1",
+    "callbacks.returns.num_envs=1", "callbacks.figures=null", "callbacks.report=null", "callbacks.progress=null",
+    "logger=none", "steps=4", "eval_every=2", "run_id=tiny",
+]  # fmt: skip
+LAKE = ["experiment=rl_frozen_lake", *TINY]
+
+
+def test_returns_of_grids_are_a_table_too(pixels, tmp_path):
+    words = ["experiment=rl_frozen_lake", "data.options=null", f"data.env={pixels}", "data.scale=255", "data.v_max=6"]
+    assert train.main([*words, *TINY, f"root={tmp_path}"]) == 0
+    last, folder = next(tmp_path.rglob("last.ckpt")), tmp_path / "exported"
+    assert train.main(["predict", f"ckpt_path={last}", "n=3", "callbacks.progress=null"]) == 0
+    assert train.main(["export", f"ckpt_path={last}", f"to={folder}", "callbacks.progress=null"]) == 0
+    assert len((folder / "samples.csv").read_text().splitlines()) == 65
+    assert len(next(tmp_path.rglob("predict-*/samples.csv")).read_text().splitlines()) == 4
+
+
+def test_averages_of_a_return_model_begin_and_go_on(tmp_path):
+    words = [*LAKE, "callbacks.ema._target_=callbacks.PowerAverages", f"root={tmp_path}"]
+    assert train.main(words) == 0
+    last = next(tmp_path.rglob("last.ckpt"))
+    assert train.main([f"ckpt_path={last}", "steps=6", "callbacks.progress=null"]) == 0
+    kept = torch.load(last, weights_only=True)
+    assert kept["global_step"] == 6 and kept["state_dict"]["probes"].abs().sum() > 0
+
+
+def test_a_test_says_what_its_threshold_is_and_calls_are_of_other_samplers(tmp_path, capsys):
+    assert train.main([*LAKE, f"root={tmp_path}"]) == 0
+    last = next(tmp_path.rglob("last.ckpt"))
+    for threshold, told in ((-1, "-1 was reached"), (2, "2 was not reached")):
+        assert train.main(["test", f"ckpt_path={last}", f"callbacks.returns.threshold={threshold}"]) == 0
+        assert told in capsys.readouterr().out
+    assert train.main(["test", f"ckpt_path={last}", "calls=[5]"]) == 2
+    assert "calls are network calls of samplers of noise levels, and ReturnLearner has none" in capsys.readouterr().err
+
+
+def test_exploration_fades_as_fast_in_a_run_that_goes_on():
+    """ε of a run that is resumed twice, against one that is not: the same at as many steps after each warm-up."""
+
+    def begun(state):
+        data = Environment("CartPole-v1", 0, 100, decay=1000, warmup=10, num_envs=1)
+        data.load_state_dict(state)
+        data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(explore=None), global_rank=0)
+        data.train_dataloader()
+        return data
+
+    data, gone = begun({}), 0
+    for more in (300, 300, 900):
+        data.experience.steps += 10 + more
+        gone = min(1000, gone + more)
+        assert data.experience.exploration == pytest.approx(1 - 0.95 * gone / 1000)
+        data = begun(data.state_dict())
+
+
+def test_mistakes_of_environments_are_one_sentence(tmp_path, capsys, monkeypatch):
+    assert train.main([*LAKE, "data.options.map_name=5x5", f"root={tmp_path}"]) == 2
+    assert "cannot make the environment 'FrozenLake-v1' with options" in capsys.readouterr().err
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    gymnasium.register("Lost-v0", entry_point="test_environments:Corider")
+    with pytest.raises(DataError, match="cannot make the environment 'Lost-v0': AttributeError: .*no attribute"):
+        make_envs("Lost-v0", 1)
+    words = ["experiment=rl_frozen_lake", "data=frozen_lake_lambda", "model=returns_in_x", *TINY, f"root={tmp_path}"]
+    assert train.main(words) == 2
+    assert "these transitions are of 1 to n steps, for λ-returns" in capsys.readouterr().err
 
 
 class FromFive(gymnasium.Env):

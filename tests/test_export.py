@@ -52,6 +52,23 @@ def test_an_exported_folder_draws_what_its_checkpoint_draws(run, exported, tmp_p
     assert all(torch.equal(a, b) for a, b in zip(first.fields(x, sigma), second.fields(x, sigma)))
 
 
+def test_a_card_says_what_weights_and_numbers_were_and_quotes_on_one_line(run, tmp_path):
+    injected = {"step": 4, "val/fid": 40.0, "protocol": "one | two\n# three"}
+    (run / "fid.json").write_text(json.dumps([injected]))
+    last, folders = run / "checkpoints" / "last.ckpt", [tmp_path / "half", tmp_path / "again"]
+    assert train.main(["export", f"ckpt_path={last}", f"to={folders[0]}", "precision=fp16", *QUIET]) == 0
+    assert train.main(["export", f"ckpt_path={folders[0]}", f"to={folders[1]}", *QUIET]) == 0
+    for folder in folders:
+        card = (folder / "README.md").read_text()
+        assert "Measured in float32, before the weights were rounded to fp16." in card
+        assert "| one \\| two # three |" in card and "runs nothing that they bring along" in card
+    (folders[0] / "config.yaml").write_text(
+        re.sub(r"^data:\n(  .*\n)+", "data: 3\n", (folders[0] / "config.yaml").read_text(), flags=re.M)
+    )
+    with pytest.raises(UserError, match="the data of its config are no mapping"):
+        bd_lightning.load(folders[0])
+
+
 def test_a_config_that_leaves_the_machine_names_none_of_its_folders(run, exported, tmp_path):
     text = (exported / "config.yaml").read_text() + (exported / "README.md").read_text()
     assert str(tmp_path) not in text and str(run.parent) not in text and "accelerator" not in text

@@ -190,6 +190,20 @@ def test_a_module_with_a_syntax_error(own):
     assert status == 2 and "cannot import 'own_parts.Own' (invalid syntax (own_parts.py, line 1))" in said
 
 
+def test_an_export_of_ones_own_classes_says_that_it_needs_trust(own, tmp_path, capsys):
+    node = "{own: {_target_: own_parts.Own, sigma_max: 10.0, sigma_min: 0.02}}"
+    words = f"model.samplers={node}", "model.sampler=own", "callbacks.metrics.repeats=1"
+    assert own(SAMPLER.format(path="yield self.first(noise)"), *words)[0] == 0
+    path, folder = next(tmp_path.rglob("last.ckpt")), tmp_path / "exported"
+    words = ["callbacks.progress=null", f"root={tmp_path}"]
+    assert train.main(["export", f"ckpt_path={path}", f"to={folder}", "trust=true", *words]) == 0
+    command = capsys.readouterr().out.rpartition("train.py ")[2].split()
+    assert command[-2:] == ["trust=true", "n=64"] and train.main([*command[:-1], "n=2", *words]) == 0
+    card = (folder / "README.md").read_text()
+    assert "FOLDER trust=true n=64" in card and 'load("FOLDER", trust=True)' in card
+    assert "runs nothing" not in card and "names classes that are not the suite's" in card
+
+
 CALLBACK = "import lightning as L\n\n\nclass Own(L.Callback):\n    pass\n"
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from bd_lightning import addresses, checkpoints, exported, report
 from bd_lightning.checks import UserError, one_of
-from bd_lightning.cli import objects, predict
+from bd_lightning.cli import build, objects, predict
 from bd_lightning.cli.folders import SETTINGS, made, short, writing
 from bd_lightning.cli.plan import Plan, digest
 from bd_lightning.combinations import choose_labels
@@ -55,7 +55,7 @@ def run(plan: Plan) -> None:
     except ValueError as error:
         raise UserError(f"export: {error}") from error
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
-    print(f"{short(target)}: {size / 1e6:.2f} MB; {module.next_step(short(target))}")
+    print(f"{short(target)}: {size / 1e6:.2f} MB; {module.next_step(short(target) + build.trust(config))}")
 
 
 def free_place(to: str | None) -> Path:
@@ -148,14 +148,19 @@ def write_card(plan: Plan, folder: Path, module: Module, name: str, precision: s
     if rows:
         (folder / "fid.json").write_text(json.dumps(rows, indent=1))
     facts: Any = plan.facts
+    trust = build.trust(plan.config)
+    example = module.example.replace('load("FOLDER")', 'load("FOLDER", trust=True)') if trust else module.example
+    source = str((plan.checkpoint or {}).get("precision", "float32"))  # of a folder that is exported again
+    averaged = "averaged weights" if (plan.config["callbacks"] or {}).get("ema") else "weights"
     card = CARD.format(
         name=name,
-        command=module.next_step("FOLDER").partition(": ")[2],
-        python=PYTHON.format(code=module.example) if module.example else "",
+        command=module.next_step("FOLDER" + trust).partition(": ")[2],
+        python=PYTHON.format(code=example) if example else "",
+        safety=NEEDS_TRUST if trust else PLAIN,
         what=what(plan, facts) + module.describe(),
-        weights=f"averaged weights of step {plan.step}, in {precision}",
+        weights=f"{averaged} of step {plan.step}, in {precision}",
         shown=shown(product),
-        numbers=numbers(rows, others, precision),
+        numbers=numbers(rows, others, source if precision == "float32" else precision),
     )
     (folder / "README.md").write_text(card)
 
@@ -178,13 +183,17 @@ as `ckpt_path`:
 uv run {command}
 ```
 
-{python}Weights and config are numbers and words: loading them runs nothing that they bring along.
+{python}{safety}
 
 ## Numbers
 
 {numbers}
 """
 
+PLAIN = "Weights and config are numbers and words: loading them runs nothing that they bring along."
+NEEDS_TRUST = (
+    "The config names classes that are not the suite's: they have to be importable, and loading with trust runs them."
+)
 PYTHON = """In Python, with `bd_lightning` and `safetensors` installed:
 
 ```python
@@ -229,7 +238,7 @@ def measured(plan: Plan) -> tuple[list[dict[str, Any]], int]:
     for name, rows in {**({} if made else run.records), **run.evaluations}.items():
         if Path(name).name == "fid.json":
             source = run.config if name in run.records else json.loads((folder / name).with_name(SETTINGS).read_text())
-            if name not in run.records and source["checkpoints"][0] != digest(own):
+            if name not in run.records and source.get("checkpoints", [None])[0] != digest(own):
                 continue
             alike = drawing(source["model"]) == drawing(plan.config["model"])
             found |= {json.dumps(row, sort_keys=True): alike for row in rows if row["step"] == plan.step}
@@ -252,11 +261,15 @@ def numbers(rows: list[dict[str, Any]], others: int, precision: str) -> str:
     if not rows:
         how = "with the sampler and guidance of this folder" if others else "where this was exported from"
         return f"None were measured {how}."
+
+    def plain(text: str) -> str:
+        return " ".join(str(text).split()).replace("|", "\\|")
+
     lines = ["| numbers | how |", "|---|---|"]
     for row in rows:
-        values = {key: value for key, value in row.items() if "/" in key and isinstance(value, (int, float))}
+        values = {plain(key): value for key, value in row.items() if "/" in key and isinstance(value, (int, float))}
         text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-        lines.append(f"| {text} | {row.get('protocol', '')} |")
+        lines.append(f"| {text} | {plain(row.get('protocol', ''))} |")
     rounded = (
         "" if precision == "float32" else f"\n\nMeasured in float32, before the weights were rounded to {precision}."
     )

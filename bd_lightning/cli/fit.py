@@ -165,7 +165,7 @@ def calls_curve(plan: Plan, callbacks: list[Any], model: Any) -> CallsCurve:
     Raises:
         UserError: if there is nothing to judge by.
     """
-    model.check_predict()
+    model.check_calls()
     judges = [one for one in objects.evaluations(callbacks) if one.record is not None and one.metrics]
     if not judges:
         raise UserError("calls needs callbacks.metrics, which judges samples")

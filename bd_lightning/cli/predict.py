@@ -158,7 +158,7 @@ def latents_of(plan: Plan, facts: Facts) -> LatentSpace | None:
 def build_writer(plan: Plan, facts: Facts, folder: Path) -> ImageWriter | TableWriter:
     """Writes images for samples that are images or codes of images, rows of a table for others."""
     latents = latents_of(plan, facts)
-    if latents or len(facts.shape) == 3:
+    if latents or (not facts.columns and len(facts.shape) == 3):
         return ImageWriter(folder, latents.decode if latents else None)
     columns = facts.columns or [f"x{k}" for k in range(facts.shape[0])]
     return TableWriter(folder, columns, facts.center, facts.scale)

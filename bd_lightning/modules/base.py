@@ -140,6 +140,14 @@ class Module(L.LightningModule):
             "model=mlp, unet, points or relative"
         )
 
+    def check_calls(self) -> None:
+        """Refuse to judge samplers at other numbers of network calls, where the model has none that make calls.
+
+        Raises:
+            UserError: saying so.
+        """
+        raise UserError(f"calls are network calls of samplers of noise levels, and {type(self).__name__} has none")
+
     def next_step(self, checkpoint: str) -> str:
         """What one does with a trained model, for the last line of a run: words and a command line."""
         return f"to sample: train.py predict ckpt_path={checkpoint} n=64"

@@ -159,6 +159,10 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         """How it is guided."""
         return f", guided with scale {self.guidance.scale:g}" if self.guidance.acts else ""
 
+    def check_calls(self) -> None:
+        """Samplers can be judged wherever they can draw."""
+        self.check_predict()
+
     def check_likelihood(self) -> None:
         """Refuse fields that are no score, or that know a single noise level."""
         if not self.has_score:

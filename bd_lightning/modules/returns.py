@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bd_lightning.checks import UserError, in_range, one_of, positive
+from bd_lightning.facts import PROBES
 from bd_lightning.modules.base import Module
 from bd_lightning.optimizers import AdamW
 from bd_lightning.returns import (
@@ -83,12 +84,24 @@ class DistributionalLearner(Module):
         self.shape, self.actions, self.sampler = tuple(shape), actions, sampler
         self.representation, self.target_every = representation, target_every
         self.policy, self.exploration = Policy(preference, uniform_policy), exploration or preference
-        self.register_buffer("probes", torch.zeros(1, *self.shape))
+        self.register_buffer("probes", torch.zeros(PROBES, *self.shape))
 
     def learn_with(self, network: nn.Module) -> None:
         """Take the network, and a copy of it as the target network."""
         self.network = network
         self.target_network = copy.deepcopy(network).requires_grad_(False)
+
+    def refuse_lengths(self, reward: Tensor) -> None:
+        """Refuse transitions of several lengths, rewards (B, n).
+
+        Raises:
+            UserError: saying what reads them.
+        """
+        if reward.ndim != 1:
+            raise UserError(
+                "these transitions are of 1 to n steps, for λ-returns: choose model=returns_lambda, or data that is no "
+                "datamodules.LambdaEnvironment, such as data=frozen_lake"
+            )
 
     @abstractmethod
     def outputs(self, network: nn.Module, observation: Tensor) -> Tensor:
@@ -194,11 +207,7 @@ class ReturnLearner(DistributionalLearner):
         Raises:
             UserError: for transitions of several lengths.
         """
-        if reward.ndim != 1:
-            raise UserError(
-                "these transitions are of 1 to n steps, for λ-returns: choose model=returns_lambda, or data that is no "
-                "datamodules.LambdaEnvironment, such as data=frozen_lake"
-            )
+        self.refuse_lengths(reward)
         return bellman_target(self.representation, y, reward, discount, self.policy)
 
     def compute(self, batch: Batch, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -300,8 +309,13 @@ class FreeReturnLearner(DistributionalLearner):
         return network(observation.flatten(1), rep.x)[0].mT * rep.spacing - rep.start
 
     def compute(self, batch: Batch, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Squared errors of both fields on a batch of transitions."""
+        """Squared errors of both fields on a batch of transitions.
+
+        Raises:
+            UserError: for transitions of several lengths.
+        """
         observation, action, reward, discount, following = batch
+        self.refuse_lengths(reward)
         rep, size = self.representation, (len(action), self.queries)
         rand = torch.rand(size, generator=generator, device=self.device)
         noise = torch.randn(size, generator=generator, device=self.device)

@@ -212,6 +212,22 @@ def test_random_subsets_are_spread_out_and_fixed():
     assert random_subset(3, 5) == [0, 1, 2] and random_subset(999, 500, seed=1) != chosen
 
 
+def test_keep_that_was_read_before_the_classes_were_named():
+    class Late(Digits):
+        class_names = ()
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.class_names = Digits.class_names
+
+    with pytest.raises(DataError, match="keep=.*was not obeyed: Late has no classes, or names them after"):
+        Late(keep=[3]).setup("fit")
+    late = Late(keep=[3])
+    late.choose_classes()
+    late.setup("fit")
+    assert late.class_names == ("3",)
+
+
 def test_keep_in_a_folder(tmp_path):
     write_folder(tmp_path, classes=("cat", "dog", "eel"), n=10)
     data = ImageFolder(str(tmp_path), size=8, keep=["eel", "cat"], cache=False)
