@@ -35,6 +35,19 @@ Batch = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 """Transitions: observation (B, *shape), action (B,), reward (B,), discount (B,), next observation (B, *shape)."""
 
 
+def refuse_lengths(reward: Tensor) -> None:
+    """Refuse transitions of several lengths, rewards (B, n).
+
+    Raises:
+        UserError: saying what reads them.
+    """
+    if reward.ndim != 1:
+        raise UserError(
+            "these transitions are of 1 to n steps, for λ-returns: choose model=returns_lambda, or data that is no "
+            "datamodules.LambdaEnvironment, such as data=frozen_lake"
+        )
+
+
 class DistributionalLearner(Module):
     """Base: learning the distribution of returns of every state-action pair, with a target network.
 
@@ -90,18 +103,6 @@ class DistributionalLearner(Module):
         """Take the network, and a copy of it as the target network."""
         self.network = network
         self.target_network = copy.deepcopy(network).requires_grad_(False)
-
-    def refuse_lengths(self, reward: Tensor) -> None:
-        """Refuse transitions of several lengths, rewards (B, n).
-
-        Raises:
-            UserError: saying what reads them.
-        """
-        if reward.ndim != 1:
-            raise UserError(
-                "these transitions are of 1 to n steps, for λ-returns: choose model=returns_lambda, or data that is no "
-                "datamodules.LambdaEnvironment, such as data=frozen_lake"
-            )
 
     @abstractmethod
     def outputs(self, network: nn.Module, observation: Tensor) -> Tensor:
@@ -207,7 +208,7 @@ class ReturnLearner(DistributionalLearner):
         Raises:
             UserError: for transitions of several lengths.
         """
-        self.refuse_lengths(reward)
+        refuse_lengths(reward)
         return bellman_target(self.representation, y, reward, discount, self.policy)
 
     def compute(self, batch: Batch, generator: torch.Generator | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -315,7 +316,7 @@ class FreeReturnLearner(DistributionalLearner):
             UserError: for transitions of several lengths.
         """
         observation, action, reward, discount, following = batch
-        self.refuse_lengths(reward)
+        refuse_lengths(reward)
         rep, size = self.representation, (len(action), self.queries)
         rand = torch.rand(size, generator=generator, device=self.device)
         noise = torch.randn(size, generator=generator, device=self.device)
