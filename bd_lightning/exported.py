@@ -33,7 +33,9 @@ OURS = {"root": "runs", "run_id": None, "ckpt_path": None, "merge": None, "expor
 # ---- out
 
 
-def write(folder: Path, module: nn.Module, config: Mapping[str, Any], step: int, precision: str) -> None:
+def write(
+    folder: Path, module: nn.Module, config: Mapping[str, Any], step: int, precision: str, rounded: str = ""
+) -> None:
     """Write weights and config into a folder.
 
     Args:
@@ -42,13 +44,14 @@ def write(folder: Path, module: nn.Module, config: Mapping[str, Any], step: int,
         config: the config of the run with the facts of its data, in today's format.
         step: the optimiser step of the weights.
         precision: "float32", "bf16" or "fp16", of the parameters.
+        rounded: the coarser one that they were rounded to before, if they were.
 
     Raises:
         ValueError: if the precision is none, or cannot hold a weight.
         UserError: if safetensors is not installed or the disk is full.
     """
     one_of(tuple(PRECISIONS), precision=precision)
-    metadata = {"format": "pt", "step": str(step), "precision": precision}
+    metadata = {"format": "pt", "step": str(step), "precision": precision, "rounded": rounded or precision}
     try:
         weights = _safetensors().torch.save(_stored(module, precision), metadata)
         words = OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode()
@@ -145,7 +148,7 @@ def read(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder / CONFIG} is damaged ({_said(error)}): fetch it again") from error
     plain = {str(key): value for key, value in config.items()}
     kept = {"state_dict": weights, "hyper_parameters": _at(folder, plain), "global_step": step}
-    return {**kept, "precision": str(metadata.get("precision", "float32"))}
+    return {**kept, "precision": str(metadata.get("rounded", metadata.get("precision", "float32")))}
 
 
 def _at(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

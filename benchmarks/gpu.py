@@ -265,7 +265,8 @@ def left_whole(folder: Path) -> Iterator[None]:
     except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
         raise UserError(
             f"{folder} lacks grids or numbers of its run, or they are damaged ({type(error).__name__}: "
-            f"{' '.join(str(error).split())[:160]}): delete it to train anew"
+            f"{' '.join(str(error).split())[:160]}): mend them; to train anew, delete it and "
+            "its lines in OUT/rows.jsonl"
         ) from error
 
 
@@ -285,8 +286,11 @@ def trained(bench: Bench, name: str, planned: dict[str, Any]) -> dict[str, Any]:
     folder = run_dir(bench, name)
     with left_whole(folder):
         grid = sorted((folder / "samples").glob(f"{bench.config['model']['sampler']}-*.png"))[-1]
-        shutil.copy(grid, bench.out / f"{slug(name)}.png")
         curve = [[row["step"], row.get("val/fid")] for row in json.loads((folder / "fid.json").read_text())]
+    try:
+        shutil.copy(grid, bench.out / f"{slug(name)}.png")
+    except OSError as error:
+        raise UserError(f"cannot write {bench.out / slug(name)}.png ({reason_of(error)}): make room") from error
     return {**planned, "images": planned["steps"] * bench.batch, "curve": curve}
 
 

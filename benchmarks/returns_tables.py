@@ -90,7 +90,7 @@ def gathered(rows: Iterable[dict], setting: Setting, method: str, rate: float, f
     found: dict[int, tuple[list[float], dict]] = {}  # of each seed its run, and the job that it is of
     for row in rows:
         if (row["env"], row["method"], row["rate"]) == (setting.name, method, rate):
-            for seed, run in zip(row["seeds"], row["returns"]):
+            for seed, run in zip(row["seeds"], row["returns"], strict=True):
                 found.setdefault(seed, (run, row))
     wanted = range(first, first + count)
     if not found.keys() >= set(wanted):

@@ -222,7 +222,7 @@ class Environment(Data):
         }
         self.returns_range = (v_min, v_max)
         self.held_out, self.seed, self.steps, self.resumed_epsilon = held_out, seed, 0, 1.0
-        self.left: int | None = None
+        self.left = 1.0
         self.held: dict[str, Transitions] = {}
         self.experience: Experience | None = None
         self.cap = max_steps
@@ -285,7 +285,7 @@ class Environment(Data):
         if self.steps:  # resumed: ε goes on from there, after a new warm-up
             self.experience.steps, self.experience.warmup = self.steps, self.steps + self.experience.warmup
             self.experience.epsilon = (self.resumed_epsilon, self.experience.epsilon[1])
-            self.experience.decay = self.experience.decay if self.left is None else max(1, self.left)
+            self.experience.decay = max(1, round(self.left * self.experience.decay))
         return DataLoader(self.experience, batch_size=None)
 
     def eval_dataloader(self, stage: str) -> DataLoader:
@@ -302,17 +302,17 @@ class Environment(Data):
         return self.eval_dataloader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Environment steps so far, the present ε, and the steps that are left of its decay."""
+        """Environment steps so far, the present ε, and the share that is left of its decay."""
         if self.experience is None:
             return {}
         stream = self.experience
-        left = max(0, stream.decay - max(0, stream.steps - stream.warmup))
+        left = max(0, stream.decay - max(0, stream.steps - stream.warmup)) / self.streams["decay"]
         return {"steps": stream.steps, "epsilon": float(stream.exploration), "left": left}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from these."""
         self.steps, self.resumed_epsilon = state_dict.get("steps", 0), state_dict.get("epsilon", 1.0)
-        self.left = state_dict.get("left")
+        self.left = min(1.0, state_dict.get("left", 1.0))
 
 
 class LambdaEnvironment(Environment):

@@ -118,8 +118,8 @@ def test_a_test_says_what_its_threshold_is_and_calls_are_of_other_samplers(tmp_p
 def test_exploration_fades_as_fast_in_a_run_that_goes_on():
     """ε of a run that is resumed twice, against one that is not: the same at as many steps after each warm-up."""
 
-    def begun(state):
-        data = Environment("CartPole-v1", 0, 100, decay=1000, warmup=10, num_envs=1)
+    def begun(state, decay=1000):
+        data = Environment("CartPole-v1", 0, 100, decay=decay, warmup=10, num_envs=1)
         data.load_state_dict(state)
         data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(explore=None), global_rank=0)
         data.train_dataloader()
@@ -131,6 +131,8 @@ def test_exploration_fades_as_fast_in_a_run_that_goes_on():
         gone = min(1000, gone + more)
         assert data.experience.exploration == pytest.approx(1 - 0.95 * gone / 1000)
         data = begun(data.state_dict())
+    longer = begun({"steps": 500, "epsilon": 0.5, "left": 0.5}, decay=4000)  # the share that is left, of another length
+    assert longer.experience.decay == 2000 and longer.experience.exploration == 0.5
 
 
 def test_mistakes_of_environments_are_one_sentence(tmp_path, capsys, monkeypatch):

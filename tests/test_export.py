@@ -55,9 +55,10 @@ def test_an_exported_folder_draws_what_its_checkpoint_draws(run, exported, tmp_p
 def test_a_card_says_what_weights_and_numbers_were_and_quotes_on_one_line(run, tmp_path):
     injected = {"step": 4, "val/fid": 40.0, "protocol": "one | two\n# three"}
     (run / "fid.json").write_text(json.dumps([injected]))
-    last, folders = run / "checkpoints" / "last.ckpt", [tmp_path / "half", tmp_path / "again"]
+    last, folders = run / "checkpoints" / "last.ckpt", [tmp_path / name for name in ("half", "again", "third")]
     assert train.main(["export", f"ckpt_path={last}", f"to={folders[0]}", "precision=fp16", *QUIET]) == 0
-    assert train.main(["export", f"ckpt_path={folders[0]}", f"to={folders[1]}", *QUIET]) == 0
+    for source, target in zip(folders, folders[1:]):
+        assert train.main(["export", f"ckpt_path={source}", f"to={target}", *QUIET]) == 0
     for folder in folders:
         card = (folder / "README.md").read_text()
         assert "Measured in float32, before the weights were rounded to fp16." in card
@@ -120,7 +121,7 @@ def test_the_card_leaves_out_numbers_of_another_sampler_or_guidance(run, tmp_pat
     torch.save({**torch.load(last, weights_only=True), "made_by": "average"}, last.with_name("length-0.05.ckpt"))
     assert quoted(last.with_name("length-0.05.ckpt"), "average")[0] == []
     rows, card = quoted(tmp_path / "own", "other", "model.samplers.ode.steps=5")
-    assert rows == [] and "None were measured with the sampler and guidance of this folder." in card
+    assert rows == [] and "No FID was measured with the sampler and guidance of this folder." in card
 
 
 def test_a_place_that_cannot_be_written_is_said_by_its_key(run, tmp_path, capsys):

@@ -49,7 +49,7 @@ def run(plan: Plan) -> None:
             stored = {**plan.record, "facts": facts.plain()}
             stored = exported.portable(with_autoencoder(stored, folder, precision))
             module = objects.model(plan, facts)
-            exported.write(folder, module, stored, plan.step, precision)
+            exported.write(folder, module, stored, plan.step, precision, rounded(plan, precision))
             product = draw(plan, folder)
             write_card(plan, folder, module, target.name, precision, product)
     except ValueError as error:
@@ -150,7 +150,6 @@ def write_card(plan: Plan, folder: Path, module: Module, name: str, precision: s
     facts: Any = plan.facts
     trust = build.trust(plan.config)
     example = module.example.replace('load("FOLDER")', 'load("FOLDER", trust=True)') if trust else module.example
-    source = str((plan.checkpoint or {}).get("precision", "float32"))  # of a folder that is exported again
     averaged = "averaged weights" if (plan.config["callbacks"] or {}).get("ema") else "weights"
     card = CARD.format(
         name=name,
@@ -160,7 +159,7 @@ def write_card(plan: Plan, folder: Path, module: Module, name: str, precision: s
         what=what(plan, facts) + module.describe(),
         weights=f"{averaged} of step {plan.step}, in {precision}",
         shown=shown(product),
-        numbers=numbers(rows, others, source if precision == "float32" else precision),
+        numbers=numbers(rows, others, rounded(plan, precision)),
     )
     (folder / "README.md").write_text(card)
 
@@ -201,6 +200,12 @@ PYTHON = """In Python, with `bd_lightning` and `safetensors` installed:
 ```
 
 """
+
+
+def rounded(plan: Plan, precision: str) -> str:
+    """The precision that weights were rounded to, here or before: that of a folder that is exported again is kept."""
+    before = str((plan.checkpoint or {}).get("precision", "float32"))
+    return before if precision == "float32" else precision
 
 
 def what(plan: Plan, facts: Facts) -> str:
@@ -260,7 +265,7 @@ def numbers(rows: list[dict[str, Any]], others: int, precision: str) -> str:
     """The rows as a table, or that there are none."""
     if not rows:
         how = "with the sampler and guidance of this folder" if others else "where this was exported from"
-        return f"None were measured {how}."
+        return f"No FID was measured {how}."
 
     def plain(text: str) -> str:
         return " ".join(str(text).split()).replace("|", "\\|")
@@ -270,7 +275,7 @@ def numbers(rows: list[dict[str, Any]], others: int, precision: str) -> str:
         values = {plain(key): value for key, value in row.items() if "/" in key and isinstance(value, (int, float))}
         text = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
         lines.append(f"| {text} | {plain(row.get('protocol', ''))} |")
-    rounded = (
+    caveat = (
         "" if precision == "float32" else f"\n\nMeasured in float32, before the weights were rounded to {precision}."
     )
-    return "\n".join(lines) + rounded
+    return "\n".join(lines) + caveat
