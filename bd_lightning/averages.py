@@ -182,7 +182,7 @@ def _load(path: Path) -> dict[str, Any]:
             raise ValueError("no profiles of averages")
         sound = all(isinstance(value, Tensor) for one in stored["weights"] for value in one.values())
         if len(stored["weights"]) != len(profiles) or not sound:
-            raise ValueError("not as many weights as profiles")
+            raise ValueError("not a mapping of tensors for every profile")
         return {"profiles": profiles, "weights": stored["weights"]}
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
