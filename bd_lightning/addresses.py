@@ -193,8 +193,8 @@ def _download(artifact: Any, folder: Path) -> None:
 
 def _denied(error: BaseException) -> bool:
     """Whether an answer came, and it was no."""
-    said = _said(error).lower()
-    return any(word in said for word in ("not found", "404", "401", "403", "permission", "does not exist"))
+    said = re.sub(r"\w+://\S+", "", _said(error).lower())  # the port of an address is no status
+    return bool(re.search(r"not found|permission|does not exist|\b40[134]\b", said))
 
 
 def _refusal(place: str, error: BaseException) -> str:

@@ -160,6 +160,20 @@ def test_an_artifact_is_fetched_once_and_read_from_the_cache_afterwards(model, a
         addresses.local("wandb://me/project/digits:old")
 
 
+@pytest.mark.parametrize(
+    ("answer", "denied"),
+    [
+        ("HTTP 404: artifact", True),
+        ("run or artifact not found", True),
+        ("cannot reach http://127.0.0.1:34019/graphql", False),
+        ("http://127.0.0.1:403/graphql: connection refused", False),
+        ("timed out after 1403 ms", False),
+    ],
+)
+def test_a_refusal_is_told_from_a_server_out_of_reach(answer, denied):
+    assert addresses._denied(RuntimeError(answer)) == denied
+
+
 def test_without_a_key_nobody_is_asked_for_one(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "artifacts"))
     monkeypatch.setenv("HOME", str(tmp_path))
