@@ -20,7 +20,8 @@ from bd_lightning.checks import UserError, suggest
 
 WEIGHTS, CONFIG, AUTOENCODER = "model.safetensors", "config.yaml", "autoencoder"
 """Names in an exported folder: the weights, the config, and the folder of the autoencoder in whose codes it learned."""
-PARTS = (CONFIG, WEIGHTS, "README.md", "fid.json", f"{AUTOENCODER}/{CONFIG}", f"{AUTOENCODER}/{WEIGHTS}")
+RECORDS = ("fid.json", "distances.json", "returns.json", "likelihood.json", "densities.json", "memorisation.json")
+PARTS = (CONFIG, WEIGHTS, "README.md", *RECORDS, f"{AUTOENCODER}/{CONFIG}", f"{AUTOENCODER}/{WEIGHTS}")
 """The files of an exported folder that are fetched; no others are."""
 
 TIMEOUT = 20

@@ -3,7 +3,7 @@
     FOLDER/model.safetensors     the averaged weights; its metadata has the step and the precision
            config.yaml           the config of the run and the facts of its data, without paths of the machine
            autoencoder/          the same two files of the autoencoder in whose codes the model learned, if there is one
-           README.md, samples.*, fid.json   for people: a model card, what it draws, and what was measured
+           README.md, samples.*, fid.json …   for people: a model card, what it draws, and what was measured
 
 `write` makes the first three, `read` gives what `checkpoints.read` gives for a checkpoint.
 """

@@ -30,6 +30,7 @@ class SampleModule(Protocol):
         all_gather: the tensors of all ranks, one above the other.
         log_dict: logs numbers.
         describe: how the model is guided, and the like.
+        drawing: all that samples by a sampler depend on beside weights and noise, as text.
         dim: number of data dimensions.
         multi_scale: fields at every noise level, or at σ = 0 alone.
         fields: the learned fields, a function of points and noise levels.
@@ -45,6 +46,7 @@ class SampleModule(Protocol):
     all_gather: Any
     log_dict: Any
     describe: Any
+    drawing: Any
     dim: int
     multi_scale: bool
     fields: Any

@@ -23,6 +23,9 @@ class Drawn:
     def describe(self):
         return ""
 
+    def drawing(self, sampler):
+        return sampler
+
     def log_dict(self, values, sync_dist):
         self.logged |= {key: float(value) for key, value in values.items()}
 

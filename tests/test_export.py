@@ -53,7 +53,7 @@ def test_an_exported_folder_draws_what_its_checkpoint_draws(run, exported, tmp_p
 
 
 def test_a_card_says_what_weights_and_numbers_were_and_quotes_on_one_line(run, tmp_path):
-    injected = {"step": 4, "val/fid": 40.0, "protocol": "one | two\n# three"}
+    injected = {"step": 4, "drawn": None, "val/fid": 40.0, "protocol": "one | two\n# three"}
     (run / "fid.json").write_text(json.dumps([injected]))
     last, folders = run / "checkpoints" / "last.ckpt", [tmp_path / name for name in ("half", "again", "third")]
     assert train.main(["export", f"ckpt_path={last}", f"to={folders[0]}", "precision=fp16", *QUIET]) == 0
@@ -86,10 +86,12 @@ def test_weights_are_stored_in_the_precision_that_is_asked_for(run, tmp_path, pr
 
 
 def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path):
-    rows = [{"step": step, "val/fid": 10.0 * step, "protocol": f"at {step}"} for step in (2, 4)]
+    last = run / "checkpoints" / "last.ckpt"
+    drawn = bd_lightning.load(last).model.drawing("ode")
+    rows = [{"step": step, "drawn": drawn, "val/fid": 10.0 * step, "protocol": f"at {step}"} for step in (2, 4)]
     (run / "fid.json").write_text(json.dumps(rows))
     target = tmp_path / "card"
-    assert train.main(["export", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"to={target}", *QUIET]) == 0
+    assert train.main(["export", f"ckpt_path={last}", f"to={target}", *QUIET]) == 0
     card = (target / "README.md").read_text()
     assert "| val/fid 40 | at 4 |" in card and "at 2" not in card and "![samples](samples.png)" in card
     assert json.loads((target / "fid.json").read_text()) == rows[1:]
@@ -99,16 +101,24 @@ def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path):
     assert json.loads((again / "fid.json").read_text()) == rows[1:]
 
 
-def test_the_card_leaves_out_numbers_of_another_sampler_or_guidance(run, tmp_path):
-    (run / "fid.json").write_text(json.dumps([{"step": 4, "val/fid": 40.0, "protocol": "as trained"}]))
-    stored = yaml.safe_load((run / "config.yaml").read_text())["model"]
-    steps = {**stored, "samplers": {"ode": {**stored["samplers"]["ode"], "steps": 7}}}
+def test_the_card_leaves_out_numbers_of_samples_drawn_otherwise(run, tmp_path):
     last = run / "checkpoints" / "last.ckpt"
-    for k, (node, weights) in enumerate([(stored, digest(last)), (steps, digest(last)), (stored, "of another file")]):
+    ode = bd_lightning.load(last).model.drawing("ode")
+    assert "steps=3.0" in ode and ode.endswith("before=1.0, transition=None)")
+    few = ode.replace("steps=3.0", "steps=7.0")
+    own = [{"step": 4, "val/fid": 40.0, "protocol": "as drawn now", "drawn": ode}]
+    own += [{"step": 4, "val/fid": 39.0, "protocol": "by a sampler that it has no more", "drawn": "sde"}]
+    own += [{"step": 4, "val/fid": 38.0, "protocol": "before the run was resumed with another sampler", "drawn": few}]
+    own += [{"step": 4, "val/fid": 37.0, "protocol": "of a suite that did not say how"}]
+    (run / "fid.json").write_text(json.dumps(own))
+    numbers = [{"step": 4, "drawn": None, "val/bits": 2.5, "protocol": "no sampler has a part in it"}]
+    (run / "likelihood.json").write_text(json.dumps(numbers))
+    for k, (drawn, weights) in enumerate([(ode, digest(last)), (few, digest(last)), (ode, "of another file")]):
         folder = run / f"test-last-0000004-{k}"
         folder.mkdir()
-        (folder / "settings.json").write_text(json.dumps({"model": node, "checkpoints": [weights]}))
-        (folder / "fid.json").write_text(json.dumps([{"step": 4, "test/fid": 41.0 + k, "protocol": "a test"}]))
+        (folder / "settings.json").write_text(json.dumps({"checkpoints": [weights]}))
+        row = {"step": 4, "drawn": drawn, "test/fid": 41.0 + k, "protocol": "a test"}
+        (folder / "fid.json").write_text(json.dumps([row]))
 
     def quoted(source, name, *words):
         assert train.main(["export", f"ckpt_path={source}", f"to={tmp_path / name}", *words, *QUIET]) == 0
@@ -116,12 +126,14 @@ def test_the_card_leaves_out_numbers_of_another_sampler_or_guidance(run, tmp_pat
         rows = json.loads(file.read_text()) if file.exists() else []
         return [row.get("val/fid", row.get("test/fid")) for row in rows], (tmp_path / name / "README.md").read_text()
 
-    assert quoted(last, "own")[0] == [40.0, 41.0]
-    assert quoted(last, "few", "model.samplers.ode.steps=7")[0] == [42.0]
+    rows, card = quoted(last, "own")
+    assert rows == [40.0, 41.0] and "| val/bits 2.5 | no sampler has a part in it |" in card
+    assert quoted(last, "few", "model.samplers.ode.steps=7")[0] == [38.0, 42.0]
     torch.save({**torch.load(last, weights_only=True), "made_by": "average"}, last.with_name("length-0.05.ckpt"))
     assert quoted(last.with_name("length-0.05.ckpt"), "average")[0] == []
+    (tmp_path / "own" / "likelihood.json").unlink()
     rows, card = quoted(tmp_path / "own", "other", "model.samplers.ode.steps=5")
-    assert rows == [] and "No FID was measured with the sampler and guidance of this folder." in card
+    assert rows == [] and "Nothing was measured with the samplers and guidance of this folder." in card
 
 
 def test_a_place_that_cannot_be_written_is_said_by_its_key(run, tmp_path, capsys):

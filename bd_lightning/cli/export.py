@@ -143,10 +143,10 @@ def draw(plan: Plan, folder: Path) -> str | None:
 
 
 def write_card(plan: Plan, folder: Path, module: Module, name: str, precision: str, product: str | None) -> None:
-    """Write README.md, and fid.json with the rows that it quotes."""
-    rows, others = measured(plan)
-    if rows:
-        (folder / "fid.json").write_text(json.dumps(rows, indent=1))
+    """Write README.md, and the records with the rows that it quotes."""
+    records, others = measured(plan, module)
+    for record, rows in records.items():
+        (folder / record).write_text(json.dumps(rows, indent=1))
     facts: Any = plan.facts
     trust = build.trust(plan.config)
     example = module.example.replace('load("FOLDER")', 'load("FOLDER", trust=True)') if trust else module.example
@@ -159,7 +159,7 @@ def write_card(plan: Plan, folder: Path, module: Module, name: str, precision: s
         what=what(plan, facts) + module.describe(),
         weights=f"{averaged} of step {plan.step}, in {precision}",
         shown=shown(product),
-        numbers=numbers(rows, others, rounded(plan, precision)),
+        numbers=numbers([row for rows in records.values() for row in rows], others, rounded(plan, precision)),
     )
     (folder / "README.md").write_text(card)
 
@@ -225,47 +225,43 @@ def shown(product: str | None) -> str:
     return f"{text}*`{product}`: the first {SHOWN} samples of seed 0 by the default sampler.*\n\n"
 
 
-def measured(plan: Plan) -> tuple[list[dict[str, Any]], int]:
-    """Rows of fid.json, of an exported folder or of the run and the evaluations of this very file, of its step.
+def measured(plan: Plan, module: Module) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """Rows of records, of an exported folder or of the run and the evaluations of this very file, of its step.
 
     What a run says of itself is of the average that it follows, not of one that `average` made.
 
     Returns:
-        Those of samples drawn as this export draws, and the number of others.
+        By the name of their file, those of the samplers that the module has, set and guided as they are here, and
+        those that no sampler has a part in; and the number of others.
     """
     own = Path(addresses.local(plan.config["ckpt_path"]))
     folder = own if own.is_dir() else plan.run_dir  # an exported folder has its numbers with it
     if not (folder / "config.yaml").is_file():
-        return [], 0
+        return {}, 0
     run = report.read(folder)
-    found: dict[str, bool] = {}
+    ours = [*module.drawings(), None]
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    others = 0
     made = (plan.checkpoint or {}).get("made_by") is not None
     for name, rows in {**({} if made else run.records), **run.evaluations}.items():
-        if Path(name).name == "fid.json":
-            source = run.config if name in run.records else json.loads((folder / name).with_name(SETTINGS).read_text())
-            if name not in run.records and source.get("checkpoints", [None])[0] != digest(own):
+        if name in run.evaluations:
+            settings = json.loads((folder / name).with_name(SETTINGS).read_text())
+            if settings.get("checkpoints", [None])[0] != digest(own):
                 continue
-            alike = drawing(source["model"]) == drawing(plan.config["model"])
-            found |= {json.dumps(row, sort_keys=True): alike for row in rows if row["step"] == plan.step}
-    return [json.loads(row) for row, alike in found.items() if alike], sum(not alike for alike in found.values())
-
-
-def drawing(model: Mapping[str, Any]) -> dict[str, Any]:
-    """What samples of a model depend on beside its weights, of the node of its config: sampler and guidance."""
-    name = model.get("sampler")
-    keys = {"guidance": 1.0, "guidance_interval": None}
-    return {
-        "name": name,
-        "sampler": model.get("samplers", {}).get(name),
-        **{k: model.get(k, v) for k, v in keys.items()},
-    }
+        for row in rows:
+            if row["step"] == plan.step and "protocol" in row:
+                alike = row.get("drawn", "unknown") in ours
+                others += not alike
+                if alike:
+                    found.setdefault(Path(name).name, {})[json.dumps(row, sort_keys=True)] = row
+    return {name: list(rows.values()) for name, rows in found.items()}, others
 
 
 def numbers(rows: list[dict[str, Any]], others: int, precision: str) -> str:
     """The rows as a table, or that there are none."""
     if not rows:
-        how = "with the sampler and guidance of this folder" if others else "where this was exported from"
-        return f"No FID was measured {how}."
+        how = "with the samplers and guidance of this folder" if others else "where this was exported from"
+        return f"Nothing was measured {how}."
 
     def plain(text: str) -> str:
         return " ".join(str(text).split()).replace("|", "\\|")

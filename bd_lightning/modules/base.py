@@ -156,6 +156,10 @@ class Module(L.LightningModule):
         """What a card says of a model beside its class and its network."""
         return ""
 
+    def drawings(self) -> list[str]:
+        """How samples are drawn by each of its samplers, as rows of records say it ("drawn")."""
+        return []
+
     def refuse_changes(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         """Refuse settings of a trained model that can no longer change.
 

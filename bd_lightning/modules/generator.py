@@ -4,6 +4,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -159,6 +160,14 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         """How it is guided."""
         return f", guided with scale {self.guidance.scale:g}" if self.guidance.acts else ""
 
+    def drawing(self, sampler: str) -> str:
+        """All that samples by a sampler of this name depend on beside weights and noise, to be compared."""
+        return f"{_told(self.samplers[sampler])}, {_told(self.guidance)}"
+
+    def drawings(self) -> list[str]:
+        """Those of all samplers."""
+        return [self.drawing(name) for name in self.samplers]
+
     def check_calls(self) -> None:
         """Samplers can be judged wherever they can draw."""
         self.check_predict()
@@ -220,3 +229,13 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         """Samples for a batch of requests: "index", "seed" and, if classes are asked for, "label"; each (B,)."""
         label = batch.get("label")
         return self.sample(batch["index"].tolist(), seed=int(batch["seed"][0]), label=label)
+
+
+def _told(node: Any) -> str:
+    """A data class, with all of its values; equal numbers are written alike."""
+    if is_dataclass(node):
+        values = ", ".join(f"{one.name}={_told(getattr(node, one.name))}" for one in fields(node))
+        return f"{type(node).__name__}({values})"
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return f"({', '.join(map(_told, node))})"
+    return repr(float(node)) if isinstance(node, (int, float)) and not isinstance(node, bool) else str(node)

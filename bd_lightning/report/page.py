@@ -172,7 +172,7 @@ def _evaluations(run: Run) -> list[str]:
     """Every row of every record, with a letter for its protocol."""
     parts = []
     for name, rows in {**run.records, **run.evaluations}.items():
-        skipped = ("step", "protocol", "summary")
+        skipped = ("step", "drawn", "protocol", "summary")
         keys = list(dict.fromkeys(key for row in rows for key in row if key not in skipped))
         protocols = list(dict.fromkeys(row["protocol"] for row in rows if "protocol" in row))
         letters = {protocol: letter(i) for i, protocol in enumerate(protocols)}
