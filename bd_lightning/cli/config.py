@@ -214,7 +214,7 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
     choices = {group: name for group, name in request.choices.items() if group != "experiment"}
     config = _choose(config, base, {"defaults": choices}, "the command line")
     words: dict[str, Any] = {}
-    for key, value in request.values:
+    for key, value in _classes_first(request.values):
         nested = value
         for part in reversed(key.split(".")):
             nested = {part: nested}
@@ -229,6 +229,21 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
         config = {**config, "data": _rooted(config["data"], said)}
     _refuse_two_sizes(config, [*given, words])
     return _at_home(_resolved(_normalised(config)))
+
+
+def _classes_first(values: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """Words with each class ahead of the words beneath its node, which it would replace; a later word still wins."""
+    found: list[tuple[str, Any]] = []
+    for key, value in values:
+        node, _, last = key.rpartition(".")
+        place = len(found)
+        if last == "_target_":
+            whole = [i for i, (other, _) in enumerate(found) if f"{node}.".startswith(f"{other}.")]
+            start = whole[-1] + 1 if whole else 0
+            place = next((i for i in range(start, len(found)) if found[i][0].startswith(f"{node}.")), place)
+            found = [word for i, word in enumerate(found) if i < place or word[0] != key]
+        found.insert(place, (key, value))
+    return found
 
 
 def _rooted(data: Any, words: Any) -> Any:

@@ -1,6 +1,7 @@
 """One grammar, layers in order, and one sentence for each mistake."""
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -101,6 +102,24 @@ def test_plain_meanings_are_taken():
 def test_another_class_drops_the_arguments_of_the_old_one():
     config = composed("model.network._target_=bd_lightning.networks.MLP", "model.network.width=32")
     assert config["model"]["network"] == {"_target_": "bd_lightning.networks.MLP", "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("words", "network"),
+    [
+        ("model.network.a=1 model.network._target_=my.Net", {"_target_": "my.Net", "a": 1}),
+        ("model.network.a.b=1 model.network.c=2 model.network._target_=my.Net",
+         {"_target_": "my.Net", "a": {"b": 1}, "c": 2}),
+        ("model.network={_target_: your.Net, x: 1} model.network._target_=my.Net", {"_target_": "my.Net"}),
+        ("model.network={_target_: your.Net, x: 1} model.network.a=1 model.network._target_=my.Net",
+         {"_target_": "my.Net", "a": 1}),
+        ("model.network._target_=your.Net model.network.a=1 model.network._target_=my.Net",
+         {"_target_": "my.Net", "a": 1}),
+        ("model.network._target_=my.Net model.network={_target_: your.Net, x: 1}", {"_target_": "your.Net", "x": 1}),
+    ],
+)  # fmt: skip
+def test_a_class_keeps_what_was_said_of_it_before(words, network):
+    assert compose(parse(re.split(r" (?=model)", words)))["model"]["network"] == network
 
 
 def test_short_runs_are_validated_once():
