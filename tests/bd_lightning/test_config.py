@@ -73,7 +73,7 @@ def test_group_files_set_values_over_the_base():
     chosen = configs.load(configs.CONFIG_DIR / "model" / f"{base['defaults']['model']}.yaml")
     assert base["model"]["lr"] != chosen["lr"]
     assert composed()["model"]["lr"] == chosen["lr"]
-    assert composed("model=unet_large")["model"]["samplers"]["ode"]["sigma_max"] == 50.0
+    assert composed("model=unet_large")["model"]["samplers"]["ode"]["sigma_max"] == 80.0
     assert composed("model=unet_large")["model"]["kernel"] == base["model"]["kernel"]
 
 
