@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from bd_lightning.checks import UserError
 from bd_lightning.progress import bar
 from callbacks.features import ImageFeatures, features_of
 from callbacks.moments import Gaussian, Moments, frechet, load_statistics
@@ -74,7 +75,16 @@ def of_noise(features: ImageFeatures, data: ImageDataModule, n: int, device: tor
 
 
 def of_split(features: ImageFeatures, data: ImageDataModule, split: str, device: torch.device) -> Reference:
-    """The images of a split, cached under <data.root>/.cache."""
+    """The images of a split, cached under <data.root>/.cache.
+
+    Raises:
+        UserError: for a split of one image, which has no covariance.
+    """
+    if len(data.load_split(split)) < 2:
+        raise UserError(
+            f"the {data.called(split)} images of {data.name} are one, and FID is of two at least: enlarge that split, "
+            "or compare with another by callbacks.metrics.reference=train"
+        )
     other = "train" if data.called(split) != "train" else "test"
     if data.called(other) == data.called(split):
         other = split  # all is trained on: there are no other images

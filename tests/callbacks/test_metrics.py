@@ -92,6 +92,13 @@ def test_the_memory_of_metrics_does_not_grow_with_the_samples(tmp_path, monkeypa
     assert model.logged["test/kid"] > 0 and model.logged["test/precision"] < 0.5
 
 
+def test_one_image_is_no_reference(tmp_path, monkeypatch):
+    data = Shades(True, root=str(tmp_path))
+    data.sizes = {**data.sizes, "val": 1}
+    with pytest.raises(UserError, match="the val images of Shades-True are one, and FID is of two at least"):
+        evaluated(data, tmp_path, monkeypatch, to_unit(data.read_split("train").x))
+
+
 def test_the_order_of_the_data_does_not_matter(tmp_path, monkeypatch):
     """Where fewer images are taken than there are, they are a random subset, not the first class."""
     rows = {}
