@@ -1,6 +1,7 @@
 """What is asked of the rows of the returns benchmark: rates, ratios, tables and curves."""
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +88,7 @@ def gathered(rows: Iterable[dict], setting: Setting, method: str, rate: float, f
     Jobs end when all their seeds are done; from there on their last evaluations count.
     """
     count = setting.seeds if first == SEEDS else setting.tuning
-    found: dict[int, tuple[list[float], dict]] = {}  # of each seed its run, and the job that it is of
-    for row in rows:
-        if (row["env"], row["method"], row["rate"]) == (setting.name, method, rate):
-            for seed, run in zip(row["seeds"], row["returns"], strict=True):
-                found.setdefault(seed, (run, row))
-    wanted = range(first, first + count)
+    found, wanted = runs_of(rows, setting, method, rate), range(first, first + count)
     if not found.keys() >= set(wanted):
         return None
     runs = [found[seed] for seed in wanted]
@@ -101,6 +97,27 @@ def gathered(rows: Iterable[dict], setting: Setting, method: str, rate: float, f
     seconds = sum(row["seconds"] for _, row in runs) / count
     steps = sum(len(row["env_steps"]) for _, row in runs) / count * setting.eval_every
     return {"env_steps": longest, "returns": returns, "seconds": seconds, "milliseconds": 1000 * seconds / steps}
+
+
+def runs_of(rows: Iterable[dict], setting: Setting, method: str, rate: float) -> dict[int, tuple[list[float], dict]]:
+    """Of each finished seed its run, and the job that it is of."""
+    found: dict[int, tuple[list[float], dict]] = {}
+    for row in rows:
+        if (row["env"], row["method"], row["rate"]) == (setting.name, method, rate):
+            for seed, run in zip(row["seeds"], row["returns"], strict=True):
+                found.setdefault(seed, (run, row))
+    return found
+
+
+def tell_of_unfinished(rows: list[dict], setting: Setting) -> None:
+    """Say which runs of a setting are left out of tables, since seeds of theirs are missing."""
+    for method, name in METHODS.items():
+        for rate in sorted({row["rate"] for row in rows if (row["env"], row["method"]) == (setting.name, method)}):
+            there = runs_of(rows, setting, method, rate)
+            seeds = [seed for seed in there if SEEDS <= seed < SEEDS + setting.seeds]
+            if seeds and len(seeds) < setting.seeds:
+                more = f"{len(seeds)} of {setting.seeds} seeds are there"
+                print(f"{setting.name}, {name} at {rate:g} is left out: {more} (see --seeds)", file=sys.stderr)
 
 
 def budget(rows: Iterable[dict], setting: Setting) -> int:
@@ -151,6 +168,7 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
     for setting in settings:
         if not any(row["env"] == setting.name for row in rows):
             continue
+        tell_of_unfinished(rows, setting)
         most, choices = budget(rows, setting), [dict.fromkeys(METHODS, COMMON_RATE)]
         tuned = [m for m in METHODS if gathered(rows, setting, m, setting.rates[-1], TUNING_SEEDS)]
         choices.append({m: best_rate(rows, setting, m)[0] for m in tuned})

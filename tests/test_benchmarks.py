@@ -105,6 +105,16 @@ def test_damaged_weights_are_one_sentence(tmp_path):
             common.restore(module, path)
 
 
+def test_runs_whose_seeds_are_not_all_there_are_said_to_be_left_out(capsys):
+    row = {"env": "rl_cliff", "method": "c51", "rate": 1e-3, "seeds": [0, 1], "seconds": 1.0, "env_steps": [500],
+           "returns": [[-9.0]] * 2}  # fmt: skip
+    returns_tables.control_table([row, {**row, "seeds": [100]}], [returns_tables.ENVS["rl_cliff"]])
+    said = capsys.readouterr()
+    assert said.err == "rl_cliff, C51 at 0.001 is left out: 2 of 10 seeds are there (see --seeds)\n"
+    returns_tables.control_table([row], [dataclasses.replace(returns_tables.ENVS["rl_cliff"], seeds=2)])
+    assert not capsys.readouterr().err
+
+
 def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyond_the_ends():
     """Two jobs of a row of synthetic evaluations, of which the second ended early."""
     env, method = "rl_lunar_lander", "c51"
