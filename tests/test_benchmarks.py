@@ -108,7 +108,7 @@ def test_damaged_weights_are_one_sentence(tmp_path):
 def test_runs_whose_seeds_are_not_all_there_are_said_to_be_left_out(capsys):
     row = {"env": "rl_cliff", "method": "c51", "rate": 1e-3, "seeds": [0, 1], "seconds": 1.0, "env_steps": [500],
            "returns": [[-9.0]] * 2}  # fmt: skip
-    returns_tables.control_table([row, {**row, "seeds": [100]}], [returns_tables.ENVS["rl_cliff"]])
+    returns_tables.control_table([row, {**row, "seeds": [100], "returns": [[-9.0]]}], [returns_tables.ENVS["rl_cliff"]])
     said = capsys.readouterr()
     assert said.err == "rl_cliff, C51 at 0.001 is left out: 2 of 10 seeds are there (see --seeds)\n"
     returns_tables.control_table([row], [dataclasses.replace(returns_tables.ENVS["rl_cliff"], seeds=2)])
