@@ -93,6 +93,7 @@ def test_returns_of_grids_are_a_table_too(pixels, tmp_path):
     assert train.main(["predict", f"ckpt_path={last}", "n=3", "callbacks.progress=null"]) == 0
     assert train.main(["export", f"ckpt_path={last}", f"to={folder}", "callbacks.progress=null"]) == 0
     assert len((folder / "samples.csv").read_text().splitlines()) == 65
+    assert "val/return 5" in (folder / "README.md").read_text() and (folder / "returns.json").is_file()
     assert len(next(tmp_path.rglob("predict-*/samples.csv")).read_text().splitlines()) == 4
 
 
