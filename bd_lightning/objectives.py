@@ -73,13 +73,6 @@ class Losses:
         return self.gradient.mean() + self.scalar.mean()
 
 
-def edm_weight(sigma: Tensor | None, level: Tensor, sigma_data: float, dim: int) -> Tensor:
-    """(2σ)²(1 + σ²/σ_d²)/d, shape (B,), EDM's weight of the denoising error; at a single scale (2σ_d)²/d."""
-    if sigma is None:
-        return torch.full_like(level, 4 * sigma_data**2 / dim)
-    return 4 * level.square() * (1 + level.square() / sigma_data**2) / dim
-
-
 @dataclass(frozen=True)
 class Objective(ABC):
     """Base of the objectives.
@@ -203,8 +196,12 @@ class FieldDivergence(FieldObjective):
                 loss = divergences.sliced_divergence_loss(h, v[0], trace, m) / m_ref.square()
             else:
                 loss = form.probed_loss(h, trace, m, grad_m, m_ref)
+        if queries.sigma is None:
+            weight = torch.full_like(level, 4 * fields.sigma_data**2 / fields.dim)
+        else:
+            weight = form.weight(level, fields.sigma_data, fields.dim)
         return Losses(
-            gradient=edm_weight(queries.sigma, level, fields.sigma_data, fields.dim) * loss,
+            gradient=weight * loss,
             scalar=self.scalar_weight * divergences.scalar_loss(s / m_ref, m / m_ref),
             sigma=level,
             relative_s=(s / m_ref).detach(),

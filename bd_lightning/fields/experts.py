@@ -48,7 +48,7 @@ class Experts:
 
     def components(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """log(π_c ρ_c) (B, C) and U_c (B, C, *) at x (B, *) and noise levels sigma (B,)."""
-        out, a = preconditioning.call(self._networks, x, sigma, self.sigma_data)
+        out, a = preconditioning.call(self._networks, x, sigma, preconditioning.unit_scale(sigma, self.sigma_data))
         return a, preconditioning.relative_slope(out, sigma, self.sigma_data)
 
     def _networks(self, x: Tensor, c_noise: Tensor, label: None) -> tuple[Tensor, Tensor]:

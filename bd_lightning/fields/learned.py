@@ -27,7 +27,7 @@ class LearnedFields(nn.Module, FieldPair):
         kernel: the pair kernel that the fields are trained with; it fixes their scale.
         sigma_data: standard deviation σ_d of the data.
         dim: number of data dimensions.
-        parametrisation: "factored" or "direct". A single-scale model (σ = 0) has to be "direct".
+        parametrisation: "factored", "velocity" or "direct". A single-scale model (σ = 0) has to be "direct".
         scalar_network: a network of its own for the scalar field; None shares the trunk. Of two networks the heads
             `scalar_head` and `gradient_head` that go unused are frozen.
         no_class: the label that stands for no class in particular, if a conditional network has learned one.
@@ -79,9 +79,10 @@ class LearnedFields(nn.Module, FieldPair):
         Returns:
             S or g, shape (B, *), and s, shape (B,).
         """
-        out, a = preconditioning.call(self.network, x, sigma, self.sigma_data, label, told)
+        scale = self.parametrisation.scale(sigma, self.sigma_data)
+        out, a = preconditioning.call(self.network, x, sigma, scale, label, told)
         if self.scalar_network is not None:
-            _, a = preconditioning.call(self.scalar_network, x, sigma, self.sigma_data, label, told)
+            _, a = preconditioning.call(self.scalar_network, x, sigma, scale, label, told)
         m_ref = self.reference(sigma)
         s = m_ref * F.softplus(a + _SOFTPLUS_SHIFT)
         return self.parametrisation.output(out, x, sigma, self.sigma_data, self.kernel, m_ref), s

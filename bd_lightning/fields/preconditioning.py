@@ -1,4 +1,4 @@
-r"""EDM's preconditioning of a network, and the two meanings that its gradient output can have.
+r"""How a network is preconditioned, and the meanings that its gradient output can have.
 
 A network maps (c_in x, c_noise, label) to (F, a), with σ_d the standard deviation of the data and
 
@@ -10,10 +10,13 @@ EDM's denoiser D = c_skip x + c_out F, c_skip = σ_d²/(σ² + σ_d²), c_out = 
 A `Parametrisation` says what the gradient output stands for, and writes the field divergence in it (see `divergences`):
 
     factored   S = U − x/(σ² + σ_d²) stands for ∇log p_σ + ∇log m, and g = ½ s S
+    velocity   the same S of flow matching's preconditioning: c_in = 1/(σ + σ_d), S = (σ_d F − x)/(σ (σ + σ_d)), so that
+               F stands for the velocity x/σ_d − n along the straight path from noise n to data x
     direct     g = ½ m_ref(σ) F / √(ε + σ²)
 
 References:
     | Karras et al., Elucidating the Design Space of Diffusion-Based Generative Models, arXiv 2206.00364, Table 1
+    | Lipman et al., Flow Matching for Generative Modeling, arXiv 2210.02747
 """
 
 from abc import ABC, abstractmethod
@@ -33,7 +36,7 @@ def call(
     network: Callable[..., Any],
     x: Tensor,
     sigma: Tensor,
-    sigma_data: float,
+    scale: Tensor,
     label: Tensor | None = None,
     told: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -43,17 +46,14 @@ def call(
         network: maps (c_in x, c_noise, label) to (F, a), see `networks`.
         x: points, shape (B, *).
         sigma: noise levels, shape (B,), in data units.
-        sigma_data: standard deviation σ_d of the data.
+        scale: c_in, shape (B,).
         label: class indices, shape (B,), for class-conditional networks.
         told: how each image was augmented, shape (B, n), for networks that are told.
 
     Raises:
         UserError: if the network gives something else than two tensors, or of other shapes.
     """
-    total = sigma.square() + sigma_data**2
-    given = network(
-        x * bcast(total.rsqrt(), x), sigma.clamp_min(1e-4).log() / 4, label, *(() if told is None else (told,))
-    )
+    given = network(x * bcast(scale, x), sigma.clamp_min(1e-4).log() / 4, label, *(() if told is None else (told,)))
     if not (isinstance(given, tuple) and len(given) == 2 and all(isinstance(one, Tensor) for one in given)):
         raise UserError(f"the network gives a {type(given).__name__}; it must give two tensors, F and a")
     out, a = given
@@ -63,6 +63,11 @@ def call(
             f"{tuple(x.shape)}; they must be (B, *shape) and (B,), or with classes (B, C, *shape) and (B, C)"
         )
     return out.to(x.dtype), a.to(x.dtype)  # from the lower precision of autocast, if it is on
+
+
+def unit_scale(sigma: Tensor, sigma_data: float) -> Tensor:
+    """EDM's c_in at noise levels sigma (B,), of their shape: inputs have unit variance."""
+    return (sigma.square() + sigma_data**2).rsqrt()
 
 
 def relative_slope(out: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
@@ -85,6 +90,17 @@ class Parametrisation(ABC):
     traces: tuple[str, ...]
     at_any_point: bool
     single_scale: bool
+
+    def scale(self, sigma: Tensor, sigma_data: float) -> Tensor:
+        """c_in at noise levels sigma (B,), of their shape."""
+        return unit_scale(sigma, sigma_data)
+
+    def weight(self, sigma: Tensor, sigma_data: float, dim: int) -> Tensor:
+        """Weight of the losses at noise levels sigma above zero (B,), of their shape: (2σ)²(1 + σ²/σ_d²)/d.
+
+        It is EDM's weight of the denoising error, by which the squared error of F counts alike at all levels.
+        """
+        return 4 * sigma.square() * (1 + sigma.square() / sigma_data**2) / dim
 
     @abstractmethod
     def output(self, out: Tensor, x: Tensor, sigma: Tensor, sigma_data: float, kernel: Kernel, m_ref: Tensor) -> Tensor:
@@ -135,6 +151,24 @@ class Factored(Parametrisation):
         return divergences.factored_divergence_loss(h, trace, m, grad_m) / m_ref.square()
 
 
+class Velocity(Factored):
+    """The fields of `Factored` with the preconditioning of flow matching, where F is a velocity.
+
+    At t = σ_d/(σ + σ_d) the network sees t x/σ_d = t x₀/σ_d + (1 − t) n, a point of the straight path from noise n to
+    data x₀/σ_d, whose velocity x₀/σ_d − n is what F is regressed on with the constant kernel.
+    """
+
+    def scale(self, sigma, sigma_data):
+        return (sigma + sigma_data).reciprocal()
+
+    def weight(self, sigma, sigma_data, dim):
+        """2σ²(1 + σ/σ_d)²/d: half the squared error of F, whose target has twice the variance of EDM's."""
+        return 2 * sigma.square() * (1 + sigma / sigma_data).square() / dim
+
+    def output(self, out, x, sigma, sigma_data, kernel, m_ref):
+        return (sigma_data * out - x) / bcast(sigma * (sigma + sigma_data), x)
+
+
 class Direct(Parametrisation):
     """h = g."""
 
@@ -159,4 +193,4 @@ class Direct(Parametrisation):
         return divergences.divergence_loss(h, trace, m) / m_ref.square()
 
 
-PARAMETRISATIONS: dict[str, Any] = {"factored": Factored(), "direct": Direct()}
+PARAMETRISATIONS: dict[str, Any] = {"factored": Factored(), "velocity": Velocity(), "direct": Direct()}

@@ -55,7 +55,7 @@ class RelativeFields(nn.Module, FieldPair):
 
     def components(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """log(π_c ρ_c) (B, C) and U_c (B, C, *) at x (B, *) and noise levels sigma (B,)."""
-        out, a = preconditioning.call(self.network, x, sigma, self.sigma_data)
+        out, a = preconditioning.call(self.network, x, sigma, preconditioning.unit_scale(sigma, self.sigma_data))
         if a.ndim == 1:
             out, a = out[:, None], a[:, None]
         return a, preconditioning.relative_slope(out, sigma, self.sigma_data)

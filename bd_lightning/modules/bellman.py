@@ -36,7 +36,7 @@ class BellmanDiffusion(Generator):
         partners: the pairs of the kernel estimate.
         augment: changes training images at random and tells the networks how (see `augmentation`); None for none.
         scalar_network: a separate network for the scalar field; None shares the trunk.
-        parametrisation: "factored" or "direct" (see `fields.preconditioning`).
+        parametrisation: "factored", "velocity" or "direct" (see `fields.preconditioning`).
         label_dropout: share of training points whose class a conditional network is not told, for guidance.
         guidance: scale of classifier-free guidance when classes are asked for; 1 is none. Or a mapping of the arguments
             of `fields.Guidance`: scale, interval, before, transition.
