@@ -90,7 +90,10 @@ def begin_from(model: Generator, path: str, facts: Facts) -> None:
     other, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
     model.check_init(other, path, facts_of.read(stored["facts"]), facts)
     if other.fields.learned != model.fields.learned:
-        raise UserError(f"{path} has learned {other.fields.learned}, and {model.fields.learned} are learned here")
+        raise UserError(
+            f"{path} has learned {other.fields.learned}, and {model.fields.learned} are learned here: fields of one "
+            "kind are set by model.parametrisation, as it is there"
+        )
     known, names = facts_of.read(stored["facts"]).class_names, facts.class_names
     theirs = dict(other.fields.named_children())
     weights = {name: theirs[name].state_dict() if name in theirs else {} for name, _ in model.fields.named_children()}

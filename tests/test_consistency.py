@@ -66,6 +66,20 @@ def test_tuning_begins_with_the_weights_of_its_checkpoint(root, teacher, tuned):
     assert [row["step"] for row in rows] == [2, 4] and "(two, 2 network calls, seed 1)" in rows[-1]["protocol"]
 
 
+def test_tuning_goes_on_with_the_parametrisation_that_was_learned(root, capsys):
+    teacher = fit(root, "flow", "model=mlp", "model.parametrisation=velocity", "steps=20", "eval_every=20")
+    words = ["model=consistency", f"model.init={teacher}", "eval_every=1", "steps=1", "model.lr=1e-12"]
+    fit(root, "mixed-up", *words, code=2)
+    assert "velocity fields, and factored fields are learned here" in capsys.readouterr().err
+    still, _ = checkpoints.load(fit(root, "flow-still", *words, "model.parametrisation=velocity"))
+    old, _ = checkpoints.load(teacher)
+    x, sigma = torch.randn(3, 1, 8, 8), torch.tensor([1e-6, 0.5, 20.0])
+    expected = x + sigma.square().reshape(-1, 1, 1, 1) * old.fields.score(x, sigma)
+    torch.testing.assert_close(still.function(x, sigma), expected, atol=1e-4, rtol=1e-4)
+    fit(root, "direct", *words, "model.parametrisation=direct", code=2)
+    assert "parametrisation must be one of factored, velocity" in capsys.readouterr().err
+
+
 def test_a_tuned_model_resumes_and_draws_without_what_it_came_from(root, teacher, tuned, tmp_path):
     copy = tmp_path / "init.ckpt"
     copy.write_bytes(teacher.read_bytes())

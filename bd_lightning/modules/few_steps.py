@@ -15,7 +15,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
-from bd_lightning.checks import UserError, in_range
+from bd_lightning.checks import UserError, in_range, one_of
 from bd_lightning.divergences import bcast
 from bd_lightning.dynamics import Sampler
 from bd_lightning.facts import Facts
@@ -51,6 +51,7 @@ class FewStepGenerator(Generator):
         labels: classes of a conditional teacher that a conditional network learns; None takes all.
         guidance: scale of the teacher's guidance.
         guidance_interval: noise levels between which it acts.
+        parametrisation: "factored" or "velocity", as in `BellmanDiffusion`; that of `init`, if weights are taken.
         options: arguments of `Generator` and `Module`.
 
     Raises:
@@ -79,6 +80,7 @@ class FewStepGenerator(Generator):
         labels: list[int | str] | None = None,
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, math.inf),
+        parametrisation: str = "factored",
         **options: Any,
     ) -> None:
         refuse_scores(samplers, sampler)
@@ -98,7 +100,8 @@ class FewStepGenerator(Generator):
         if labels and not network.conditional:
             raise ValueError("labels need a network that is told the class: network.conditional=true")
         self.conditional = self.takes_labels = network.conditional
-        self.fields = LearnedFields(network, Constant(), sigma_data, self.dim)
+        one_of(("factored", "velocity"), parametrisation=parametrisation)
+        self.fields = LearnedFields(network, Constant(), sigma_data, self.dim, parametrisation)
         network.scalar_head.requires_grad_(False)  # no loss reaches it, and DDP would wait for its gradient
         self.huber = huber
         self.teacher_path, self.asked_of = teacher, given | {"calibrate": calibrate}

@@ -34,7 +34,7 @@ def test_fields_start_from_the_gaussian_of_the_data():
 
 
 @pytest.mark.parametrize("build", NETWORKS, ids=["mlp", "unet"])
-@pytest.mark.parametrize("parametrisation", ["factored", "direct"])
+@pytest.mark.parametrize("parametrisation", ["factored", "velocity", "direct"])
 def test_shapes_signs_and_the_factored_identity(build, parametrisation):
     fields = LearnedFields(excite(build()), kernels.ClosedFormSlices(0.01), 0.7, 64, parametrisation)
     x, sigma = 3 * torch.randn(6, 1, 8, 8), torch.logspace(-2, 1, 6)
@@ -58,6 +58,31 @@ def test_denoiser_form_without_cancellation():
         denoised = 0.49 / total * x + level * 0.7 / total**0.5 * out
         S, _ = fields.outputs(x, sigma)
         torch.testing.assert_close(S, (denoised - x) / level**2, rtol=1e-5, atol=1e-5)
+
+
+def test_velocity_is_flow_matching():
+    """With the constant kernel its loss is flow matching's squared error, and S the score of that velocity."""
+    network = excite(NETWORKS[0]()).double()
+    fields = LearnedFields(network, kernels.Constant(), 0.7, 64, "velocity")
+    x = torch.randn(4, 1, 8, 8, dtype=torch.float64)
+    sigma, noise = torch.tensor([0.01, 0.3, 2.0, 40.0], dtype=torch.float64), torch.randn_like(x)
+    t = (0.7 / (sigma + 0.7)).reshape(-1, 1, 1, 1)
+    point = t * x / 0.7 + (1 - t) * noise
+    velocity, _ = network(point, sigma.log() / 4, None)
+    S, s = fields.outputs(point * 0.7 / t, sigma)
+    clean = 0.7 * (point + (1 - t) * velocity)
+    torch.testing.assert_close(S, (clean - 0.7 * point / t) / sigma.square().reshape(-1, 1, 1, 1))
+    one, zero, form = torch.ones(4, dtype=torch.float64), torch.zeros_like(x), fields.parametrisation
+
+    def loss(output):
+        h = form.output(output, 0.7 * point / t, sigma, 0.7, fields.kernel, one)
+        return form.weight(sigma, 0.7, 64) * form.stein_loss(h, noise, sigma, one, zero, one)
+
+    def error(output):
+        return (output - (x / 0.7 - noise)).square().flatten(1).mean(1) / 2
+
+    other = torch.randn_like(x)  # the losses differ by what does not depend on the network
+    torch.testing.assert_close(loss(velocity) - loss(other), error(velocity) - error(other))
 
 
 def test_two_networks():

@@ -50,7 +50,7 @@ def disagreement(a, b):
 
 
 @pytest.mark.parametrize("sigma", [0.1, 2.0])
-@pytest.mark.parametrize(("form", "kernel"), [("factored", CONSTANT), ("direct", SLICES)])
+@pytest.mark.parametrize(("form", "kernel"), [("factored", CONSTANT), ("velocity", CONSTANT), ("direct", SLICES)])
 def test_every_trace_has_the_same_mean_gradient(form, kernel, sigma):
     """With m̂ = 1 the weights m̂² and m_ref² are the same; direct fields have m_ref² alone."""
     exact = gradients("exact", sigma, form, kernel)
@@ -87,7 +87,7 @@ def test_what_is_added_to_the_denoising_form_has_mean_zero(form, sigma):
         assert wrong.mean().abs() > 20 * wrong.std() / n**0.5
 
 
-@pytest.mark.parametrize(("form", "kernel"), [("factored", CONSTANT), ("direct", SLICES)])
+@pytest.mark.parametrize(("form", "kernel"), [("factored", CONSTANT), ("velocity", CONSTANT), ("direct", SLICES)])
 def test_a_combined_trace_is_less_noisy_than_either(form, kernel):
     """Of a network that was trained a little, on ten modes in 16 dimensions."""
     g = torch.Generator().manual_seed(16)
