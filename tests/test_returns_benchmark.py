@@ -1,5 +1,6 @@
 """The benchmark of returns: the steps of train.py, and that it is stopped and goes on without loss."""
 
+import dataclasses
 import json
 import sys
 
@@ -160,3 +161,47 @@ def test_mistakes_are_one_sentence(words, message, tmp_path, monkeypatch, capsys
         command(monkeypatch, *(["--out", "runs"] if words == "table" else []), *words.split())
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_runs_whose_seeds_are_not_all_there_are_said_to_be_left_out(capsys):
+    row = {"env": "rl_cliff", "method": "c51", "rate": 1e-3, "seeds": [0, 1], "seconds": 1.0, "env_steps": [500],
+           "returns": [[-9.0]] * 2}  # fmt: skip
+    returns_tables.control_table([row, {**row, "seeds": [100], "returns": [[-9.0]]}], [returns_tables.ENVS["rl_cliff"]])
+    said = capsys.readouterr()
+    assert said.err == "rl_cliff, C51 at 0.001 is left out: 2 of 10 seeds are there (see --seeds)\n"
+    returns_tables.control_table([row], [dataclasses.replace(returns_tables.ENVS["rl_cliff"], seeds=2)])
+    assert not capsys.readouterr().err
+
+
+def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyond_the_ends():
+    """Two jobs of a row of synthetic evaluations, of which the second ended early."""
+    env, method = "rl_lunar_lander", "c51"
+    setting = returns_tables.ENVS[env]
+    assert [list(c) for c in dataclasses.replace(setting, together=2).chunks(100, 3)] == [[100, 101], [102]]
+
+    def row(rate, seeds, steps, returns):
+        return {"env": env, "method": method, "rate": rate, "seeds": seeds, "seconds": 1.0,
+                "env_steps": [1000 * k for k in range(1, steps + 1)], "returns": returns}  # fmt: skip
+
+    slow = row(5e-4, [100, 101, 102], 5, [[-9, -9, 0, 250, 250]] * 3)
+    first, second = row(1e-3, [100, 101], 5, [[-9, 0, 0, 250, 250]] * 2), row(1e-3, [102], 3, [[0, 250, 250]])
+    assert returns_tables.gathered([slow, second], setting, method, 1e-3, returns_tables.TUNING_SEEDS) is None
+    found = returns_tables.gathered([second, first], setting, method, 1e-3, returns_tables.TUNING_SEEDS)
+    assert found["env_steps"][-1] == 5000 and found["returns"][2] == [0, 250, 250, 250, 250]
+    assert returns_tables.score(found, setting, 5000) == pytest.approx(
+        (2000 * 2000 * 1000 * 4000 * 4000 * 2000) ** (1 / 6)
+    )
+    fewer = row(1e-3, [100, 101], 2, [[-9, -9]] * 2)  # of another number of seeds: what was there before counts
+    assert returns_tables.gathered([first, second, fewer], setting, method, 1e-3, 100) == found
+    few = dataclasses.replace(setting, tuning=2)
+    assert returns_tables.gathered([slow, fewer], few, method, 5e-4, 100)["returns"] == slow["returns"][:2]
+    best, tried = returns_tables.best_rate([slow, first, second], setting, method)
+    assert best == 1e-3 and tried == [5e-4, 1e-3]
+    assert (
+        returns_tables.beyond(best, tried, setting) == 2e-3
+        and returns_tables.beyond(8e-3, [1e-3, 8e-3], setting) is None
+    )
+    assert returns_tables.beyond(2e-3, [1e-3, 2e-3], setting) == 4e-3
+    assert returns_tables.beyond(2e-3, [1e-3, 2e-3], dataclasses.replace(setting, wider=0)) is None
+    assert returns_tables.beyond(1e-3, [5e-4, 1e-3, 2e-3], setting) is None
+    assert returns_tables.ratio([1.0, 1.0], [2.0, 2.0]) == pytest.approx((2.0, 2.0, 2.0))
