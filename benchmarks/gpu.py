@@ -47,6 +47,7 @@ from benchmarks.common import Recipe, Training
 from benchmarks.gpu_report import report
 from benchmarks.gpu_speed import MODES, flops, profile, speed
 from benchmarks.rows import Rows, sound
+from callbacks import InceptionFeatures
 from tests.gpu_steps import CASES, built, step_and_sample
 
 PEAKS = {
@@ -84,7 +85,10 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.out, self.device = options, options.out.resolve(), torch.device(options.device)
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make {self.out} ({reason_of(error)}): give another --out") from error
         torch.backends.cudnn.benchmark = True  # as trainer=gpu does
         self.rows = Rows(self.out / "rows.jsonl")
         cut = REHEARSAL if self.device.type == "cpu" else ["trainer=gpu", "trainer.devices=1"]
@@ -160,10 +164,12 @@ def inception(weights: Path | None) -> list[str]:
     """The words that have FID in Inception's features.
 
     Raises:
-        UserError: if the weights are not there.
+        UserError: if the weights are not there, or are others.
     """
     if weights is not None and not weights.is_file():
         raise UserError(f"--weights: file not found: {weights}")
+    if weights is not None:
+        InceptionFeatures(str(weights)).read()  # now, and not when the card has worked for half an hour
     features = "callbacks.metrics.features"
     target = f"{features}._target_=callbacks.InceptionFeatures"
     return [] if weights is None else [target, f"{features}.weights={weights}"]

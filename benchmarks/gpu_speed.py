@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bd_lightning.checks import UserError, reason_of
 from benchmarks.common import now
 
 MODES = {f"{p}{', compiled' * c}": (p == "bf16", c) for p in ("float32", "bf16") for c in (False, True)}
@@ -55,5 +56,8 @@ def profile(bench: Any) -> dict[str, Any]:
         now(bench.device)
     where = "self_device_time_total" if bench.device.type == "cuda" else "self_cpu_time_total"
     text = found.key_averages().table(sort_by=where, row_limit=25, max_name_column_width=60)
-    (bench.out / "profile.txt").write_text(text)
+    try:
+        (bench.out / "profile.txt").write_text(text)
+    except OSError as error:
+        raise UserError(f"cannot write {bench.out / 'profile.txt'} ({reason_of(error)}): make room") from error
     return {"file": "profile.txt"}

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -79,7 +80,22 @@ def finished(path: Path) -> list[dict]:
             f"{path} holds a row a line, as an earlier version wrote it: choose another --out, or move it away"
         )
     with sound(path):
-        return [dict(row) for line in lines for row in line["rows"]]
+        rows = [dict(row) for line in lines for row in line["rows"]]
+        for row in rows:
+            _refuse_lost(row)
+    return rows
+
+
+def _refuse_lost(value: Any) -> None:
+    """Refuse a row with a number that is none.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"it holds {value}")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _refuse_lost(part)
 
 
 def gathered(rows: Iterable[dict], setting: Setting, method: str, rate: float, first: int) -> Row | None:

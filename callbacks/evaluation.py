@@ -130,8 +130,8 @@ class Evaluation(L.Callback):
             if found is not None:
                 self.log_values(trainer, pl_module, found.values)
                 if trainer.is_global_zero and self.record is not None:
-                    ours = {"step": step_of(trainer), "drawn": pl_module.drawing(sampler)}
-                    append_record(trainer, self.record, ours | found.row | ours)
+                    step = {"step": step_of(trainer)}
+                    append_record(trainer, self.record, {"drawn": pl_module.drawing(sampler)} | found.row | step)
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate."""

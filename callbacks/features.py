@@ -252,6 +252,14 @@ class InceptionFeatures(ImageFeatures):
         self.weights, self.network, self.loaded = weights, nn.Identity(), False
 
     def check(self, data: ImageDataModule) -> None:
+        self.read()
+
+    def read(self) -> None:
+        """Read, or download, the weights, once.
+
+        Raises:
+            UserError: if they cannot be had, or are others.
+        """
         if self.loaded:
             return
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3

@@ -186,7 +186,7 @@ class FlowLikelihood(Likelihood):
         name, unit = ("bits_per_dim", "bits per dimension") if bits else ("nats", "nats")
         value, error = values[f"{stage}/{name}"], values[f"{stage}/{name}_se"]
         summary = f"{value:.4f} ± {error:.4f} {unit}: {protocol}" + (f"; {lost} are not finite" if lost else "")
-        return Findings(values, {**values, "protocol": protocol, "summary": summary})
+        return Findings(values, {**values, "drawn": None, "protocol": protocol, "summary": summary})
 
 
 def standard_error(values: Tensor) -> float:
@@ -337,7 +337,8 @@ class FieldLikelihood(Likelihood):
             f"noised at {self.sigma:g}; flow: {self.flow.method(math.prod(data.shape))}"
         )
         logged = {f"{stage}/{name}": value for name, value in values.items()}
-        return Findings(logged, {**logged, "protocol": protocol, "summary": f"{'; '.join(said)}: {protocol}"})
+        summary = f"{'; '.join(said)}: {protocol}"
+        return Findings(logged, {**logged, "drawn": None, "protocol": protocol, "summary": summary})
 
 
 def refuse_absolute(pl_module: Any) -> None:

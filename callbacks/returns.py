@@ -146,13 +146,15 @@ class EpisodeReturns(Evaluation):
                     when = "not reached" if self.solved is None else f"held from {self.solved} environment steps on"
                 reached = f"; {self.threshold:g} was {when}"
             short = f", {cut.sum()} cut after {data.cap} steps" if cut.any() and data.cap is not None else ""
-            protocol = f"{self.episodes} greedy episodes of {data.env}, seed {self.seed}{short}"
+            (policy,) = pl_module.drawings()
+            how = f" with {data.options}" if data.options else ""
+            protocol = f"{self.episodes} greedy episodes of {data.env}{how} by {policy}, seed {self.seed}{short}"
             append_record(
                 trainer,
                 self.record,
                 {
                     "step": step_of(trainer),
-                    "drawn": None,  # no sampler has a part in it
+                    "drawn": policy,
                     **{f"{stage}/{name}": value for name, value in values.items()},
                     "episodes_cut": int(cut.sum()),
                     "solved": self.solved,

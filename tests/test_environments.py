@@ -94,6 +94,16 @@ def test_returns_of_grids_are_a_table_too(pixels, tmp_path):
     assert train.main(["export", f"ckpt_path={last}", f"to={folder}", "callbacks.progress=null"]) == 0
     assert len((folder / "samples.csv").read_text().splitlines()) == 65
     assert "val/return 5" in (folder / "README.md").read_text() and (folder / "returns.json").is_file()
+    careful = "model.preference={_target_: bd_lightning.returns.CVaR, level: 0.25}"
+    assert train.main(["test", f"ckpt_path={last}", careful, "callbacks.progress=null"]) == 0
+    cards = {}
+    for name, word in (("mean", "model.sampler=inverse_cdf"), ("careful", careful)):
+        words = [f"ckpt_path={last}", f"to={tmp_path / name}", word, "callbacks.progress=null"]
+        assert train.main(["export", *words]) == 0
+        cards[name] = (tmp_path / name / "README.md").read_text()
+    assert "by MeanReturn()" in cards["mean"] and "CVaR" not in cards["mean"]
+    assert "test/return" in cards["careful"] and "by CVaR(level=0.25)" in cards["careful"]
+    assert "MeanReturn" not in cards["careful"]
     assert len(next(tmp_path.rglob("predict-*/samples.csv")).read_text().splitlines()) == 4
 
 

@@ -101,7 +101,7 @@ def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path):
     assert json.loads((again / "fid.json").read_text()) == rows[1:]
 
 
-def test_the_card_leaves_out_numbers_of_samples_drawn_otherwise(run, tmp_path):
+def test_the_card_leaves_out_numbers_of_samples_drawn_otherwise(run, tmp_path, capsys):
     last = run / "checkpoints" / "last.ckpt"
     ode = bd_lightning.load(last).model.drawing("ode")
     assert "steps=3.0" in ode and ode.endswith("before=1.0, transition=None)")
@@ -126,6 +126,14 @@ def test_the_card_leaves_out_numbers_of_samples_drawn_otherwise(run, tmp_path):
         rows = json.loads(file.read_text()) if file.exists() else []
         return [row.get("val/fid", row.get("test/fid")) for row in rows], (tmp_path / name / "README.md").read_text()
 
+    settings = run / "test-last-0000004-2" / "settings.json"
+    for text, sentence in [("{", "settings.json is damaged"), ("[]", "it holds no dict")]:
+        settings.write_text(text)
+        assert train.main(["export", f"ckpt_path={last}", f"to={tmp_path / 'none'}", *QUIET]) == 2
+        assert sentence in capsys.readouterr().err
+    for text in ("{}", '{"checkpoints": 3}', '{"checkpoints": []}'):
+        settings.write_text(text)
+        assert quoted(last, f"own{len(text)}")[0] == [40.0, 41.0]
     rows, card = quoted(last, "own")
     assert rows == [40.0, 41.0] and "| val/bits 2.5 | no sampler has a part in it |" in card
     assert quoted(last, "few", "model.samplers.ode.steps=7")[0] == [38.0, 42.0]

@@ -4,6 +4,7 @@ import math
 import re
 import sys
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,6 +84,20 @@ def test_data_is_found_or_refused(tmp_path):
     assert f"data.root={tmp_path}" in gpu.data_words(tmp_path, tmp_path)
     with pytest.raises(UserError, match="--weights: file not found"):
         gpu.inception(tmp_path / "none.pth")
+    pytest.importorskip("torch_fidelity", reason="torch-fidelity is not here")
+    (tmp_path / "rubbish.pth").write_bytes(b"no weights")
+    with pytest.raises(UserError, match="the Inception weights could not be read from"):
+        gpu.inception(tmp_path / "rubbish.pth")
+
+
+def test_places_that_cannot_be_written_are_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"cannot make .*out .*give another --out"):
+        bench(tmp_path / "file")
+    still = SimpleNamespace(update=lambda loss: None)
+    lost = Namespace(device=torch.device("cpu"), out=tmp_path / "gone", training=lambda *words: (still, None))
+    with pytest.raises(UserError, match=r"cannot write .*profile\.txt .*make room"):
+        gpu.profile(lost)
 
 
 @pytest.mark.parametrize(("words", "said"), [

@@ -79,8 +79,8 @@ def test_both_are_asked_for_by_one_word(mixture, key, monkeypatch):
     assert command("test", mixture, f"likelihood={key}") == 0
     if key == "ode":
         row = record(mixture, "likelihood")
-        assert set(row) == {"step", "test/nats", "test/nats_se", "protocol", "summary"}
-        assert "exact trace" in row["protocol"]
+        assert set(row) == {"step", "drawn", "test/nats", "test/nats_se", "protocol", "summary"}
+        assert row["drawn"] is None and "exact trace" in row["protocol"]
     else:
         row = record(mixture, "densities")
         assert row["test/speed_ratio"] > 1 and -1 <= row["test/spearman"] <= 1

@@ -123,7 +123,10 @@ def test_an_environment_without_a_time_limit_is_cut(tmp_path, caplog):
     assert len(said) == 1 and "an episode of CliffWalking-v1" in said[0]
     folder = tmp_path / "bellman-diffusion" / "x"
     row = json.loads((folder / "returns.json").read_text())[-1]
-    assert row["episodes_cut"] == 10 and "of CliffWalking-v1, seed 1, 10 cut after 30 steps" in row["summary"]
+    assert (
+        row["episodes_cut"] == 10
+        and "of CliffWalking-v1 by MeanReturn(), seed 1, 10 cut after 30 steps" in row["summary"]
+    )
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert max(float(row["train/episodes_cut"] or 0) for row in rows) >= 4
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import train
+from bd_lightning.checks import UserError
 from bd_lightning.modules import returns as learners
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
@@ -171,6 +172,14 @@ def test_runs_whose_seeds_are_not_all_there_are_said_to_be_left_out(capsys):
     assert said.err == "rl_cliff, C51 at 0.001 is left out: 2 of 10 seeds are there (see --seeds)\n"
     returns_tables.control_table([row], [dataclasses.replace(returns_tables.ENVS["rl_cliff"], seeds=2)])
     assert not capsys.readouterr().err
+
+
+def test_a_number_that_is_none_is_no_result(tmp_path):
+    path = tmp_path / "evaluate.jsonl"
+    for number in ("NaN", "[1.0, Infinity]"):
+        path.write_text('{"rows": [{"w1": ' + number + "}]}\n")
+        with pytest.raises(UserError, match=r"evaluate\.jsonl has a row .* it holds (nan|inf)"):
+            returns_tables.finished(path)
 
 
 def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyond_the_ends():

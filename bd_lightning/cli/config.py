@@ -232,18 +232,44 @@ def compose(request: Request, stored: Mapping[str, Any] | None = None) -> dict[s
 
 
 def _classes_first(values: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
-    """Words with each class ahead of the words beneath its node, which it would replace; a later word still wins."""
+    """Words with each class ahead of those that say something of its node, which it would replace; later words win."""
     found: list[tuple[str, Any]] = []
     for key, value in values:
         node, _, last = key.rpartition(".")
         place = len(found)
         if last == "_target_":
-            whole = [i for i, (other, _) in enumerate(found) if f"{node}.".startswith(f"{other}.")]
-            start = whole[-1] + 1 if whole else 0
-            place = next((i for i in range(start, len(found)) if found[i][0].startswith(f"{node}.")), place)
-            found = [word for i, word in enumerate(found) if i < place or word[0] != key]
+            settles = [i for i, word in enumerate(found) if _settles(word, node)]
+            start = settles[-1] + 1 if settles else 0
+            found = found[:start] + [word for word in found[start:] if word[0] != key]
+            place = next((i for i in range(start, len(found)) if _within(found[i], node)), len(found))
         found.insert(place, (key, value))
     return found
+
+
+def _said(word: tuple[str, Any], node: str) -> Any:
+    """What a word says of a node: a mapping of what is in it, or what takes its place; None for nothing."""
+    key, value = word
+    if key.startswith(f"{node}."):
+        for part in reversed(key.removeprefix(f"{node}.").split(".")):
+            value = {part: value}
+    elif key != node:
+        for part in node.removeprefix(f"{key}.").split(".") if node.startswith(f"{key}.") else [""]:
+            value = value.get(part) if isinstance(value, dict) else None
+    return value
+
+
+def _within(word: tuple[str, Any], node: str) -> bool:
+    """Whether a word says something of a node, and not of which class it is."""
+    said = _said(word, node)
+    return isinstance(said, dict) and "_target_" not in said
+
+
+def _settles(word: tuple[str, Any], node: str) -> bool:
+    """Whether a word, itself a value of a node or of one above it, says what class it is, or that it is none."""
+    key, value = word
+    if not f"{node}.".startswith(f"{key}."):
+        return False
+    return not isinstance(value, dict) or (_said(word, node) is not None and not _within(word, node))
 
 
 def _rooted(data: Any, words: Any) -> Any:

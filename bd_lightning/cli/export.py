@@ -24,6 +24,7 @@ from bd_lightning.facts import read as read_facts
 from bd_lightning.latents import TrainedLatents
 from bd_lightning.modules import Autoencoder
 from bd_lightning.modules.base import Module
+from bd_lightning.report.folder import read_json
 from datamodules import SampleRequests
 
 SHOWN = 64
@@ -245,8 +246,9 @@ def measured(plan: Plan, module: Module) -> tuple[dict[str, list[dict[str, Any]]
     made = (plan.checkpoint or {}).get("made_by") is not None
     for name, rows in {**({} if made else run.records), **run.evaluations}.items():
         if name in run.evaluations:
-            settings = json.loads((folder / name).with_name(SETTINGS).read_text())
-            if settings.get("checkpoints", [None])[0] != digest(own):
+            settings = read_json((folder / name).with_name(SETTINGS), dict)
+            judged = settings.get("checkpoints")
+            if not isinstance(judged, list) or judged[:1] != [digest(own)]:  # an autoencoder's may follow
                 continue
         for row in rows:
             if row["step"] == plan.step and "protocol" in row:

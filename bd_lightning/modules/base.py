@@ -2,7 +2,8 @@
 
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import lightning as L
@@ -156,8 +157,12 @@ class Module(L.LightningModule):
         """What a card says of a model beside its class and its network."""
         return ""
 
+    def drawing(self, sampler: str) -> str | None:
+        """All that samples depend on beside weights and noise, to be compared; None where no sampler has a part."""
+        return None
+
     def drawings(self) -> list[str]:
-        """How samples are drawn by each of its samplers, as rows of records say it ("drawn")."""
+        """How it draws, or acts, in each of the ways that it has now, as rows of records say it ("drawn")."""
         return []
 
     def refuse_changes(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -257,3 +262,13 @@ class Module(L.LightningModule):
             )
         scheduler = Schedule(optimizer, self.warmup_steps, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def told(node: Any) -> str:
+    """A data class, with all of its values; equal numbers are written alike."""
+    if is_dataclass(node):
+        values = ", ".join(f"{one.name}={told(getattr(node, one.name))}" for one in fields(node))
+        return f"{type(node).__name__}({values})"
+    if isinstance(node, Sequence) and not isinstance(node, str):
+        return f"({', '.join(map(told, node))})"
+    return repr(float(node)) if isinstance(node, (int, float)) and not isinstance(node, bool) else str(node)

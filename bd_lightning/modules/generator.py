@@ -4,7 +4,6 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from bd_lightning.checks import UserError, one_of, plain_name
 from bd_lightning.dynamics import SampleNoise, Sampler
 from bd_lightning.facts import Facts
 from bd_lightning.fields import FieldPair, Guidance
-from bd_lightning.modules.base import Module
+from bd_lightning.modules.base import Module, told
 from bd_lightning.objectives import Losses, NoiseLevels, Objective
 from bd_lightning.targets import Density
 
@@ -162,7 +161,7 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
 
     def drawing(self, sampler: str) -> str:
         """All that samples by a sampler of this name depend on beside weights and noise, to be compared."""
-        return f"{_told(self.samplers[sampler])}, {_told(self.guidance)}"
+        return f"{told(self.samplers[sampler])}, {told(self.guidance)}"
 
     def drawings(self) -> list[str]:
         """Those of all samplers."""
@@ -229,13 +228,3 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         """Samples for a batch of requests: "index", "seed" and, if classes are asked for, "label"; each (B,)."""
         label = batch.get("label")
         return self.sample(batch["index"].tolist(), seed=int(batch["seed"][0]), label=label)
-
-
-def _told(node: Any) -> str:
-    """A data class, with all of its values; equal numbers are written alike."""
-    if is_dataclass(node):
-        values = ", ".join(f"{one.name}={_told(getattr(node, one.name))}" for one in fields(node))
-        return f"{type(node).__name__}({values})"
-    if isinstance(node, Sequence) and not isinstance(node, str):
-        return f"({', '.join(map(_told, node))})"
-    return repr(float(node)) if isinstance(node, (int, float)) and not isinstance(node, bool) else str(node)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bd_lightning.checks import UserError, in_range, one_of, positive
 from bd_lightning.facts import PROBES
-from bd_lightning.modules.base import Module
+from bd_lightning.modules.base import Module, told
 from bd_lightning.optimizers import AdamW
 from bd_lightning.returns import (
     SAMPLERS,
@@ -119,6 +119,10 @@ class DistributionalLearner(Module):
     def values(self, observation: Tensor) -> Tensor:
         """Expected returns (B, A) at observations (B, *shape)."""
         return self.representation.mean(self.weights(observation))
+
+    def drawings(self):
+        """What its policy is greedy in."""
+        return [told(self.policy.preference)]
 
     @torch.no_grad()
     def _best(self, preference: Preference, observation: np.ndarray) -> np.ndarray:

@@ -168,7 +168,7 @@ def read_curves(path: Path) -> dict[str, Series]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    rows = _json(path, list)
+    rows = read_json(path, list)
     if not all(isinstance(row, dict) and type(row.get("step")) is int for row in rows):
         raise UserError(f"{path} is damaged: it is no list of rows with a step")
     for row in rows:
@@ -180,7 +180,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _metrics(path: Path) -> dict[str, dict[str, Any]]:
-    found: dict[str, Any] = _json(path, dict) if path.is_file() else {}
+    found: dict[str, Any] = read_json(path, dict) if path.is_file() else {}
     for name, about in found.items():
         digits = about.get("digits") if isinstance(about, dict) else "none"
         if not (digits is None or type(digits) is int and 0 <= digits <= 20) or about.get("mode") not in (
@@ -192,7 +192,12 @@ def _metrics(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _json(path: Path, kind: type) -> Any:
+def read_json(path: Path, kind: type) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        UserError: if it is damaged, or holds something of another kind.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
