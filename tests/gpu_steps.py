@@ -19,6 +19,7 @@ CASES = [
     *(f"experiment={name} model.network.channels=[{','.join(['16'] * n)}] {SMALL}" for name, n in LEVELS.items()),
     f"experiment=mnist model.network.channels=[16,16,16] {SMALL} model.network.told=9 "
     "model.augment={_target_:~bd_lightning.augmentation.Geometric}",
+    f"experiment=mnist model.network.channels=[16,16,16] {SMALL} model.parametrisation=velocity",
     *OTHERS,
 ]
 
