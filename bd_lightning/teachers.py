@@ -79,6 +79,11 @@ def check_fit(student: Any, model: Any, path: str, theirs: Facts, mine: Facts) -
             f"{path} is sampled from noise level {first:g} down, the samplers here begin at {student.sigma_max:g}: "
             f"set sigma_max of every one in model.samplers to {first:g}, and levels between below it"
         )
+    if first > student.sigma_max:
+        rank_zero_info(
+            f"{path} is sampled from noise level {first:g} down, and this model begins at {student.sigma_max:g}: where "
+            f"{first:g} was needed, set sigma_max of every one in model.samplers to it"
+        )
 
 
 def begin_from(model: Generator, path: str, facts: Facts) -> None:

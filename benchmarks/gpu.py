@@ -25,6 +25,7 @@ import json
 import operator
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
@@ -55,6 +56,8 @@ PEAKS = {
     "L40": 181, "L4": 121, "A40": 150, "A30": 165, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
 }  # fmt: skip
 """TFLOP/s of dense bf16 products summed in float32, by what the name of a card holds; from the makers' data sheets."""
+AGAIN = 60.0
+"""Seconds after which a call that goes on is asked to stop again; a training ends its step and writes in less."""
 CONSTANT = "model.kernel._target_=bd_lightning.kernels.Constant"
 MODELS = {
     "Bellman Diffusion": [],
@@ -78,6 +81,11 @@ REHEARSAL = [
     "callbacks.metrics.n=32", "callbacks.metrics.n_test=64", "callbacks.metrics.batch_size=32", "callbacks.grid.n=16",
     "callbacks.metrics.kid_subset=16", "callbacks.memorisation=null", "model.warmup_steps=5",
 ]  # fmt: skip
+
+
+def peak_of(card: str) -> int | None:
+    """TFLOP/s of a card by its name, of which those of other cards are parts; None if it is not known."""
+    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", card)), None)
 
 
 class Bench:
@@ -105,7 +113,7 @@ class Bench:
         self.modes = [mode for mode, (_, compiled) in MODES.items() if not (compiled and options.eager)]
         if not self.rows:
             self.rows.add(kind="settings", **settings)
-        self.peak = next((peak for name, peak in PEAKS.items() if name in self.card), None)
+        self.peak = peak_of(self.card)
 
     @property
     def card(self) -> str:
@@ -113,10 +121,21 @@ class Bench:
         return torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else platform.processor() or "CPU"
 
     def once(self, kind: str, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """A row, made unless it is there."""
+        """A row, made unless it is there.
+
+        Raises:
+            UserError: if the card has not the memory for it.
+        """
         found = self.rows.where(kind=kind, name=name)
         if not found:
-            found = [self.rows.add(kind=kind, name=name, **make())]
+            try:
+                made = make()
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"{self.card} has too little memory for {kind} with batches of {self.batch}: give "
+                    "data.batch_size=N, a smaller one, and another --out"
+                ) from error
+            found = [self.rows.add(kind=kind, name=name, **made)]
             self.report()
             print(json.dumps(found[-1]), flush=True)
         return found[-1]
@@ -348,6 +367,25 @@ def everything(bench: Bench) -> None:
             bench.once("weights", name, lambda name=name: weights(bench, name))
 
 
+@contextmanager
+def stopped_after(seconds: float | None) -> Iterator[None]:
+    """Ctrl-C after so many seconds, and again while that is not heard: what compiles may swallow it."""
+    ended = threading.Event()
+
+    def ask() -> None:
+        late = ended.wait(seconds)
+        while not late:
+            os.kill(os.getpid(), signal.SIGINT)
+            late = ended.wait(AGAIN)
+
+    if seconds is not None:
+        threading.Thread(target=ask, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
 def main() -> None:
     """Do what is left to do."""
     parser = common.parser(__doc__)
@@ -365,12 +403,9 @@ def main() -> None:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, and PyTorch finds no GPU here: give --device cpu for a rehearsal")
     bench = Bench(options)
-    if options.call is not None:
-        timer = threading.Timer(options.call, lambda: os.kill(os.getpid(), signal.SIGINT))
-        timer.daemon = True
-        timer.start()
     try:
-        everything(bench)
+        with stopped_after(options.call):
+            everything(bench)
     except (KeyboardInterrupt, SystemExit):
         print("stopped; the same command goes on", flush=True)
         sys.exit(130)

@@ -199,7 +199,9 @@ def test_tuning_on_two_processes(root, teacher):
     assert row["step"] == 2 and row["val/fid"] > 0
 
 
-def test_mistakes(root, teacher, relative, tuned, capsys):
+def test_mistakes(root, teacher, relative, tuned, capsys, caplog):
+    caplog.set_level("INFO")
+
     def refused(*words):
         fit(root, "refused", "model=consistency", "steps=2", "eval_every=2", *words, code=2)
         assert not (root / "runs" / "bellman-diffusion" / "refused").exists()
@@ -212,6 +214,9 @@ def test_mistakes(root, teacher, relative, tuned, capsys):
     assert "is sampled from noise level 20 down, the samplers here begin at 80" in refused(
         f"model.init={teacher}", "model.samplers.one.sigma_max=80.0"
     )
+    lower = ["model.samplers.one.sigma_max=10.0", "model.samplers.two.sigma_max=10.0"]
+    fit(root, "lower", "model=consistency", f"model.init={teacher}", *lower, "steps=2", "eval_every=2")
+    assert "is sampled from noise level 20 down, and this model begins at 10: where 20 was needed" in caplog.text
     words = ["model=consistency", f"model.init={teacher}", "data=wine", "callbacks=points", "steps=2", "eval_every=2"]
     assert train.main([*words, "logger=none", f"root={root / 'runs'}"]) == 2
     assert "its shape of a sample is [1, 8, 8], here it is [13]" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+import time
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -179,11 +180,38 @@ def test_a_report_that_is_lost_is_written_again(tmp_path):
 
 
 def test_cards_are_told_apart():
-    found = {card: next((peak for name, peak in gpu.PEAKS.items() if name in card), None) for card in (
-        "NVIDIA H200", "NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", "NVIDIA A100-SXM4-80GB", "NVIDIA L40S", "NVIDIA L4",
-        "NVIDIA A10", "Quadro",
-    )}  # fmt: skip
-    assert list(found.values()) == [989, 756, 989, 312, 362, 121, 125, None]
+    known = {
+        "NVIDIA H200": 989, "NVIDIA GH200 480GB": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA A100-SXM4-80GB": 312, "NVIDIA L40S": 362, "NVIDIA L4": 121, "NVIDIA A10": 125,
+    }  # fmt: skip
+    others = ["Quadro", "NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA RTX A3000", "NVIDIA A10G", "NVIDIA GB200"]
+    assert {card: gpu.peak_of(card) for card in [*known, *others]} == known | dict.fromkeys(others)
+
+
+def test_a_call_is_asked_to_stop_until_it_hears(monkeypatch):
+    monkeypatch.setattr(gpu, "AGAIN", 0.3)
+    heard = []
+    with pytest.raises(KeyboardInterrupt), gpu.stopped_after(0.05):
+        for _ in range(3):
+            try:
+                time.sleep(20)
+            except KeyboardInterrupt:  # as a compiler does
+                heard.append(1)
+        time.sleep(20)
+    assert len(heard) == 3
+    with gpu.stopped_after(0.05):
+        pass
+    time.sleep(0.2)  # what has ended is left alone
+
+
+def test_a_card_with_too_little_memory_is_one_sentence(tmp_path):
+    def made():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    one = bench(tmp_path)
+    with pytest.raises(UserError, match="too little memory for flops with batches of 16: give data.batch_size=N"):
+        one.once("flops", "Bellman Diffusion", made)
+    assert not one.rows.where(kind="flops")
 
 
 class Fixed(MLP):

@@ -231,3 +231,27 @@ def test_other_nodes_are_waited_for_aloud(capsys):
     waiting.setup(None, None, "fit")
     waiting.timer.join()
     assert not capsys.readouterr().out
+
+
+def test_what_weights_stand_for_cannot_change(tmp_path, capsys):
+    root = tmp_path / "root"
+    assert launch(root, "run_id=x", "model.parametrisation=velocity") == 0
+    ckpt = f"ckpt_path={root / 'bellman-diffusion' / 'x' / 'checkpoints' / 'last.ckpt'}"
+    asked = f"to={tmp_path / 'to'}"
+    capsys.readouterr()
+
+    def said(*words: str) -> str:
+        before = contents(tmp_path)
+        assert train.main(list(words)) == 2 and contents(tmp_path) == before
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        return line
+
+    told = "was trained with model.parametrisation=velocity, and its weights stand for something else with factored"
+    for words in (["predict", ckpt, "n=2"], ["export", ckpt, asked], ["test", ckpt], [ckpt, "steps=6"]):
+        assert told in said(*words, "model.parametrisation=factored")
+    constant = "model.kernel._target_=bd_lightning.kernels.Constant"
+    told = "was trained with model.kernel._target_=bd_lightning.kernels.ClosedFormSlices"
+    assert told in said("predict", ckpt, constant)
+    assert "was trained with model.kernel.epsilon=" in said("predict", ckpt, "model.kernel.epsilon=0.5")
+    same = ["model.parametrisation=velocity", "model.samplers.ode.steps=2"]
+    assert train.main(["predict", ckpt, "n=2", *same]) == 0

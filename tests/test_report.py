@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -142,6 +143,9 @@ def test_runs_of_one_protocol_are_compared_without_a_warning(tmp_path):
     assert "warning" not in report.compare_text(runs)
     other = report.read(make_run(tmp_path / "c", data="MNIST"))
     assert "losses do not compare, the data differs: a: Digits, c: MNIST" in report.compare_text([runs[0], other])
+    velocity = replace(runs[1], config={**runs[1].config, "model": {"parametrisation": "velocity"}})
+    told = "losses do not compare, the parametrisation differs: a: factored, b: velocity"
+    assert told in report.compare_text([runs[0], velocity])
 
 
 def test_long_curves_are_thinned_and_smoothed_and_keep_their_level():

@@ -25,6 +25,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from bd_lightning.checks import UserError, regular_file, suggest
+from bd_lightning.cli import signatures
 from bd_lightning.upgrade import is_record, upgrade
 
 CONFIG_DIR = Path(__file__).resolve().parents[2] / "configs"
@@ -272,13 +273,20 @@ def _settles(word: tuple[str, Any], node: str) -> bool:
     return not isinstance(value, dict) or (_said(word, node) is not None and not _within(word, node))
 
 
+def _takes_root(node: dict[str, Any]) -> bool:
+    """Whether the class of a node has an argument `root`, as far as its source tells."""
+    target = node.get("_target_")
+    return isinstance(target, str) and "root" in (signatures.arguments(target) or ())
+
+
 def _rooted(data: Any, words: Any) -> Any:
-    """What a data.root of the command line says to data sets within a stored data set, whose root was written out."""
+    """What a data.root that was asked for says to data sets within a data set, whose root was written out or, with
+    another class, left out."""
     if not (isinstance(data, dict) and isinstance(words, dict) and "root" in words):
         return data
     found = dict(data)
     for key, value in data.items():
-        if isinstance(value, dict) and "root" in value:
+        if isinstance(value, dict) and ("root" in value or _takes_root(value)):
             said = words.get(key)
             own = said if isinstance(said, dict) else {}
             found[key] = _rooted({**value, "root": own.get("root", words["root"])}, {"root": words["root"], **own})

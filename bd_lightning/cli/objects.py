@@ -16,6 +16,7 @@ from bd_lightning.cli import build
 from bd_lightning.cli.folders import METRIC, leads_elsewhere, short
 from bd_lightning.cli.plan import Plan
 from bd_lightning.cli.quiet import quiet
+from bd_lightning.cli.resumed import refuse_other_fields
 from bd_lightning.facts import Facts
 from callbacks.checkpoints import LastCheckpoint
 from callbacks.evaluation import Evaluation
@@ -62,6 +63,7 @@ def model(plan: Plan, facts: Facts) -> Any:
     built = build.instantiate(plan.config["model"], "model", facts.arguments)
     if plan.checkpoint is not None:
         checkpoints.restore(built, plan.checkpoint, plan.config["ckpt_path"])
+        refuse_other_fields(plan, built)
         if plan.command != "fit":
             built.refuse_changes(plan.checkpoint["hyper_parameters"]["model"], plan.config["model"])
     return built

@@ -44,21 +44,59 @@ def refuse_other_optimizer(plan: Plan, model: Any) -> None:
     if plan.checkpoint is None:
         return
     nodes = (plan.checkpoint["hyper_parameters"]["model"], plan.config["model"])
-    own: dict[str, Any] = {"_target_": "bd_lightning.optimizers.AdamW"}
-    for name, one in inspect.signature(type(model.optimizer)).parameters.items():
-        own[name] = list(one.default) if isinstance(one.default, tuple) else one.default
-    before, now = (own | (node.get("optimizer") or {}) for node in nodes)
-    for name in now | before:
-        was, given = before.get(name), now.get(name)
+    usual = {"_target_": "bd_lightning.optimizers.AdamW"}
+    before, now = (usual | (node.get("optimizer") or {}) for node in nodes)
+    for name, was, given in _differences(before, now, type(model.optimizer)):
+        key = "model.optimizer" + ("" if name == "_target_" else f".{name}")
+        raise UserError(
+            f"{plan.config['ckpt_path']} was trained with {key}={was}, whose state cannot go on with {given}: "
+            "leave model.optimizer as it is there (model.lr, model.warmup_steps and model.lr_decay may change), or "
+            "train anew"
+        )
+
+
+def refuse_other_fields(plan: Plan, model: Any) -> None:
+    """Refuse settings by which the weights of the checkpoint would stand for something else, which no shape tells.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    if plan.checkpoint is None:
+        return
+    nodes = (plan.checkpoint["hyper_parameters"]["model"], plan.config["model"])
+    for key in model.fixed:
+        known = (inspect.signature(cls).parameters for cls in type(model).__mro__)  # **options hand it on
+        default = next(arguments[key].default for arguments in known if key in arguments)
+        before, now = (node.get(key, default) for node in nodes)
+        if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+            found = [("", before, now)] if before != now else []
+        else:
+            found = _differences(before, now, type(getattr(model, key)))
+        for name, was, given in found:
+            whole = f"model.{key}" + (f".{name}" if name else "")
+            raise UserError(
+                f"{plan.config['ckpt_path']} was trained with {whole}={was}, and its weights stand for something else "
+                f"with {given}: add {whole}={was} if a config file says otherwise, or leave it out"
+            )
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], cls: type) -> list[tuple[str, Any, Any]]:
+    """Settings that two nodes of a class have otherwise, as (name, before, now); what they leave out has its default.
+
+    A class of the user's own may have moved to another file.
+    """
+    own = {
+        name: list(one.default) if isinstance(one.default, tuple) else one.default
+        for name, one in inspect.signature(cls).parameters.items()
+    }
+    found = []
+    for name in {**own, **now, **before}:
+        was, given = (node.get(name, own.get(name)) for node in (before, now))
         own_class = name == "_target_" and not any("bd_lightning." in str(one) for one in (was, given))
         moved = own_class and str(was).rpartition(".")[2] == str(given).rpartition(".")[2]
         if was != given and not moved:
-            key = "model.optimizer" + ("" if name == "_target_" else f".{name}")
-            raise UserError(
-                f"{plan.config['ckpt_path']} was trained with {key}={was}, whose state cannot go on with {given}: "
-                "leave model.optimizer as it is there (model.lr, model.warmup_steps and model.lr_decay may change), or "
-                "train anew"
-            )
+            found.append((name, was, given))
+    return sorted(found, key=lambda one: one[0] != "_target_")
 
 
 def refuse_other_beginning(plan: Plan) -> None:

@@ -87,10 +87,12 @@ class Module(L.LightningModule):
     Attributes:
         loaded_step: the step at which the checkpoint that was loaded was saved.
         takes_labels: whether classes can be asked for.
+        fixed: settings, beside those of networks, that say what trained weights stand for: they cannot change later.
         example: Python for the card of an exported model, which lies in "FOLDER"; empty for none.
     """
 
     takes_labels: bool = False
+    fixed: tuple[str, ...] = ()
     example: str = ""
 
     def __init__(

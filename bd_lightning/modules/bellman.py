@@ -53,6 +53,7 @@ class BellmanDiffusion(Generator):
     """
 
     fields: LearnedFields
+    fixed = ("parametrisation", "kernel")
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class FewStepGenerator(Generator):
     """
 
     fields: LearnedFields
+    fixed = ("parametrisation",)
     has_score = False
     multi_scale = True
 

@@ -14,6 +14,12 @@ COMPARISON = '<meta name="description" content="comparison of runs">'
 """What tells a comparison from other pages."""
 IGNORED = ("format", "root", "data.root", "run_id", "ckpt_path", "trust", "n", "logger")
 """Keys of configs that say nothing about how runs differ."""
+WHOSE_LOSSES = (
+    ("data._target_", "data", None),
+    ("model.objective._target_", "objective", None),
+    ("model.parametrisation", "parametrisation", "factored"),
+)
+"""Keys that losses depend on, what that is, and what it is where it is not said."""
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -28,8 +34,8 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         f"{', '.join(name for text, name in found if text == told)} do not compare, the protocols differ: {told}"
         for told in dict.fromkeys(text for text, _ in found)
     ]
-    for key, what in (("data._target_", "data"), ("model.objective._target_", "objective")):
-        values = {run.name: flat(run.config).get(key) for run in runs}
+    for key, what, usual in WHOSE_LOSSES:
+        values = {run.name: flat(run.config).get(key, usual) for run in runs}
         if len(set(map(str, values.values()))) > 1:
             told = ", ".join(f"{run}: {str(value).rpartition('.')[2]}" for run, value in values.items())
             sentences.append(f"losses do not compare, the {what} differs: {told}")

@@ -136,6 +136,18 @@ def test_interpolations_are_resolved():
     assert composed("logger.name=${data.root}-${steps}")["logger"]["name"] == "data-1000"
 
 
+def test_a_root_reaches_a_data_set_of_another_class_within_one():
+    def data(*words):
+        return compose(parse(["experiment=cifar10_latent", *words]))["data"]
+
+    folder = ["data.images._target_=datamodules.ImageFolder", "data.images.folder=/x"]
+    for words in ([*folder, "data.root=/r"], ["data.root=/r", *folder]):
+        assert data(*words)["images"]["root"] == "/r"
+    own = data(*folder, "data.root=/r", "data.images.root=/s")
+    assert (own["root"], own["images"]["root"]) == ("/r", "/s")
+    assert "root" not in data("data.root=/r")["autoencoder"]
+
+
 GAMES = {"rl_breakout": "minatar", "rl_asterix": "minatar", "rl_lunar_lander": "Box2D"}
 """What the environments of some experiments need besides gymnasium."""
 LATENT = {"digits_latent": ((1, 8, 8), "Digits"), "mnist_latent": ((1, 28, 28), "MNIST")}
