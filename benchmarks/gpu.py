@@ -378,12 +378,14 @@ def stopped_after(seconds: float | None) -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGINT)
             late = ended.wait(AGAIN)
 
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
     if seconds is not None:
         threading.Thread(target=ask, daemon=True).start()
     try:
         yield
     finally:
         ended.set()
+        signal.signal(signal.SIGINT, usual)
 
 
 def main() -> None:

@@ -122,12 +122,18 @@ def test_classes_and_strangers_are_told_by_one_call(tmp_path, capsys):
     [
         (["likelihood=both"], "'likelihood' is ode, by the probability flow, or fields, in one call; got 'both'"),
         (["likelihood=fields"], "likelihood=fields reads densities off fields relative to a base Gaussian"),
-        (["likelihood=ode", *SINGLE], "this model was trained with noise=null"),
     ],
 )
 def test_what_has_no_density_is_refused(run, capsys, words, sentence):
     assert command("test", run, *words) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_a_single_scale_has_no_flow(tmp_path, capsys):
+    assert launch(tmp_path / "root", "run_id=single", *SINGLE) == 0
+    capsys.readouterr()
+    assert command("test", tmp_path / "root" / "bellman-diffusion" / "single", "likelihood=ode") == 2
+    assert "this model was trained with noise=null" in capsys.readouterr().err
 
 
 def test_two_of_them_would_log_under_one_name(mixture, capsys):

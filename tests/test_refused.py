@@ -255,3 +255,12 @@ def test_what_weights_stand_for_cannot_change(tmp_path, capsys):
     assert "was trained with model.kernel.epsilon=" in said("predict", ckpt, "model.kernel.epsilon=0.5")
     same = ["model.parametrisation=velocity", "model.samplers.ode.steps=2"]
     assert train.main(["predict", ckpt, "n=2", *same]) == 0
+    single = ["model.noise=null", "model.parametrisation=direct", "model.kernel._target_=bd_lightning.kernels.Sliced"]
+    single += ["model.samplers={'ode': null, 'one': {_target_: bd_lightning.dynamics.BellmanDynamics}}"]
+    single += ["model.objective.trace=hutchinson"]
+    assert launch(root, "run_id=one", *single, "model.sampler=one") == 0
+    ckpt = f"ckpt_path={root / 'bellman-diffusion' / 'one' / 'checkpoints' / 'last.ckpt'}"
+    capsys.readouterr()
+    levels = "model.noise={_target_: bd_lightning.objectives.NoiseLevels}"
+    assert "was trained with noise=null, at a single scale" in said("predict", ckpt, levels)
+    assert train.main(["predict", ckpt, "n=2", "model.kernel.slices=3"]) == 0

@@ -276,7 +276,7 @@ def _settles(word: tuple[str, Any], node: str) -> bool:
 def _takes_root(node: dict[str, Any]) -> bool:
     """Whether the class of a node has an argument `root`, as far as its source tells."""
     target = node.get("_target_")
-    return isinstance(target, str) and "root" in (signatures.arguments(target) or ())
+    return isinstance(target, str) and signatures.takes(target, "root")
 
 
 def _rooted(data: Any, words: Any) -> Any:

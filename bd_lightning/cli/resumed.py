@@ -71,12 +71,13 @@ def refuse_other_fields(plan: Plan, model: Any) -> None:
         if not isinstance(before, Mapping) or not isinstance(now, Mapping):
             found = [("", before, now)] if before != now else []
         else:
-            found = _differences(before, now, type(getattr(model, key)))
+            part = getattr(model, key)
+            found = [one for one in _differences(before, now, type(part)) if one[0] not in part.of_estimate]
         for name, was, given in found:
             whole = f"model.{key}" + (f".{name}" if name else "")
             raise UserError(
                 f"{plan.config['ckpt_path']} was trained with {whole}={was}, and its weights stand for something else "
-                f"with {given}: add {whole}={was} if a config file says otherwise, or leave it out"
+                f"with {given}: leave it out, and add {whole}={was} where another word or a file says so"
             )
 
 

@@ -32,11 +32,21 @@ def arguments(path: str) -> list[str] | None:
         path: the dotted path of the class.
 
     Returns:
-        The names, or None where the source does not tell: `build` then imports the class.
+        The names, or None where the source does not tell or is a file of the user's own: `build` imports the class.
     """
     module, _, name = path.rpartition(".")
     names: dict[str, None] = {}
-    return list(names) if _collect(module, name, names) else None
+    file = _file(module)
+    own = file is not None and "." not in module and file.name != "__init__.py"
+    return list(names) if not own and _collect(module, name, names) else None
+
+
+def takes(path: str, name: str) -> bool:
+    """Whether a class, of the user's own too, has an argument of this name, as far as its source tells."""
+    module, _, cls = path.rpartition(".")
+    names: dict[str, None] = {}
+    _collect(module, cls, names)
+    return name in names
 
 
 def _collect(module: str, name: str, names: dict[str, None]) -> bool:
@@ -115,6 +125,8 @@ def _file(module: str) -> Path | None:
         found: Any = importlib.util.find_spec(top) if top else None
     except (ImportError, ValueError):
         return None
+    if found and not found.submodule_search_locations and not parts and (found.origin or "").endswith(".py"):
+        return Path(found.origin)
     for folder in found.submodule_search_locations or () if found else ():
         place = Path(folder, *parts)
         for path in (place / "__init__.py", place.with_suffix(".py")):

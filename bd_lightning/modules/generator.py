@@ -105,9 +105,11 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
             teachers.begin_from(self, self.init, facts)
 
     def refuse_changes(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """Refuse weights to begin with for a model that is trained."""
+        """Refuse weights to begin with for a model that is trained, and noise levels for one that knows none."""
         if was.get("init") != now.get("init"):
             raise UserError(f"'model.init' says what a training begins with, got {now.get('init')}: leave it out")
+        if [node.get("noise", {}) is None for node in (was, now)] == [True, False]:
+            raise UserError("this model was trained with noise=null, at a single scale: leave model.noise out")
 
     def check_init(self, other: "Generator", path: str, theirs: Facts, mine: Facts) -> None:
         """Refuse to begin with the weights of another model, from a path; facts are of the data of either.

@@ -136,7 +136,7 @@ def test_interpolations_are_resolved():
     assert composed("logger.name=${data.root}-${steps}")["logger"]["name"] == "data-1000"
 
 
-def test_a_root_reaches_a_data_set_of_another_class_within_one():
+def test_a_root_reaches_a_data_set_of_another_class_within_one(tmp_path, monkeypatch):
     def data(*words):
         return compose(parse(["experiment=cifar10_latent", *words]))["data"]
 
@@ -145,6 +145,14 @@ def test_a_root_reaches_a_data_set_of_another_class_within_one():
         assert data(*words)["images"]["root"] == "/r"
     own = data(*folder, "data.root=/r", "data.images.root=/s")
     assert (own["root"], own["images"]["root"]) == ("/r", "/s")
+    (tmp_path / "own_images.py").write_text(
+        "from datamodules import MNIST\n\n\nclass Own(MNIST):\n    def __init__(self, *args, **kwargs):\n"
+        "        super().__init__(*args, **kwargs)\n\n\nclass Bare:\n    def __init__(self, size):\n        pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert data("data.images._target_=own_images.Own", "data.root=/r")["images"]["root"] == "/r"
+    assert "root" not in data("data.images._target_=own_images.Bare", "data.images.size=3", "data.root=/r")["images"]
+    assert signatures.arguments("own_images.Bare") is None
     assert "root" not in data("data.root=/r")["autoencoder"]
 
 
