@@ -123,7 +123,11 @@ def load_statistics(path: str | Path, num_features: int, features: str) -> Gauss
             f"{path} cannot be read as an .npz file of arrays, with mu and sigma as numpy.savez writes them"
         ) from error
     if missing:
-        raise UserError(f"{path} has no {' and no '.join(missing)} (it has {held}): a reference needs mu and sigma")
+        statistics = path.with_suffix(".stats.npz")  # which `export` writes beside samples
+        beside = f", as {statistics} has them" if statistics.is_file() else ""
+        raise UserError(
+            f"{path} has no {' and no '.join(missing)} (it has {held}): a reference needs mu and sigma{beside}"
+        )
     mean, covariance = arrays["mu"], arrays["sigma"]
     if covariance.shape != (*mean.shape, *mean.shape) or not {mean.dtype.kind, covariance.dtype.kind} <= set("fiu"):
         raise UserError(

@@ -136,6 +136,8 @@ def test_exported_samples_are_those_that_were_judged(tmp_path, monkeypatch):
         np.testing.assert_array_equal(found["arr_0"][..., 1], to_uint8(x)[:, 0].numpy())
     assert sorted(p.name for p in file.parent.iterdir()) == ["samples.npz", "samples.stats.npz"]
     statistics = load_statistics(file.with_suffix(".stats.npz"), 2, Halves().protocol)
+    with pytest.raises(UserError, match=r"a reference needs mu and sigma, as .*samples\.stats\.npz has them"):
+        load_statistics(file, 2, Halves().protocol)
     np.testing.assert_allclose(statistics.covariance, np.cov(halves(to_uint8(x)[:, 0].numpy()), rowvar=False))
     again = evaluated(data, tmp_path / "again", monkeypatch, x, "test", reference=str(file.with_suffix(".stats.npz")))
     assert again["test/fid"] == pytest.approx(0, abs=1e-6) and row["test/fid"] > 1e-3
