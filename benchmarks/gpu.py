@@ -25,7 +25,6 @@ import json
 import operator
 import os
 import platform
-import re
 import shutil
 import signal
 import sys
@@ -46,16 +45,11 @@ from bd_lightning.checks import UserError, reason_of
 from benchmarks import arguments, common
 from benchmarks.common import Recipe, Training
 from benchmarks.gpu_report import report
-from benchmarks.gpu_speed import MODES, flops, profile, speed
+from benchmarks.gpu_speed import MODES, flops, peak_of, profile, speed
 from benchmarks.rows import Rows, sound
 from callbacks import InceptionFeatures
 from tests.gpu_steps import CASES, built, step_and_sample
 
-PEAKS = {
-    "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
-    "L40": 181, "L4": 121, "A40": 150, "A30": 165, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
-}  # fmt: skip
-"""TFLOP/s of dense bf16 products summed in float32, by what the name of a card holds; from the makers' data sheets."""
 AGAIN = 60.0
 """Seconds after which a call that goes on is asked to stop again; a training ends its step and writes in less."""
 CONSTANT = "model.kernel._target_=bd_lightning.kernels.Constant"
@@ -81,11 +75,6 @@ REHEARSAL = [
     "callbacks.metrics.n=32", "callbacks.metrics.n_test=64", "callbacks.metrics.batch_size=32", "callbacks.grid.n=16",
     "callbacks.metrics.kid_subset=16", "callbacks.memorisation=null", "model.warmup_steps=5",
 ]  # fmt: skip
-
-
-def peak_of(card: str) -> int | None:
-    """TFLOP/s of a card by its name, of which those of other cards are parts; None if it is not known."""
-    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", card)), None)
 
 
 class Bench:
@@ -378,9 +367,11 @@ def stopped_after(seconds: float | None) -> Iterator[None]:
             os.kill(os.getpid(), signal.SIGINT)
             late = ended.wait(AGAIN)
 
+    if seconds is None:
+        yield
+        return
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background a shell has it ignored
-    if seconds is not None:
-        threading.Thread(target=ask, daemon=True).start()
+    threading.Thread(target=ask, daemon=True).start()
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """A training step of gpu.py: its FLOP, its time and where that goes; `bench` is its `Bench`."""
 
+import re
 from statistics import median
 from typing import Any
 
@@ -12,6 +13,18 @@ from benchmarks.common import now
 MODES = {f"{p}{', compiled' * c}": (p == "bf16", c) for p in ("float32", "bf16") for c in (False, True)}
 TIMED = 4.0
 """Seconds that each kind of step is timed for."""
+
+
+PEAKS = {
+    "B200": 2250, "GH200": 989, "H200": 989, "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "A100": 312, "L40S": 362,
+    "L40": 181, "L4": 121, "A40": 150, "A30": 165, "A10": 125, "RTX 4090": 165, "RTX 3090": 71,
+}  # fmt: skip
+"""TFLOP/s of dense bf16 products summed in float32, by what the name of a card holds; from the makers' data sheets."""
+
+
+def peak_of(card: str) -> int | None:
+    """TFLOP/s of a card by its name, of which those of other cards are parts; None if it is not known."""
+    return next((peak for name, peak in PEAKS.items() if re.search(rf"\b{name}\b", card)), None)
 
 
 def flops(bench: Any) -> dict[str, Any]:
