@@ -79,6 +79,11 @@ def check_fit(student: Any, model: Any, path: str, theirs: Facts, mine: Facts) -
             f"{path} is sampled from noise level {first:g} down, the samplers here begin at {student.sigma_max:g}: "
             f"set sigma_max of every one in model.samplers to {first:g}, and levels between below it"
         )
+
+
+def say_where_it_begins(student: Any, model: Any, path: str) -> None:
+    """Say that a student begins below the noise level that its model, from a path, is sampled from."""
+    first = max(one.start_scale for one in model.samplers.values())
     if first > student.sigma_max:
         rank_zero_info(
             f"{path} is sampled from noise level {first:g} down, and this model begins at {student.sigma_max:g}: where "
@@ -135,6 +140,7 @@ def load(
     model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
     facts = facts_of.read(stored["facts"])
     check_fit(student, model, path, facts, own)
+    say_where_it_begins(student, model, path)
     if not model.has_score:
         raise UserError(f"{path} is a consistency model, no score to learn from: give the checkpoint it was tuned from")
     chosen = combinations.choose_labels(labels or [], facts, model)

@@ -216,7 +216,11 @@ def test_mistakes(root, teacher, relative, tuned, capsys, caplog):
     )
     lower = ["model.samplers.one.sigma_max=10.0", "model.samplers.two.sigma_max=10.0"]
     fit(root, "lower", "model=consistency", f"model.init={teacher}", *lower, "steps=2", "eval_every=2")
-    assert "is sampled from noise level 20 down, and this model begins at 10: where 20 was needed" in caplog.text
+    told = "is sampled from noise level 20 down, and this model begins at 10: where 20 was needed"
+    assert caplog.text.count(told) == 1
+    both = [f"model.init={teacher}", f"model.teacher={teacher}"]
+    fit(root, "both", "model=consistency", *both, *lower, "steps=2", "eval_every=2")
+    assert caplog.text.count(told) == 2
     words = ["model=consistency", f"model.init={teacher}", "data=wine", "callbacks=points", "steps=2", "eval_every=2"]
     assert train.main([*words, "logger=none", f"root={root / 'runs'}"]) == 2
     assert "its shape of a sample is [1, 8, 8], here it is [13]" in capsys.readouterr().err

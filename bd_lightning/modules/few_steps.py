@@ -128,6 +128,8 @@ class FewStepGenerator(Generator):
         from bd_lightning import teachers
 
         teachers.check_fit(self, other, path, theirs, mine)
+        if self.teacher_path is None:
+            teachers.say_where_it_begins(self, other, path)
 
     def know(self, facts: Facts) -> None:
         """Take note of which classes of the data are learned."""
