@@ -1,19 +1,27 @@
 """Bellman Diffusion beside denoising score matching: the same network, data, steps, noise levels and solver.
 
     uv run benchmarks/kernels.py [--steps 1000] [--seeds 3] [--samples 1500]
+    uv run benchmarks/kernels.py --mobility 3000 [KEY=VALUE ...]
 
 Both models of a seed are trained in turn, a step of one and a step of the other, so that their step times are
 measured side by side. FID is of `samples` samples (ODE, 35 calls) of the averaged weights against the 1,500 training
 digits, in features of a classifier of the training split. Prints a Markdown table.
+
+--mobility trains nothing: it says how far the two are apart in the data of a config (KEY=VALUE as in train.py). m is
+the mobility of closed-form slices, estimated from N training images at half as many noised others: the standard
+deviation of log m over these points, and σ∇log m, by which the two drifts differ, where the targets of σ∇log p are
+standard normal. Of score matching both are zero.
 """
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bd_lightning.cli import build
+from bd_lightning.kernels import ClosedFormSlices
 from bd_lightning.modules import BellmanDiffusion
 from benchmarks import common
 from benchmarks.common import Recipe, Training, Turns
@@ -22,6 +30,7 @@ from callbacks import ClassifierFeatures
 from callbacks.metrics import frechet_distance
 from datamodules import to_uint8
 
+LEVELS = (0.1, 0.3, 1.0, 3.0, 10.0)
 KERNELS = {"closed-form slices (Bellman Diffusion)": "ClosedFormSlices", "constant (score matching)": "Constant"}
 OURS, BASE = KERNELS
 
@@ -54,13 +63,62 @@ def train(data: Any, steps: int, seed: int) -> tuple[dict[str, BellmanDiffusion]
     return {name: training.averaged for name, training in trainings.items()}, turns
 
 
+def variation(y: Tensor, x: Tensor, sigma: float, noise: Tensor) -> tuple[float, float]:
+    """How far the mobility of closed-form slices is from a constant at noised points.
+
+    Args:
+        y: partners, shape (N, d).
+        x: points, shape (B, d).
+        sigma: noise level, in units of the data.
+        noise: standard normal noise of the points, shape (B, d).
+
+    Returns:
+        The standard deviation of log m over the points, and the root mean square of an entry of σ∇log m.
+    """
+    levels, weights = x.new_full((len(x),), sigma), x.new_full((len(x), len(y)), 1 / len(y))
+    m, grad_m = ClosedFormSlices()(x + sigma * noise, y, levels, weights)
+    return float(m.log().std()), float((sigma * grad_m / m[:, None]).square().mean().sqrt())
+
+
+def mobility(words: list[str], n: int) -> None:
+    """Print how far the mobility of closed-form slices is from a constant, by noise level."""
+    config = common.compose(*words)
+    build.check_kind(config["model"], "model", "bd_lightning.modules.BellmanDiffusion")
+    data = common.make_data(config)
+    data.prepare_data()
+    data.setup("fit")
+    x = torch.cat(list(collect(common.batches(data, 0), n + max(2, n // 2)))).flatten(1).double()
+    y, points = x[:n], x[n : n + max(2, n // 2)]
+    noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
+    sizes = {level: variation(y, points, level * data.facts.sigma_data, noise) for level in LEVELS}
+    print(f"{' '.join(words)}: {x.shape[1]} dimensions, {n} partners, {len(points)} points, seed 0\n")
+    lines = [[f"{level:g}", f"{spread:.3f}", f"{slope:.4f}"] for level, (spread, slope) in sizes.items()]
+    print(table(["σ/σ_d", "standard deviation of log m", "σ∇log m, root mean square"], lines))
+
+
+def collect(batches: Iterator[tuple[Tensor, Tensor]], n: int) -> Iterator[Tensor]:
+    """The points of as many batches as have n of them."""
+    for x, _ in batches:
+        yield x
+        n -= len(x)
+        if n <= 0:
+            return
+
+
 def main() -> None:
     """Run and print the table."""
     parser = common.parser(__doc__)
     parser.add_argument("--steps", type=common.count, default=1000)
     parser.add_argument("--seeds", type=common.count, default=3)
     parser.add_argument("--samples", type=common.count, default=1500)
-    options = parser.parse_args()
+    parser.add_argument("--mobility", type=common.count, metavar="N", help="train nothing, measure m with N partners")
+    parser.add_argument("words", nargs="*", help="with --mobility: settings of the config, as in train.py")
+    options = parser.parse_intermixed_args()
+    if options.mobility:
+        mobility(options.words, options.mobility)
+        return
+    if options.words:
+        parser.error("settings go with --mobility; the training is the default config's")
     data = common.make_data(common.compose())
     features = ClassifierFeatures()
     features.prepare(data)

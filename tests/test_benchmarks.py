@@ -11,7 +11,7 @@ import torch
 
 from bd_lightning.checks import UserError
 from bd_lightning.modules.base import learning_rate
-from benchmarks import common, copies, mode_weights, peers, returns_tables
+from benchmarks import common, copies, kernels, mode_weights, peers, returns_tables
 from benchmarks.rows import Rows, mean_sd, table
 
 NAMES = (
@@ -356,3 +356,25 @@ def test_weights_of_modes_are_of_their_own_data(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["mode_weights.py", "--checkpoint", str(path), "--chains", "4"])
     with pytest.raises(UserError, match="must be of a run of experiment=gaussians_2d"):
         mode_weights.main()
+
+
+def test_how_far_the_mobility_is_from_a_constant():
+    """Data in one point: m = (2π(ε + σ² + σ²‖n‖²/d))^{−1/2}, in closed form at every noised point."""
+    n = torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    spread, slope = kernels.variation(torch.zeros(5, 4).double(), torch.zeros(200, 4).double(), 0.5, n)
+    total = 1e-3 + 0.25 + 0.25 * n.square().sum(1) / 4
+    assert spread == pytest.approx(float((-0.5 * total.log()).std()), rel=1e-9)
+    assert slope == pytest.approx(float((0.25 * n / (4 * total[:, None])).square().mean().sqrt()), rel=1e-9)
+
+
+def test_the_mobility_of_a_config_is_a_table(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--mobility", "100"])
+    kernels.main()
+    out = capsys.readouterr().out
+    assert "64 dimensions, 100 partners, 50 points" in out
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) == len(kernels.LEVELS) and all(0 < float(row[1]) < 1 for row in rows)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "data=mnist"])
+    with pytest.raises(SystemExit):
+        kernels.main()
+    assert "settings go with --mobility" in capsys.readouterr().err
