@@ -8,6 +8,7 @@ cannot be reached. Torch is not imported.
 import contextlib
 import functools
 import glob
+import hashlib
 import os
 import re
 import shutil
@@ -97,6 +98,12 @@ def weights_of(path: str | Path) -> Path:
     """The file that holds the weights of a checkpoint or an exported folder, and by whose content it is known."""
     path = Path(local(path))
     return path / WEIGHTS if path.is_dir() else path
+
+
+def digest(path: str | Path) -> str:
+    """What the weights of a checkpoint or an exported folder are known by: SHA-256 of their file, in hexadecimal."""
+    with weights_of(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # ---- the Hugging Face hub

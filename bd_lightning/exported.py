@@ -34,7 +34,13 @@ OURS = {"root": "runs", "run_id": None, "ckpt_path": None, "merge": None, "expor
 
 
 def write(
-    folder: Path, module: nn.Module, config: Mapping[str, Any], step: int, precision: str, rounded: str = ""
+    folder: Path,
+    module: nn.Module,
+    config: Mapping[str, Any],
+    step: int,
+    precision: str,
+    rounded: str = "",
+    codes: str = "",
 ) -> None:
     """Write weights and config into a folder.
 
@@ -45,6 +51,7 @@ def write(
         step: the optimiser step of the weights.
         precision: "float32", "bf16" or "fp16", of the parameters.
         rounded: the coarser one that they were rounded to before, if they were.
+        codes: of an autoencoder, what its codes are known by (`LatentSpace.space`), here and in other precisions.
 
     Raises:
         ValueError: if the precision is none, or cannot hold a weight.
@@ -52,6 +59,7 @@ def write(
     """
     one_of(tuple(PRECISIONS), precision=precision)
     metadata = {"format": "pt", "step": str(step), "precision": precision, "rounded": rounded or precision}
+    metadata |= {"codes": codes} if codes else {}
     try:
         weights = _safetensors().torch.save(_stored(module, precision), metadata)
         words = OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode()
@@ -119,7 +127,7 @@ def _with_data_root(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(folder: str | Path) -> dict[str, Any]:
-    """What a folder holds, as a checkpoint: `state_dict`, `hyper_parameters`, `global_step`, and `precision`.
+    """What a folder holds, as a checkpoint: `state_dict`, `hyper_parameters`, `global_step`, `precision`, `codes`.
 
     Raises:
         UserError: if a file is missing, was cut off, or is something else.
@@ -148,7 +156,8 @@ def read(folder: str | Path) -> dict[str, Any]:
         raise UserError(f"{folder / CONFIG} is damaged ({_said(error)}): fetch it again") from error
     plain = {str(key): value for key, value in config.items()}
     kept = {"state_dict": weights, "hyper_parameters": _at(folder, plain), "global_step": step}
-    return {**kept, "precision": str(metadata.get("rounded", metadata.get("precision", "float32")))}
+    kept["precision"] = str(metadata.get("rounded", metadata.get("precision", "float32")))
+    return {**kept, "codes": metadata.get("codes", "")}
 
 
 def _at(folder: Path, config: dict[str, Any]) -> dict[str, Any]:

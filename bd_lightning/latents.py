@@ -4,7 +4,6 @@ A `LatentSpace` is not part of the model that learns in it: neither its averages
 autoencoder's weights.
 """
 
-import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -24,11 +23,16 @@ class LatentSpace(ABC):
         image_shape: (channels, height, width) of an image; None takes any that it can reduce.
         data_name: name of the data set that it was trained on, if it is known.
         key: what identifies it in caches, plain values.
+        space: what its codes are known by in the facts of data; that of its copies in another precision too.
     """
 
     image_shape: tuple[int, ...] | None = None
     data_name: str | None = None
     key: list
+
+    @property
+    def space(self) -> str:
+        return str(self.key)
 
     @abstractmethod
     def encode(self, x: Tensor) -> Tensor:
@@ -62,7 +66,7 @@ def check_codes(latents: LatentSpace, shape: Sequence[int], space: str | None) -
             f"this autoencoder has codes of shape {list(found)}, and the model's samples have {list(shape)}: give "
             "data.autoencoder the one that it learned in, or leave it out"
         )
-    if space is not None and space != str(latents.key):
+    if space is not None and space != latents.space:
         warnings.warn(
             "this autoencoder is not the file that the model learned in: unless its weights are the same, what it "
             "decodes are no images",
@@ -87,7 +91,11 @@ class TrainedLatents(LatentSpace):
             raise ValueError(f"{error}; train an autoencoder first, with experiment=autoencoder") from error
         self.image_shape = tuple(stored["facts"]["shape"])
         self.data_name = stored["facts"].get("name")
-        self.key = ["trained", hashlib.sha256(addresses.weights_of(ckpt_path).read_bytes()).hexdigest()]
+        self.key, self.codes = ["trained", addresses.digest(ckpt_path)], self.module.codes_of(ckpt_path)
+
+    @property
+    def space(self):
+        return self.codes
 
     @torch.no_grad()
     def encode(self, x):

@@ -67,7 +67,8 @@ class CallsCurve(L.Callback):
         whole = [{"step": step_of(trainer), **row} for row in known]
         (folder / "calls.json").write_text(json.dumps(whole, indent=1, allow_nan=False))
         table = markdown(known, metrics)
-        (folder / "calls.md").write_text(f"{table}\n\n{rows[-1]['protocol'] if rows else ''}\n")
+        protocols = "\n\n".join(dict.fromkeys(row["protocol"] for row in rows))
+        (folder / "calls.md").write_text(f"{table}\n\n{protocols}\n")
         rank_zero_info(table)
         lines = {metric.name: curves(known, metric.name) for metric in metrics}
         lines = {name: found for name, found in lines.items() if found}

@@ -27,6 +27,7 @@ class SampleModule(Protocol):
         conditional: whether classes have to be asked for.
         drawn_classes: indices of the classes that samples are of where none are asked for.
         sample: draws samples of given indices.
+        available: how many different samples there are, at a stage, of a number that is asked for.
         all_gather: the tensors of all ranks, one above the other.
         log_dict: logs numbers.
         describe: how the model is guided, and the like.
@@ -43,6 +44,7 @@ class SampleModule(Protocol):
     conditional: bool
     drawn_classes: list[int]
     sample: Any
+    available: Any
     all_gather: Any
     log_dict: Any
     describe: Any

@@ -120,8 +120,9 @@ class ClassifierFeatures(ImageFeatures):
     def check(self, data: ImageDataModule) -> None:
         if len(data.class_names) < 2:
             raise UserError(
-                f"{data.name} has no classes to train a classifier on; use callbacks.InceptionFeatures "
-                "(callbacks=inception), or set callbacks.metrics=null"
+                f"a classifier needs two classes, and {data.name} has {len(data.class_names)} here: keep more of them "
+                "if data.keep leaves some out, use callbacks.InceptionFeatures (callbacks=inception), or set "
+                "callbacks.metrics=null"
             )
 
     def prepare(self, data: ImageDataModule) -> None:

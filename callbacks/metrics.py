@@ -157,7 +157,7 @@ class ImageMetrics(Evaluation):
         if self._from_file:
             load_statistics(str(self.reference), self.features.num_features, self.features.protocol)
         if self.export is not None:
-            self.export.expect(self.n_test, data.shape)
+            self.export.expect(self._count(cast(SampleModule, pl_module), "test"), data.shape)
             if trainer.is_global_zero:
                 self.export.check(self.features.num_features)
         with rank_zero_first(trainer):
@@ -209,7 +209,7 @@ class ImageMetrics(Evaluation):
 
     def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> dict[str, float]:
         """FID, KID, precision and recall of the samples of all ranks, the same on each."""
-        n = self.n if stage == "val" else self.n_test
+        n = self._count(pl_module, stage)
         reference, export = self.references[stage], self.export if stage == "test" else None
         sums = Moments(self.features.num_features)
         share = -(-min(references.KEPT, n) // trainer.world_size)  # features that a rank keeps
@@ -243,6 +243,10 @@ class ImageMetrics(Evaluation):
             values["precision"], values["recall"] = precision_recall(ours[:few], theirs[:few])
         return values
 
+    def _count(self, pl_module: SampleModule, stage: str) -> int:
+        """Number of samples that are judged."""
+        return cast(int, pl_module.available(self.n if stage == "val" else self.n_test, stage))
+
     def _manifold(self, n: int, real: int) -> int:
         """Number of samples, and of real images, that precision and recall are of."""
         return min(self.manifold, references.KEPT, n, real)
@@ -253,7 +257,7 @@ class ImageMetrics(Evaluation):
         """The numbers with their protocol; FID is infinite if chains were lost."""
         reference = self.references[stage]
         values = {f"{stage}/{name}": value for name, value in (drawn or {"fid": math.inf}).items()}
-        n = self.n if stage == "val" else self.n_test
+        n = self._count(pl_module, stage)
         manifold = self._manifold(n, len(reference.rows))
         row = {
             **values,

@@ -79,7 +79,7 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     shared = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp_min(0).sqrt().sum()
     apart = (a.mean - b.mean).square().sum()
-    return float(apart + a.covariance.trace() + b.covariance.trace() - 2 * shared)
+    return max(0.0, float(apart + a.covariance.trace() + b.covariance.trace() - 2 * shared))  # rounding goes below
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

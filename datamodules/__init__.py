@@ -4,7 +4,7 @@ from datamodules.base import Data, DataModule
 from datamodules.digits import Digits
 from datamodules.environments import Environment, LambdaEnvironment
 from datamodules.folder import ImageFolder
-from datamodules.images import ImageDataModule, to_uint8
+from datamodules.images import ByteImages, ImageDataModule, to_uint8
 from datamodules.latents import Latents
 from datamodules.requests import SampleRequests
 from datamodules.splits import DataError, Rows
@@ -15,6 +15,7 @@ from datamodules.torchvision_sets import CIFAR10, MNIST
 __all__ = [
     "CIFAR10",
     "MNIST",
+    "ByteImages",
     "Data",
     "DataError",
     "DataModule",

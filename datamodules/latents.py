@@ -64,7 +64,7 @@ class Latents(DataModule):
 
     @property
     def facts(self):
-        return replace(super().facts, space=str(self.autoencoder.key))
+        return replace(super().facts, space=self.autoencoder.space)
 
     @property
     def fingerprint(self):

@@ -26,6 +26,9 @@ class Drawn:
     def drawing(self, sampler):
         return sampler
 
+    def available(self, n, stage):
+        return n
+
     def log_dict(self, values, sync_dist):
         self.logged |= {key: float(value) for key, value in values.items()}
 

@@ -99,6 +99,8 @@ def test_a_tuned_model_resumes_and_draws_without_what_it_came_from(root, teacher
 def test_mixtures_that_were_never_trained_on_are_distilled(root, relative):
     words = ["model=consistency", f"model.teacher={relative}", "steps=2", "eval_every=2"]
     student = fit(root, "mixture", *words, "model.mix={3: 0.7, 8: 0.3}", "model.calibrate=20")
+    own = ["model.teacher=null", "model.mix=null", "model.calibrate=0"]
+    assert train.main([f"ckpt_path={student}", "steps=4", *own]) == 2  # its protocol would forget the teacher
     fit(root, "removed", *words, "model.remove=[7]", f"model.merge={{{relative}: 1.0}}")
     assert train.main(["predict", f"ckpt_path={student}", "n=5"]) == 0
 
@@ -120,6 +122,8 @@ def test_a_student_of_some_classes_draws_these_alone(root, relative, tmp_path, c
     for word in ("model.guidance=5", "model.labels=[5]", "model.guidance_interval=[0.1,2]"):
         assert train.main(["predict", f"ckpt_path={student}", word]) == 2
         key = word.partition("=")[0]
+        assert f"'{key}' says what a student learns, and this one has learned" in capsys.readouterr().err
+        assert train.main([f"ckpt_path={student}", "steps=4", word]) == 2  # nor may the rest of its training
         assert f"'{key}' says what a student learns, and this one has learned" in capsys.readouterr().err
     assert train.main(["export", f"ckpt_path={student}", f"to={tmp_path / 'out'}"]) == 0
     card = (tmp_path / "out" / "README.md").read_text()

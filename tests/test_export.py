@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 import bd_lightning
 import train
 from bd_lightning import checkpoints
+from bd_lightning.addresses import digest
 from bd_lightning.checks import UserError
-from bd_lightning.cli.plan import digest
 from bd_lightning.latents import TrainedLatents, check_codes
 from conftest import ROOT
 from small_run import contents
@@ -182,6 +182,12 @@ def test_a_latent_model_takes_its_autoencoder_along(tmp_path):
     before = bd_lightning.load(checkpoint).sample(4, labels=["3", 8])
     assert before.shape == (4, 1, 8, 8)
     assert train.main(["export", f"ckpt_path={checkpoint}", f"to={target}", *QUIET]) == 0
+    for precision in ("float32", "fp16"):  # the codes are those of one autoencoder, however its file is written
+        copy = tmp_path / precision
+        assert train.main(["export", f"ckpt_path={target}", f"to={copy}", f"precision={precision}", *QUIET]) == 0
+        for one, other in ((checkpoint, copy), (copy, target)):
+            words = [f"merge={{{other}: 1.0}}", "n=2", f"root={tmp_path / 'out'}", f"run_id={precision}", *QUIET]
+            assert train.main(["predict", f"ckpt_path={one}", *words]) == 0
     root.rename(tmp_path / "gone")  # neither data nor autoencoder are where they were
     assert torch.equal(bd_lightning.load(target).sample(4, labels=["3", 8]), before)
     moved = target.rename(tmp_path / "elsewhere")

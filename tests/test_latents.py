@@ -47,6 +47,26 @@ def test_reconstructions_resemble_their_images(root, autoencoder):
     assert error < 0.25 * spread
 
 
+def test_each_image_is_reconstructed_once(root, autoencoder, capsys):
+    """Digits hold 149 out for the test, and the config asks for 10,000."""
+    ae = autoencoder.parents[1]
+    assert train.main(["test", f"ckpt_path={autoencoder}", f"root={root / 'runs'}", f"data.root={root / 'data'}"]) == 0
+    out = capsys.readouterr().out
+    assert "149 samples (reconstruction" in out and "precision, recall: 149 of each" in out
+    assert "to learn in its codes: train.py data=digits_latent model=mlp data.autoencoder.ckpt_path=" in out
+    rows = json.loads(next(ae.glob("test-last-*/fid.json")).read_text())
+    assert rows[-1]["protocol"].startswith("149 samples")
+
+
+def test_codes_are_known_by_what_was_trained(root, autoencoder):
+    """Also where it was exported, from a folder or in another precision; caches tell them apart."""
+    folders = [root / "exported", root / "rounded"]
+    for source, target in zip([autoencoder, *folders], folders):
+        assert train.main(["export", f"ckpt_path={source}", f"to={target}", "precision=bf16"]) == 0
+    found = [TrainedLatents(str(path)) for path in (autoencoder, *folders)]
+    assert {one.space for one in found} == {str(found[0].key)} and found[1].key != found[0].key
+
+
 def test_codes_are_standardised(root, autoencoder):
     data = Latents(Digits(root=str(root / "data")), TrainedLatents(str(autoencoder)), root=str(root / "data"))
     codes = data.split("train").x

@@ -17,11 +17,10 @@ from bd_lightning import addresses, checkpoints, exported, report
 from bd_lightning.checks import UserError, one_of
 from bd_lightning.cli import build, objects, predict
 from bd_lightning.cli.folders import SETTINGS, made, short, writing
-from bd_lightning.cli.plan import Plan, digest
+from bd_lightning.cli.plan import Plan
 from bd_lightning.combinations import choose_labels
 from bd_lightning.facts import Facts
 from bd_lightning.facts import read as read_facts
-from bd_lightning.latents import TrainedLatents
 from bd_lightning.modules import Autoencoder
 from bd_lightning.modules.base import Module
 from bd_lightning.report.folder import read_json
@@ -50,7 +49,8 @@ def run(plan: Plan) -> None:
             stored = {**plan.record, "facts": facts.plain()}
             stored = exported.portable(with_autoencoder(stored, folder, precision))
             module = objects.model(plan, facts)
-            exported.write(folder, module, stored, plan.step, precision, rounded(plan, precision))
+            codes = module.codes_of(config["ckpt_path"])
+            exported.write(folder, module, stored, plan.step, precision, rounded(plan, precision), codes)
             product = draw(plan, folder)
             write_card(plan, folder, module, target.name, precision, product)
     except ValueError as error:
@@ -106,10 +106,10 @@ def with_autoencoder(config: Mapping[str, Any], folder: Path, precision: str) ->
     if "ckpt_path" not in node:
         raise UserError("export takes an autoencoder of this suite along, or one of a hub by its name; this is neither")
     module, stored = checkpoints.load(node["ckpt_path"], Autoencoder)
+    space = module.codes_of(node["ckpt_path"])
     inner = folder / exported.AUTOENCODER
     inner.mkdir()
-    exported.write(inner, module, exported.portable(stored), module.loaded_step, precision)
-    space = str(TrainedLatents(str(inner)).key)
+    exported.write(inner, module, exported.portable(stored), module.loaded_step, precision, codes=space)
     data = {**config["data"], "autoencoder": {**node, "ckpt_path": exported.AUTOENCODER}}
     return {**config, "data": data, "facts": {**config["facts"], "space": space}}
 
@@ -248,7 +248,7 @@ def measured(plan: Plan, module: Module) -> tuple[dict[str, list[dict[str, Any]]
         if name in run.evaluations:
             settings = read_json((folder / name).with_name(SETTINGS), dict)
             judged = settings.get("checkpoints")
-            if not isinstance(judged, list) or judged[:1] != [digest(own)]:  # an autoencoder's may follow
+            if not isinstance(judged, list) or judged[:1] != [addresses.digest(own)]:  # an autoencoder's may follow
                 continue
         for row in rows:
             if row["step"] == plan.step and "protocol" in row:

@@ -64,8 +64,7 @@ def model(plan: Plan, facts: Facts) -> Any:
     if plan.checkpoint is not None:
         checkpoints.restore(built, plan.checkpoint, plan.config["ckpt_path"])
         refuse_other_fields(plan, built)
-        if plan.command != "fit":
-            built.refuse_changes(plan.checkpoint["hyper_parameters"]["model"], plan.config["model"])
+        built.refuse_changes(plan.checkpoint["hyper_parameters"]["model"], plan.config["model"])
     return built
 
 

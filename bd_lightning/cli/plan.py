@@ -1,6 +1,5 @@
 """From words to a plan: everything that is decided before the first object is built."""
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -175,17 +174,11 @@ def settings_of(plan: Plan, *keys: str) -> dict[str, Any]:
     config = plan.config
     files = [config["ckpt_path"], *(config["merge"] or {}), (config["data"].get("autoencoder") or {}).get("ckpt_path")]
     return {
-        "checkpoints": [digest(file) for file in files if file],  # in order: names may be the same
+        "checkpoints": [addresses.digest(file) for file in files if file],  # in order: names may be the same
         **{key: config[key] for key in ("seed", *keys, "model", "data")},
         "precision": config["trainer"].get("precision"),
         "noise": STREAMS,
     }
-
-
-def digest(file: str | Path) -> str:
-    """What the weights of a checkpoint or an exported folder are known by: SHA-256 of their file, in hexadecimal."""
-    with addresses.weights_of(file).open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def refuse_elsewhere(config: Mapping[str, Any], asked: Mapping[str, Any], place: str) -> None:

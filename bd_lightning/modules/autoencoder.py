@@ -7,9 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bd_lightning import addresses
 from bd_lightning.checks import UserError, in_range
 from bd_lightning.modules.base import Module
 from bd_lightning.networks.autoencoder import Decoder, Encoder, check_latent
+
+CODES: dict[tuple[int, ...], str] = {
+    (1, 8, 8): "data=digits_latent model=mlp",
+    (1, 28, 28): "experiment=mnist_latent",
+    (3, 32, 32): "experiment=cifar10_latent",
+}
+"""Words that learn in the codes of images of a shape: those of the data set that has it."""
 
 
 class Autoencoder(Module):
@@ -26,6 +34,9 @@ class Autoencoder(Module):
         blocks: residual blocks at each resolution.
         kl_weight: β above.
         options: arguments of `Module`.
+
+    Attributes:
+        codes: what its codes were known by (`LatentSpace.space`) before it was exported; empty if it never was.
 
     References:
         | Kingma and Welling, Auto-Encoding Variational Bayes, arXiv 1312.6114
@@ -54,7 +65,16 @@ codes = latents.encode(images)  # (B, C, H, W) in [−1, 1]; latents.decode(code
         norm = nn.BatchNorm1d if len(latent) == 1 else nn.BatchNorm2d
         self.standardise = norm(latent[0], affine=False, momentum=0.05)
         self.sampler, self.samplers = "reconstruction", {"reconstruction": SimpleNamespace(calls=1)}
-        self.conditional = False
+        self.conditional, self.codes = False, ""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take note of what its codes are known by."""
+        super().on_load_checkpoint(checkpoint)
+        self.codes = checkpoint.get("codes", "")
+
+    def codes_of(self, path: str) -> str:
+        """Those of the file that was trained, also where this one was exported from it."""
+        return self.codes or str(["trained", addresses.digest(path)])
 
     def encode(self, x: Tensor) -> Tensor:
         """Standardised mean codes (B, *latent) of images (B, C, H, W) in [−1, 1]."""
@@ -84,8 +104,12 @@ codes = latents.encode(images)  # (B, C, H, W) in [−1, 1]; latents.decode(code
 
     def next_step(self, checkpoint: str) -> str:
         """Its codes are data for another run."""
-        name = "cifar10_latent" if self.shape == (3, 32, 32) else "mnist_latent"
-        return f"to learn in its codes: train.py experiment={name} data.autoencoder.ckpt_path={checkpoint}"
+        words = CODES.get(self.shape, "experiment=mnist_latent data.images=<what data was here>")
+        return f"to learn in its codes: train.py {words} data.autoencoder.ckpt_path={checkpoint}"
+
+    def available(self, n: int, stage: str) -> int:
+        """As many reconstructions as there are held-out images."""
+        return min(n, len(self.trainer.datamodule.split(stage)))  # type: ignore[attr-defined]
 
     @torch.no_grad()
     def sample(

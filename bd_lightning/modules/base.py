@@ -155,6 +155,14 @@ class Module(L.LightningModule):
         """What one does with a trained model, for the last line of a run: words and a command line."""
         return f"to sample: train.py predict ckpt_path={checkpoint} n=64"
 
+    def available(self, n: int, stage: str) -> int:
+        """How many different samples there are to judge at a stage, val or test, of n that are asked for."""
+        return n
+
+    def codes_of(self, path: str) -> str:
+        """What the codes of this model, whose checkpoint lies at a path, are known by; empty if it has none."""
+        return ""
+
     def describe(self) -> str:
         """What a card says of a model beside its class and its network."""
         return ""

@@ -156,11 +156,13 @@ class FewStepGenerator(Generator):
         return f", a student of another model{guided}" + (f", asked for {part}" if part else "")
 
     def refuse_changes(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-        """Refuse to ask what a teacher was asked for, and samplers that begin above all that was trained."""
+        """Refuse what would change what was learned, and samplers that begin above all that was trained."""
         super().refuse_changes(was, now)
         for key in (*PARTS, "calibrate", "guidance", "guidance_interval"):
             if was.get(key) != now.get(key):
                 raise UserError(f"'model.{key}' says what a student learns, and this one has learned: leave it out")
+        if (was.get("teacher") is None) != (now.get("teacher") is None):
+            raise UserError("'model.teacher' says whom a student learns from, and this one has learned: leave it out")
         trained = max(one.get("sigma_max", math.inf) for one in was["samplers"].values() if one)
         if self.sigma_max > trained:
             raise UserError(

@@ -26,6 +26,11 @@ def features(root, **options):
     return made
 
 
+def test_a_distance_of_a_set_to_itself_is_not_below_zero():
+    rows = torch.randn(300, 64, generator=torch.Generator().manual_seed(0))
+    assert 0 <= frechet_distance(rows, rows.flip(0)) < 1e-3
+
+
 def test_frechet_distance_of_gaussians():
     """‖μ1 − μ2‖² + tr(Σ1 + Σ2 − 2(Σ1Σ2)^½) for diagonal covariances: Σ (σ1 − σ2)²."""
     generator = torch.Generator().manual_seed(0)
@@ -201,7 +206,9 @@ def test_cache_files_are_whole_or_absent(tmp_path):
 def test_data_without_classes_needs_other_features(tmp_path):
     data = Digits(root=str(tmp_path))
     data.class_names = ()
-    with pytest.raises(UserError, match="no classes to train a classifier on; use callbacks.InceptionFeatures"):
+    with pytest.raises(
+        UserError, match="a classifier needs two classes, and .* has [01] here.*use callbacks.InceptionFeatures"
+    ):
         ClassifierFeatures().prepare(data)
 
 
