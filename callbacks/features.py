@@ -51,7 +51,7 @@ class ImageFeatures(nn.Module):
 
     @property
     def protocol(self) -> str:
-        """What files of statistics are told apart by, known before the features are."""
+        """What files of statistics are told apart by; how it begins is known before the features are."""
         return " ".join(map(str, self.key))
 
     @property
@@ -97,7 +97,12 @@ class ClassifierFeatures(ImageFeatures):
         self.key = ("classifier-2", width, steps, batch_size, seed)
         self.trunk: nn.Module = nn.Identity()
         self.head: nn.Module = nn.Identity()
-        self.accuracy = float("nan")
+        self.accuracy, self.trained = float("nan"), ""
+
+    @property
+    def protocol(self) -> str:
+        """With its weights, once it has them: each data set and each training has features of its own."""
+        return f"{super().protocol} {self.trained}".rstrip()
 
     @property
     def description(self) -> str:  # type: ignore[override]
@@ -145,6 +150,8 @@ class ClassifierFeatures(ImageFeatures):
                 self.load_state_dict(cached["state"])
                 self.accuracy, self.kid_scale = cached["accuracy"], cached["kid_scale"]
         self.requires_grad_(False).eval()
+        numbers = b"".join(p.detach().cpu().numpy().tobytes() for p in self.parameters())
+        self.trained = f"trained {hashlib.sha256(numbers).hexdigest()[:12]}"
 
     def _train(self, data: ImageDataModule) -> None:
         loader = torch.utils.data.DataLoader(

@@ -105,7 +105,7 @@ def load_statistics(path: str | Path, num_features: int, features: str) -> Gauss
     Args:
         path: the file.
         num_features: size of the feature vectors that they will be compared with.
-        features: description of those, which a file of this suite's `export` has to share.
+        features: description of those, or its beginning; a file of this suite's `export` has to share it.
 
     Raises:
         UserError: saying what is wrong with the file.
@@ -140,7 +140,7 @@ def load_statistics(path: str | Path, num_features: int, features: str) -> Gauss
             "choose the features that it was made with"
         )
     own = str(arrays.get("features", features))
-    if own != features:
+    if own != features and not own.startswith(f"{features} trained "):  # which is known later
         raise UserError(f"{path} was made in other features ({own}), callbacks.metrics.features are: {features}")
     found = Gaussian(*(torch.from_numpy(one.astype(np.float64)) for one in (mean, covariance)))
     if not (found.mean.isfinite().all() and found.covariance.isfinite().all()):

@@ -16,11 +16,11 @@ from PIL import Image
 import train
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import AnnealedDynamics, ProbabilityFlow
-from callbacks import CallsCurve, ImageMetrics, ImageWriter
+from callbacks import CallsCurve, ClassifierFeatures, ImageMetrics, ImageWriter
 from callbacks.evaluation import Metric
 from callbacks.export import Export
 from callbacks.moments import Gaussian, Moments, load_statistics, moments_of, save_statistics
-from datamodules import MNIST, to_uint8
+from datamodules import MNIST, Digits, to_uint8
 from datamodules.images import to_unit
 from fake_images import Halves, Shades, evaluated, fake_trainer
 from tiny_data import write_mnist
@@ -143,6 +143,21 @@ def test_exported_samples_are_those_that_were_judged(tmp_path, monkeypatch):
     assert again["test/fid"] == pytest.approx(0, abs=1e-6) and row["test/fid"] > 1e-3
     with pytest.raises(UserError, match="samples.npz is there already; delete it, or choose another name"):
         evaluated(data, tmp_path, monkeypatch, x, "test", export=str(file))
+
+
+def test_statistics_of_another_classifier_are_refused(tmp_path):
+    """The same class, settings and size of features, trained on other images."""
+    first, second = (ClassifierFeatures(8, steps=2) for _ in range(2))
+    data = Shades(True, root=str(tmp_path))
+    before = first.protocol
+    first.prepare(data)
+    second.prepare(Digits(root=str(tmp_path)))
+    np.savez(tmp_path / "x.npz", mu=np.zeros(8), sigma=np.eye(8), features=np.array(first.protocol))
+    assert first.protocol.startswith(f"{before} trained ")
+    load_statistics(tmp_path / "x.npz", 8, before)  # before the features are there
+    load_statistics(tmp_path / "x.npz", 8, first.protocol)
+    with pytest.raises(UserError, match="was made in other features .*classifier-2 8 2 128 0 trained"):
+        load_statistics(tmp_path / "x.npz", 8, second.protocol)
 
 
 class Interrupted(list):
