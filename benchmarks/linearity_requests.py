@@ -12,8 +12,8 @@ from torch import Tensor
 
 import train
 from bd_lightning import checkpoints, facts
+from bd_lightning.addresses import digest
 from bd_lightning.cli import build
-from bd_lightning.cli.plan import digest
 from bd_lightning.fields import FieldPair, Mixture, batched, combine
 from bd_lightning.modules import RelativeDensities
 from bd_lightning.modules.generator import Generator

@@ -69,10 +69,11 @@ def _run(plan: Plan, run_dir: Path) -> None:
     data = build.instantiate(plan.config["data"], "data")
     if plan.facts is not None:
         resumed.refuse_other_data(plan.facts, data.facts)
+    if plan.command == "fit":
+        resumed.refuse_other_beginning(plan)  # in other words than an evaluation's
     model = objects.model(plan, data.facts)
     if plan.command == "fit":
         resumed.refuse_other_optimizer(plan, model)
-        resumed.refuse_other_beginning(plan)
         model.prepare(plan.checkpoint is None, data.facts)
     model.save_hyperparameters({**plan.record, "facts": data.facts.plain()})
     begin = Begin(plan)
