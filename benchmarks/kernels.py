@@ -9,10 +9,12 @@ digits, in features of a classifier of the training split. Prints a Markdown tab
 
 --mobility trains nothing: it says how far the two are apart in the data of a config (KEY=VALUE as in train.py). m is
 the mobility of closed-form slices, estimated from N training images at half as many noised others: the standard
-deviation of log m over these points, and σ∇log m, by which the two drifts differ, where the targets of σ∇log p are
-standard normal. Of score matching both are zero.
+deviation of log m over these points; σ∇log m, by which the two drifts differ; and its share of σ∇log p_σ, which is
+at least that of a Gaussian of the data's variance, σ/√(σ² + σ_d²) (Cramér and Rao's bound). For score matching all are
+zero.
 """
 
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bd_lightning.checks import UserError
 from bd_lightning.cli import build
 from bd_lightning.kernels import ClosedFormSlices
 from bd_lightning.modules import BellmanDiffusion
@@ -87,13 +90,19 @@ def mobility(words: list[str], n: int) -> None:
     data = common.make_data(config)
     data.prepare_data()
     data.setup("fit")
-    x = torch.cat(list(collect(common.batches(data, 0), n + max(2, n // 2)))).flatten(1).double()
-    y, points = x[:n], x[n : n + max(2, n // 2)]
+    others, there = max(2, n // 2), len(data.split("train"))
+    if n + others > there:
+        raise UserError(f"--mobility {n} takes {n + others} training samples, and there are {there}: give fewer")
+    x = torch.cat(list(collect(common.batches(data, 0), n + others))).flatten(1).double()
+    y, points = x[:n], x[n : n + others]
     noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     sizes = {level: variation(y, points, level * data.facts.sigma_data, noise) for level in LEVELS}
     print(f"{' '.join(words)}: {x.shape[1]} dimensions, {n} partners, {len(points)} points, seed 0\n")
-    lines = [[f"{level:g}", f"{spread:.3f}", f"{slope:.4f}"] for level, (spread, slope) in sizes.items()]
-    print(table(["σ/σ_d", "standard deviation of log m", "σ∇log m, root mean square"], lines))
+    lines = [
+        [f"{level:g}", f"{spread:.3f}", f"{slope:.5f}", f"{100 * slope * math.sqrt(1 + level**-2):.2f} %"]
+        for level, (spread, slope) in sizes.items()
+    ]
+    print(table(["σ/σ_d", "sd of log m", "σ∇log m, root mean square", "of σ∇log p, at most"], lines))
 
 
 def collect(batches: Iterator[tuple[Tensor, Tensor]], n: int) -> Iterator[Tensor]:

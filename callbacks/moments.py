@@ -79,7 +79,8 @@ def frechet(a: Gaussian, b: Gaussian) -> float:
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     shared = torch.linalg.eigvalsh(root @ b.covariance @ root).clamp_min(0).sqrt().sum()
     apart = (a.mean - b.mean).square().sum()
-    return max(0.0, float(apart + a.covariance.trace() + b.covariance.trace() - 2 * shared))  # rounding goes below
+    distance = apart + a.covariance.trace() + b.covariance.trace() - 2 * shared
+    return float(distance.clamp_min(0))  # rounding goes below; what is no number stays none
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:

@@ -374,6 +374,11 @@ def test_the_mobility_of_a_config_is_a_table(monkeypatch, capsys):
     assert "64 dimensions, 100 partners, 50 points" in out
     rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
     assert len(rows) == len(kernels.LEVELS) and all(0 < float(row[1]) < 1 for row in rows)
+    level, slope, share = float(rows[1][0].strip("| ")), float(rows[1][2]), float(rows[1][3].rstrip("% |"))
+    assert level == 0.3 and share == pytest.approx(100 * slope / (0.3 / math.sqrt(1 + 0.3**2)), abs=0.02)
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--mobility", "1001"])  # digits have 1,500: none stands twice
+    with pytest.raises(UserError, match="takes 1501 training samples, and there are 1500"):
+        kernels.main()
     monkeypatch.setattr(sys, "argv", ["kernels.py", "data=mnist"])
     with pytest.raises(SystemExit):
         kernels.main()

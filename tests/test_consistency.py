@@ -99,10 +99,23 @@ def test_a_tuned_model_resumes_and_draws_without_what_it_came_from(root, teacher
 def test_mixtures_that_were_never_trained_on_are_distilled(root, relative):
     words = ["model=consistency", f"model.teacher={relative}", "steps=2", "eval_every=2"]
     student = fit(root, "mixture", *words, "model.mix={3: 0.7, 8: 0.3}", "model.calibrate=20")
-    own = ["model.teacher=null", "model.mix=null", "model.calibrate=0"]
-    assert train.main([f"ckpt_path={student}", "steps=4", *own]) == 2  # its protocol would forget the teacher
     fit(root, "removed", *words, "model.remove=[7]", f"model.merge={{{relative}: 1.0}}")
     assert train.main(["predict", f"ckpt_path={student}", "n=5"]) == 0
+
+
+def test_a_student_keeps_having_a_teacher_or_none(root, teacher, tuned, capsys):
+    """What it has learned is written beside its numbers, so that it may not forget."""
+    student = fit(root, "taught", "model=consistency", f"model.teacher={teacher}", "steps=2", "eval_every=2")
+    for words in ([f"ckpt_path={student}", "steps=4"], ["test", f"ckpt_path={student}"]):
+        assert train.main([*words, "model.teacher=null"]) == 2
+        assert "'model.teacher' says whom a student learns from, and this one has learned" in capsys.readouterr().err
+    moved = teacher.with_name("moved.ckpt")
+    moved.write_bytes(teacher.read_bytes())
+    assert (
+        train.main([f"ckpt_path={student}", "steps=4", f"model.teacher={moved}"]) == 0
+    )  # it may lie elsewhere by then
+    assert train.main([f"ckpt_path={tuned}", "steps=6", f"model.teacher={teacher}"]) == 2
+    assert "'model.teacher' says whom" in capsys.readouterr().err
 
 
 def test_a_student_of_some_classes_draws_these_alone(root, relative, tmp_path, capsys, caplog):
@@ -263,7 +276,9 @@ def test_metrics_against_calls(root, teacher, tuned, capsys, caplog):
     assert [(row["sampler"], row["calls"]) for row in rows] == [("sde", 3), ("sde", 8), ("ode", 3), ("ode", 7)]
     assert all(row["fid"] > 0 and 0 <= row["recall"] <= 1 for row in rows)
     assert "(ode@7, 7 network calls, seed 1)" in rows[-1]["protocol"]
-    assert "| sampler | calls | fid | kid | precision | recall |" in (folder / "calls.md").read_text()
+    written = (folder / "calls.md").read_text()
+    assert "| sampler | calls | fid | kid | precision | recall |" in written
+    assert all(row["protocol"] in written for row in rows) and len({row["protocol"] for row in rows}) == 4
     assert (folder / "figures" / "calls-0000020.png").is_file()
     assert train.main(["test", f"ckpt_path={tuned}", "calls=5", "logger=wandb"]) == 0
     (folder,) = tuned.parents[1].glob("test-*")

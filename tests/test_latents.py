@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -50,7 +51,9 @@ def test_reconstructions_resemble_their_images(root, autoencoder):
 def test_each_image_is_reconstructed_once(root, autoencoder, capsys):
     """Digits hold 149 out for the test, and the config asks for 10,000."""
     ae = autoencoder.parents[1]
-    assert train.main(["test", f"ckpt_path={autoencoder}", f"root={root / 'runs'}", f"data.root={root / 'data'}"]) == 0
+    words = [f"root={root / 'runs'}", f"data.root={root / 'data'}", f"export={root / 'drawn.npz'}"]
+    assert train.main(["test", f"ckpt_path={autoencoder}", *words]) == 0
+    assert np.load(root / "drawn.npz")["arr_0"].shape == (149, 8, 8, 3)
     out = capsys.readouterr().out
     assert "149 samples (reconstruction" in out and "precision, recall: 149 of each" in out
     assert "to learn in its codes: train.py data=digits_latent model=mlp data.autoencoder.ckpt_path=" in out

@@ -70,7 +70,7 @@ def _run(plan: Plan, run_dir: Path) -> None:
     if plan.facts is not None:
         resumed.refuse_other_data(plan.facts, data.facts)
     if plan.command == "fit":
-        resumed.refuse_other_beginning(plan)  # in other words than an evaluation's
+        resumed.refuse_other_beginning(plan)
     model = objects.model(plan, data.facts)
     if plan.command == "fit":
         resumed.refuse_other_optimizer(plan, model)

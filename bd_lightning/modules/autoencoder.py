@@ -70,7 +70,7 @@ codes = latents.encode(images)  # (B, C, H, W) in [−1, 1]; latents.decode(code
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take note of what its codes are known by."""
         super().on_load_checkpoint(checkpoint)
-        self.codes = checkpoint.get("codes", "")
+        self.codes = str(checkpoint.get("codes") or "")
 
     def codes_of(self, path: str) -> str:
         """Those of the file that was trained, also where this one was exported from it."""
