@@ -163,7 +163,11 @@ class FlowLikelihood(Likelihood):
 
     def method(self, dim: int) -> str:
         """How it is computed for a number of dimensions, in words."""
-        trace = "exact trace" if dim <= self.exact else f"Hutchinson's trace of {self.probes} probes"
+        trace = (
+            "exact trace"
+            if dim <= self.exact
+            else f"Hutchinson's trace of {self.probes} probe{'s' * (self.probes > 1)}"
+        )
         return (
             f"probability flow from noise level {self.sigma_min:g} to {self.sigma_max:g}, {self.steps} steps "
             f"({4 * self.steps} network calls), {trace}, seed {self.seed}"

@@ -16,6 +16,7 @@ import train
 from bd_lightning import checkpoints
 from bd_lightning.addresses import digest
 from bd_lightning.checks import UserError
+from bd_lightning.cli import export
 from bd_lightning.latents import TrainedLatents, check_codes
 from conftest import ROOT
 from small_run import contents
@@ -101,7 +102,7 @@ def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path):
     assert json.loads((again / "fid.json").read_text()) == rows[1:]
 
 
-def test_the_card_leaves_out_numbers_of_samples_drawn_otherwise(run, tmp_path, capsys):
+def test_the_card_leaves_out_numbers_of_samples_drawn_otherwise(run, tmp_path, capsys, monkeypatch):
     last = run / "checkpoints" / "last.ckpt"
     ode = bd_lightning.load(last).model.drawing("ode")
     assert "steps=3.0" in ode and ode.endswith("before=1.0, transition=None)")
@@ -129,7 +130,9 @@ def test_the_card_leaves_out_numbers_of_samples_drawn_otherwise(run, tmp_path, c
     settings = run / "test-last-0000004-2" / "settings.json"
     for text, sentence in [("{", "settings.json is damaged"), ("[]", "it holds no dict")]:
         settings.write_text(text)
-        assert train.main(["export", f"ckpt_path={last}", f"to={tmp_path / 'none'}", *QUIET]) == 2
+        with monkeypatch.context() as patched:
+            patched.setattr(export, "draw", lambda plan, folder: pytest.fail("samples were drawn for nothing"))
+            assert train.main(["export", f"ckpt_path={last}", f"to={tmp_path / 'none'}", *QUIET]) == 2
         assert sentence in capsys.readouterr().err
     for text in ("{}", '{"checkpoints": 3}', '{"checkpoints": []}'):
         settings.write_text(text)

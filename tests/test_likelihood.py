@@ -38,7 +38,7 @@ def test_bits_per_dimension_of_images(run, capsys):
     assert 2 < row["test/bits_per_dim"] < 12 and 0 < row["test/bits_per_dim_se"] < 1
     said = capsys.readouterr().out
     assert row["summary"] in said and "bits per dimension: 20 samples of the test split" in said
-    for word in ("dequantised", "Hutchinson's trace of 1 probes", "4 steps (16 network calls)", "seed 1"):
+    for word in ("dequantised", "Hutchinson's trace of 1 probe,", "4 steps (16 network calls)", "seed 1"):
         assert word in row["protocol"]
     (logged,) = run.glob("test-*/metrics.csv")
     assert "test/bits_per_dim_se" in logged.read_text()

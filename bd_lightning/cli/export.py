@@ -49,10 +49,11 @@ def run(plan: Plan) -> None:
             stored = {**plan.record, "facts": facts.plain()}
             stored = exported.portable(with_autoencoder(stored, folder, precision))
             module = objects.model(plan, facts)
+            rows = measured(plan, module)  # a damaged record is found before anything is drawn
             codes = module.codes_of(config["ckpt_path"])
             exported.write(folder, module, stored, plan.step, precision, rounded(plan, precision), codes)
             product = draw(plan, folder)
-            write_card(plan, folder, module, target.name, precision, product)
+            write_card(plan, folder, module, target.name, precision, product, *rows)
     except ValueError as error:
         raise UserError(f"export: {error}") from error
     size = sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -143,9 +144,17 @@ def draw(plan: Plan, folder: Path) -> str | None:
 # ---- the model card
 
 
-def write_card(plan: Plan, folder: Path, module: Module, name: str, precision: str, product: str | None) -> None:
-    """Write README.md, and the records with the rows that it quotes."""
-    records, others = measured(plan, module)
+def write_card(
+    plan: Plan,
+    folder: Path,
+    module: Module,
+    name: str,
+    precision: str,
+    product: str | None,
+    records: dict[str, list[dict[str, Any]]],
+    others: int,
+) -> None:
+    """Write README.md, and the records with the rows that it quotes (`measured`)."""
     for record, rows in records.items():
         (folder / record).write_text(json.dumps(rows, indent=1))
     facts: Any = plan.facts
