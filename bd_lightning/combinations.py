@@ -46,7 +46,7 @@ def choose_labels(asked: Sequence[int | str], facts: Facts, model: Any) -> list[
 
 def identity(model: Any, facts: Facts) -> dict[str, Any]:
     """What has to agree for two models to be merged."""
-    return {**model.mixture_identity(), "space (pixels, or the codes of one autoencoder)": facts.space}
+    return {**model.mixture_identity(), **facts.units}
 
 
 def combined(

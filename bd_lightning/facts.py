@@ -52,6 +52,16 @@ class Facts:
         return None
 
     @property
+    def units(self) -> dict[str, Any]:
+        """What the numbers of a sample stand for, by name: only where all of it agrees do models go together."""
+        return {
+            "space (pixels, or the codes of one autoencoder)": self.space,
+            "columns": self.columns,
+            "center (data.center, what each column is standardised around)": self.center,
+            "scale (data.scale, what each column is divided by)": self.scale,
+        }
+
+    @property
     def arguments(self) -> dict[str, Any]:
         """What a class of a config is given if it has an argument of that name and no value for it."""
         return {"shape": self.shape, "num_classes": self.num_classes}

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bd_lightning import divergences
-from bd_lightning.checks import in_range, one_of, positive
+from bd_lightning.checks import UserError, in_range, one_of, positive
 from bd_lightning.divergences import bcast
 from bd_lightning.fields import AnalyticFields, AnalyticRelative, FieldPair, LearnedFields, RelativeFields
 from bd_lightning.networks.dual import refuse_fused
@@ -66,6 +66,12 @@ class Losses:
     scalar: Tensor
     sigma: Tensor
     relative_s: Tensor
+
+    def __post_init__(self) -> None:
+        shapes = {name: list(value.shape) for name, value in vars(self).items()}
+        if len(self.sigma.shape) != 1 or any(shape != shapes["sigma"] for shape in shapes.values()):
+            said = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise UserError(f"an objective's Losses are numbers of shape (B,), one for each point; got {said}")
 
     @property
     def total(self) -> Tensor:

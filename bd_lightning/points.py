@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, distributed
 
 from bd_lightning import kernels
-from bd_lightning.checks import in_range, one_of, positive
+from bd_lightning.checks import UserError, in_range, one_of, positive
 from bd_lightning.divergences import bcast
 
 
@@ -114,10 +114,19 @@ class Pool:
     def mobility(
         self, kernel: kernels.Kernel, x: Tensor, sigma: Tensor, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
-        """m̂ (B,) and ∇m̂ (B, *) at x (B, *) and noise levels sigma (B,), in single precision at least."""
+        """m̂ (B,) and ∇m̂ (B, *) at x (B, *) and noise levels sigma (B,), in single precision at least.
+
+        Raises:
+            UserError: for a kernel whose estimates have other shapes.
+        """
         with torch.autocast(x.device.type, enabled=False):
             flat, y = x.flatten(1).float(), self.y.flatten(1).float()
             m, grad_m = kernel(flat, y, sigma.float(), self.weights, generator)
+        if m.shape != sigma.shape or grad_m.shape != flat.shape:
+            raise UserError(
+                f"{type(kernel).__name__} must return the mobility of shape {list(sigma.shape)} and its gradient of "
+                f"shape {list(flat.shape)}, one for each point; got {list(m.shape)} and {list(grad_m.shape)}"
+            )
         return m, grad_m.reshape(x.shape)
 
 

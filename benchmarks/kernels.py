@@ -8,7 +8,8 @@ measured side by side. FID is of `samples` samples (ODE, 35 calls) of the averag
 digits, in features of a classifier of the training split. Prints a Markdown table.
 
 --mobility trains nothing: it says how far the two are apart in the data of a config (KEY=VALUE as in train.py). m is
-the mobility of closed-form slices, estimated from N training images at half as many noised others: the standard
+the mobility of the config's kernel, closed-form slices unless it says another, estimated from N training images at half
+as many noised others: the standard
 deviation of log m over these points; σ∇log m, by which the two drifts differ; and its share of σ∇log p_σ, which is
 at least that of a Gaussian of the data's variance, σ/√(σ² + σ_d²) (Cramér and Rao's bound). For score matching all are
 zero.
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build
-from bd_lightning.kernels import ClosedFormSlices
+from bd_lightning.kernels import Kernel
 from bd_lightning.modules import BellmanDiffusion
+from bd_lightning.modules.base import told
 from benchmarks import common
 from benchmarks.common import Recipe, Training, Turns
 from benchmarks.rows import table
@@ -66,10 +68,11 @@ def train(data: Any, steps: int, seed: int) -> tuple[dict[str, BellmanDiffusion]
     return {name: training.averaged for name, training in trainings.items()}, turns
 
 
-def variation(y: Tensor, x: Tensor, sigma: float, noise: Tensor) -> tuple[float, float]:
-    """How far the mobility of closed-form slices is from a constant at noised points.
+def variation(kernel: Kernel, y: Tensor, x: Tensor, sigma: float, noise: Tensor) -> tuple[float, float]:
+    """How far the mobility of a kernel is from a constant at noised points.
 
     Args:
+        kernel: the kernel.
         y: partners, shape (N, d).
         x: points, shape (B, d).
         sigma: noise level, in units of the data.
@@ -79,14 +82,15 @@ def variation(y: Tensor, x: Tensor, sigma: float, noise: Tensor) -> tuple[float,
         The standard deviation of log m over the points, and the root mean square of an entry of σ∇log m.
     """
     levels, weights = x.new_full((len(x),), sigma), x.new_full((len(x), len(y)), 1 / len(y))
-    m, grad_m = ClosedFormSlices()(x + sigma * noise, y, levels, weights)
+    m, grad_m = kernel(x + sigma * noise, y, levels, weights, torch.Generator().manual_seed(1))
     return float(m.log().std()), float((sigma * grad_m / m[:, None]).square().mean().sqrt())
 
 
 def mobility(words: list[str], n: int) -> None:
-    """Print how far the mobility of closed-form slices is from a constant, by noise level."""
+    """Print how far the mobility of a config's kernel is from a constant, by noise level."""
     config = common.compose(*words)
     build.check_kind(config["model"], "model", "bd_lightning.modules.BellmanDiffusion")
+    kernel = build.instantiate(config["model"]["kernel"], "model.kernel")
     data = common.make_data(config)
     data.prepare_data()
     data.setup("fit")
@@ -96,8 +100,8 @@ def mobility(words: list[str], n: int) -> None:
     x = torch.cat(list(collect(common.batches(data, 0), n + others))).flatten(1).double()
     y, points = x[:n], x[n : n + others]
     noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
-    sizes = {level: variation(y, points, level * data.facts.sigma_data, noise) for level in LEVELS}
-    print(f"{' '.join(words)}: {x.shape[1]} dimensions, {n} partners, {len(points)} points, seed 0\n")
+    sizes = {level: variation(kernel, y, points, level * data.facts.sigma_data, noise) for level in LEVELS}
+    print(f"{' '.join(words)}: {told(kernel)}, {x.shape[1]} dimensions, {n} partners, {len(points)} points, seed 0\n")
     lines = [
         [f"{level:g}", f"{spread:.3f}", f"{slope:.5f}", f"{100 * slope * math.sqrt(1 + level**-2):.2f} %"]
         for level, (spread, slope) in sizes.items()

@@ -201,21 +201,23 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
 
 def line(env: str, threshold: float, rates: dict[str, float], rows: dict[str, Row], most: int) -> str:
     """One line of the table of steps to thresholds."""
-    counted, cells = {}, []
+    counted, cells, there = {}, [], 0
     for method in METHODS:
         if method not in rows:
             cells.append("–")
             continue
         found = [reached(rows[method]["env_steps"], run, threshold) for run in rows[method]["returns"]]
         counted[method] = [min(steps, most) for steps in found]
+        there += sum(f < math.inf for f in found)
         cells.append(f"{np.mean(counted[method]):,.0f}, {sum(f < math.inf for f in found)}/{len(found)}")
     ours, *others = counted.values()
-    value, low, high = ratio(ours, min(others, key=np.mean))
+    compared = "–"  # where no run of any method got there
+    if there:
+        value, low, high = ratio(ours, min(others, key=np.mean))
+        compared = f"{value:.2f} ({low:.2f} to {high:.2f})" if len(ours) > 1 else f"{value:.2f} (one seed)"
     shown = ", ".join(f"{rates[m]:g}" for m in rows)
     costs = ", ".join(f"{row['milliseconds']:.2f}" for row in rows.values())
-    return (
-        f"| {env} | {threshold:g} | {shown} | {' | '.join(cells)} | {value:.2f} ({low:.2f} to {high:.2f}) | {costs} |"
-    )
+    return f"| {env} | {threshold:g} | {shown} | {' | '.join(cells)} | {compared} | {costs} |"
 
 
 def evaluation_table(rows: list[dict]) -> None:

@@ -1,5 +1,6 @@
 """Pictures of data in few dimensions: learned fields beside the true ones, samples over contours, marginals."""
 
+import contextlib
 import textwrap
 from collections.abc import Sequence
 
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from bd_lightning.checks import positive
+from bd_lightning.kernels import NoClosedForm
 from bd_lightning.targets import Density
 from callbacks.drawing import SampleModule, data_of, draw_together
 from callbacks.evaluation import Evaluation
@@ -129,9 +131,10 @@ def field_figure(pl_module: SampleModule, density: Density | None, level: float,
     assert x is not None
     s, g = (field.numpy() for field in fields_at(pl_module, x, level))
     true: tuple[np.ndarray, np.ndarray] | None = None
-    if density is not None:
-        true_s, true_g = true_fields(pl_module, density, x, level)
-        true = true_s.numpy(), true_g.numpy()
+    with contextlib.suppress(NoClosedForm):
+        if density is not None:
+            true_s, true_g = true_fields(pl_module, density, x, level)
+            true = true_s.numpy(), true_g.numpy()
     if pl_module.dim == 1:
         figure = Figure(figsize=(8, 3), dpi=120, layout="constrained")
         for axes, title, learned, exact in zip(

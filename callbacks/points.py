@@ -8,6 +8,7 @@ from torch import Tensor
 
 from bd_lightning.checks import positive
 from bd_lightning.distances import mmd, relative_error, wasserstein2
+from bd_lightning.kernels import NoClosedForm
 from bd_lightning.targets import Density
 from callbacks.drawing import SampleModule, data_of, draw_together, manner
 from callbacks.evaluation import Evaluation, Findings, Metric
@@ -107,7 +108,7 @@ class PointMetrics(Evaluation):
     ) -> Findings:
         """Distances, which are infinite if chains were lost, and errors of the fields."""
         data = data_of(trainer)
-        n, held_out = self._total(data), samples_of(data.split(stage))
+        n, held_out, unknown = self._total(data), samples_of(data.split(stage)), ""
         w2_floor, mmd_floor = self._floor(data, stage)
         if drawn is None:
             values = {"w2": math.inf, "mmd": math.inf}
@@ -117,13 +118,16 @@ class PointMetrics(Evaluation):
             if data.density is not None and len(data.density.mode_weights) > 1:
                 values |= mode_shares(drawn, data.density)
         if data.density is not None:
-            values |= self._field_errors(pl_module, data.density, held_out, stage)
+            try:
+                values |= self._field_errors(pl_module, data.density, held_out, stage)
+            except NoClosedForm as error:
+                unknown = f"; no errors of the fields: {error}"
         modes = f", largest error of a mode's weight {values['mode_error']:.3f}" if "mode_error" in values else ""
         protocol = (
             f"{n} samples ({manner(pl_module, sampler)}, seed {self.seed}), "
             f"{min(n, self.n)} at a time, "
             f"against {min(self.n, len(held_out))} points of the {stage} split of {data.name}; "
-            f"floor: {n} training points in their place"
+            f"floor: {n} training points in their place{unknown}"
         )
         summary = (
             f"W2 {values['w2']:.4f} (floor {w2_floor:.4f}), "
@@ -162,7 +166,11 @@ def mode_shares(x: Tensor, density: Density) -> dict[str, float]:
 
 
 def true_fields(pl_module: SampleModule, density: Density, x: Tensor, level: float) -> tuple[Tensor, Tensor]:
-    """The minimisers s* (B,) and g* (B, d) of a module's losses at points x (B, d) and noise level σ."""
+    """The minimisers s* (B,) and g* (B, d) of a module's losses at points x (B, d) and noise level σ.
+
+    Raises:
+        NoClosedForm: for a kernel that knows none.
+    """
     x = x.double()
     return pl_module.analytic(density)(x, x.new_full((len(x),), level))
 

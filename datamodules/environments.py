@@ -1,6 +1,7 @@
 """Environments of gymnasium: they are stepped while the model trains, and it learns from a replay buffer."""
 
 import importlib
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,8 @@ def make_envs(name: str, count: int, options: dict[str, Any] | None = None, scal
     try:
         import gymnasium
         from gymnasium.vector import AutoresetMode
+
+        from datamodules.guarded import Guarded
     except ImportError as error:
         raise UserError("environments need gymnasium: install it with 'uv sync --group rl'") from error
     if ":" in name:  # module:id imports the module, which runs it; configs of checkpoints name environments too
@@ -84,10 +87,11 @@ def make_envs(name: str, count: int, options: dict[str, Any] | None = None, scal
         box = gymnasium.spaces.Box(low, high, dtype=np.float32)
         return gymnasium.wrappers.TransformObservation(env, lambda x: np.asarray(x, np.float32) / scale, box)
 
+    wrappers: list[Any] = [partial(Guarded, name=name), plain, divided]
     try:
         mode = {"autoreset_mode": AutoresetMode.SAME_STEP}
         envs = gymnasium.make_vec(
-            name, count, vectorization_mode="sync", vector_kwargs=mode, wrappers=[plain, divided], **(options or {})
+            name, count, vectorization_mode="sync", vector_kwargs=mode, wrappers=wrappers, **(options or {})
         )
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(

@@ -24,6 +24,8 @@ _MISSING = ("", "nan", "na", "n/a", "null", "none", "nat", "<na>")
 class Table(DataModule):
     """Rows of a table, each column standardised to mean 0 and standard deviation 1 on the training split.
 
+    A center and a scale may be given instead: tables whose models are to be merged need the same.
+
     Every cell of the columns in use must be a finite number; booleans count as 0 and 1. Rows are split by a fixed
     shuffle, and blank lines of a text file are skipped.
 
@@ -32,14 +34,16 @@ class Table(DataModule):
         dataset: instead of a file, one of scikit-learn's sets, without its target: wine, breast_cancer or diabetes.
         columns: the columns to model, in this order; None takes all.
         drop: columns to leave out.
+        center: what each column is standardised around, (d,), in the table's units; None takes the means.
+        scale: what each column is divided by, (d,), in the table's units; None takes the standard deviations.
         val_fraction: share of the rows held out for validation, at least 2 rows.
         test_fraction: share of the rows held out for the test, at least 2 rows.
         options: arguments of `DataModule`.
 
     Attributes:
         columns: names of the d columns.
-        center: their means over the training split, (d,), in the table's units.
-        scale: their standard deviations over the training split, (d,), in the table's units.
+        center: their means over the training split, or what was given, (d,), in the table's units.
+        scale: their standard deviations over the training split, or what was given, (d,), in the table's units.
 
     Raises:
         DataError: if the table is missing, unreadable, too short, or has a cell or column that cannot be modelled.
@@ -53,6 +57,8 @@ class Table(DataModule):
         dataset: str | None = None,
         columns: list[str] | None = None,
         drop: list[str] | None = None,
+        center: list[float] | None = None,
+        scale: list[float] | None = None,
         val_fraction: float = 0.1,
         test_fraction: float = 0.1,
         **options: Any,
@@ -71,8 +77,8 @@ class Table(DataModule):
         values = np.stack([_numbers(self.place, name, frame[name]) for name in self.columns], 1)
         self.digest = hashlib.sha256(values.tobytes()).hexdigest()
         self.rows = self._cut(torch.from_numpy(values), val_fraction, test_fraction)
-        self.center = self.rows["train"].mean(0)
-        self.scale = self.rows["train"].std(0, correction=0)
+        self.center = self._given("center", center, -math.inf, self.rows["train"].mean(0))
+        self.scale = self._given("scale", scale, 0.0, self.rows["train"].std(0, correction=0))
         self._check_scale()
         self.log_volume = float(self.scale.log().sum())
 
@@ -118,6 +124,17 @@ class Table(DataModule):
             )
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         return dict(zip(("train", "val", "test"), rows[order].split([train, val, test])))
+
+    def _given(self, key: str, values: list[float] | None, least: float, own: Tensor) -> Tensor:
+        if values is None:
+            return own
+        if len(values) != len(own) or not all(least < value < math.inf for value in values):
+            kind = "finite numbers" if least < 0 else "positive numbers"
+            raise DataError(
+                f"{self.place}: data.{key} must be {len(own)} {kind}, one for each column ({', '.join(self.columns)}); "
+                f"got {list(values)}"
+            )
+        return torch.tensor(values, dtype=own.dtype)
 
     def _check_scale(self) -> None:
         low, high = self.rows["train"].aminmax(dim=0)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bd_lightning.checks import UserError
+from bd_lightning.kernels import ClosedFormSlices
 from bd_lightning.modules.base import learning_rate
 from benchmarks import common, copies, kernels, mode_weights, peers, returns_tables
 from benchmarks.rows import Rows, mean_sd, table
@@ -361,7 +362,9 @@ def test_weights_of_modes_are_of_their_own_data(monkeypatch):
 def test_how_far_the_mobility_is_from_a_constant():
     """Data in one point: m = (2π(ε + σ² + σ²‖n‖²/d))^{−1/2}, in closed form at every noised point."""
     n = torch.randn(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    spread, slope = kernels.variation(torch.zeros(5, 4).double(), torch.zeros(200, 4).double(), 0.5, n)
+    spread, slope = kernels.variation(
+        ClosedFormSlices(), torch.zeros(5, 4).double(), torch.zeros(200, 4).double(), 0.5, n
+    )
     total = 1e-3 + 0.25 + 0.25 * n.square().sum(1) / 4
     assert spread == pytest.approx(float((-0.5 * total.log()).std()), rel=1e-9)
     assert slope == pytest.approx(float((0.25 * n / (4 * total[:, None])).square().mean().sqrt()), rel=1e-9)
@@ -376,6 +379,11 @@ def test_the_mobility_of_a_config_is_a_table(monkeypatch, capsys):
     assert len(rows) == len(kernels.LEVELS) and all(0 < float(row[1]) < 1 for row in rows)
     level, slope, share = float(rows[1][0].strip("| ")), float(rows[1][2]), float(rows[1][3].rstrip("% |"))
     assert level == 0.3 and share == pytest.approx(100 * slope / (0.3 / math.sqrt(1 + 0.3**2)), abs=0.02)
+    other = ["kernels.py", "--mobility", "100", "model.kernel._target_=bd_lightning.kernels.Constant"]
+    monkeypatch.setattr(sys, "argv", other)
+    kernels.main()
+    out = capsys.readouterr().out
+    assert "Constant(epsilon=0.001), 64 dimensions" in out and "| 0.000 | 0.00000 | 0.00 % |" in out
     monkeypatch.setattr(sys, "argv", ["kernels.py", "--mobility", "1001"])  # digits have 1,500: none stands twice
     with pytest.raises(UserError, match="takes 1501 training samples, and there are 1500"):
         kernels.main()

@@ -182,6 +182,52 @@ class FromFive(gymnasium.Env):
         return self.seen(), 0.0, self.at == 7, False, {}
 
 
+class Faulty(gymnasium.Env):
+    """Gives what it is told to at its third step of an episode."""
+
+    observation_space = gymnasium.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gymnasium.spaces.Discrete(2)
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def reset(self, seed=None, options=None):
+        self.at = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.at += 1
+        seen, reward = np.zeros(2, np.float32), 0.0
+        if self.at == 3:
+            if self.fault == "raise":
+                raise RuntimeError("motor on fire")
+            seen = {"shape": np.zeros(3, np.float32), "nan": np.full(2, np.nan, np.float32)}.get(self.fault, seen)
+            reward = {"reward": float("nan"), "none": None, "inf": float("inf")}.get(self.fault, reward)
+        return seen, reward, self.at == 5, False, {}
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("raise", r"'Faulty-v0' failed in step\(\): RuntimeError: motor on fire"),
+        ("shape", r"'Faulty-v0' observes the shape \[3\] in step\(\), and its observation_space says \[2\]"),
+        ("nan", r"'Faulty-v0' observes numbers that are not finite in step\(\)"),
+        ("reward", r"'Faulty-v0' gives the reward nan in step\(\): rewards must be finite numbers"),
+        ("inf", r"'Faulty-v0' gives the reward inf in step\(\): rewards must be finite numbers"),
+        ("none", r"'Faulty-v0' failed in step\(\): TypeError: .*NoneType"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # gymnasium's own checker has seen it too
+def test_faults_of_environments_name_them(fault, message, monkeypatch):
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    gymnasium.register("Faulty-v0", entry_point=Faulty, disable_env_checker=True)
+    with pytest.raises(DataError, match=message):
+        envs = make_envs("Faulty-v0", 2, {"fault": fault})
+        envs.reset(seed=0)
+        for _ in range(4):
+            envs.step(np.zeros(2, dtype=int))
+
+
 def test_spaces_that_do_not_start_at_zero_and_single_numbers(monkeypatch):
     monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
     gymnasium.register("FromFive-v0", entry_point=FromFive, max_episode_steps=20)

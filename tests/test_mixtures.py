@@ -171,9 +171,30 @@ def test_what_is_asked_of_samples_is_for_predict(command, word, whole, capsys):
     assert f"'{word.partition('=')[0]}' is for train.py predict" in capsys.readouterr().err
 
 
+def fit_tables(root: Path) -> list[Path]:
+    """Models of tables: two around different means, and two of other columns around one that was given."""
+    found = []
+    for name, columns, shift, words in (
+        ("near", "a,b", 0, []),
+        ("far", "a,b", 50, []),
+        ("left", "c,d", 0, ["data.center=[0,0]", "data.scale=[2,2]"]),
+        ("right", "c,d", 50, ["data.center=[0,0]", "data.scale=[2,2]"]),
+    ):
+        rows = torch.randn(100, 2, generator=torch.Generator().manual_seed(0)) + shift
+        path = root / f"{name}.csv"
+        path.write_text(f"{columns}\n" + "\n".join(f"{a},{b}" for a, b in rows.tolist()))
+        own = ["data=table", f"data.file={path}", "data.batch_size=32", "model=relative", *words]
+        own += ["model.network.per_class=false", "callbacks=points", "callbacks.best=null", "callbacks.metrics=null"]
+        own += ["callbacks.figures=null", "callbacks.trajectory=null", "trainer=cpu", "logger=none", f"run_id={name}"]
+        assert train.main([*own, "steps=1", f"root={root / 'runs'}"]) == 0
+        found.append(root / "runs" / "bellman-diffusion" / name / "checkpoints" / "last.ckpt")
+    return found
+
+
 def test_models_that_do_not_fit_each_other(whole, root, capsys):
     def refused(*words):
-        assert train.main(["predict", f"ckpt_path={whole}", *words]) == 2
+        words = words if words[1:] else (*words, f"ckpt_path={whole}")
+        assert train.main(["predict", *words]) == 2
         return capsys.readouterr().err
 
     other = fit(root, "other", 1, "model.noise.std=1.0")
@@ -184,6 +205,11 @@ def test_models_that_do_not_fit_each_other(whole, root, capsys):
     words += ["callbacks.metrics=null", "callbacks.figures=null", "callbacks.trajectory=null", "data.batch_size=32"]
     assert train.main([*words, "steps=1", "logger=none", f"root={root / 'runs'}", "run_id=points"]) == 0
     assert "shape of a sample [13] against [1, 8, 8]" in refused(f"merge={{{points}: 1.0}}")
+    units = fit_tables(root)
+    message = refused(f"merge={{{units[1]}: 1.0}}", f"ckpt_path={units[0]}")
+    assert "center (data.center, what each column is standardised around)" in message
+    assert "columns ('a', 'b') against ('c', 'd')" in refused(f"merge={{{units[0]}: 1.0}}", f"ckpt_path={units[2]}")
+    assert train.main(["predict", f"ckpt_path={units[2]}", f"merge={{{units[3]}: 1.0}}", "n=8"]) == 0
     plain = root / "runs" / "bellman-diffusion" / "plain" / "checkpoints" / "last.ckpt"
     command = ["model=mlp", "steps=1", *WORDS[3:5], *WORDS[6:11], f"root={root / 'runs'}", "run_id=plain"]
     assert train.main(command) == 0

@@ -320,3 +320,54 @@ def test_what_is_not_a_state_is_not_taken_from_a_checkpoint(how, trained, tmp_pa
 def test_a_module_that_fails_while_it_is_imported(line, reason, own):
     status, said = own(line + "\n", "callbacks.own._target_=own_parts.Own")
     assert status == 2 and "cannot import 'own_parts.Own'" in said and reason in said
+
+
+KERNEL = """
+from bd_lightning.kernels import Constant
+from bd_lightning.objectives import FieldDivergence
+from bd_lightning.kernels import Kernel
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Open(Constant):
+    def mobility(self, density, x, sigma):
+        return Kernel.mobility(self, density, x, sigma)
+
+
+@dataclass(frozen=True)
+class Column(Constant):
+    def __call__(self, *args, **options):
+        m, slope = super().__call__(*args, **options)
+        return m[:, None], slope
+
+
+@dataclass(frozen=True)
+class Mean(FieldDivergence):
+    def __call__(self, *args, **options):
+        losses = super().__call__(*args, **options)
+        return replace(losses, gradient=losses.gradient.mean())
+"""
+
+
+def test_a_kernel_without_a_closed_form_is_judged_by_its_samples_alone(own):
+    status, said = own(
+        KERNEL,
+        "model.kernel={_target_: own_parts.Open, epsilon: 0.01}",
+        "callbacks.figures._target_=callbacks.FieldFigures",
+    )
+    assert status == 0, said
+    assert "no errors of the fields: Open knows no closed form of its mobility" in said and "W2" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("model.kernel={_target_: own_parts.Column, epsilon: 0.01}",
+         "Column must return the mobility of shape [64] and its gradient of shape [64, 2], one for each point"),
+        ("model.objective={_target_: own_parts.Mean}", "an objective's Losses are numbers of shape (B,)"),
+    ],
+)  # fmt: skip
+def test_what_has_another_shape_than_the_points_is_refused(word, message, own):
+    status, said = own(KERNEL, word)
+    assert status == 2 and message in said

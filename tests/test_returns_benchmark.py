@@ -214,3 +214,14 @@ def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyon
     assert returns_tables.beyond(2e-3, [1e-3, 2e-3], dataclasses.replace(setting, wider=0)) is None
     assert returns_tables.beyond(1e-3, [5e-4, 1e-3, 2e-3], setting) is None
     assert returns_tables.ratio([1.0, 1.0], [2.0, 2.0]) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_no_ratio_where_no_run_got_there():
+    rows = {
+        method: {"env_steps": [10, 20], "returns": [[0.0, 1.0]], "milliseconds": 1.0} for method in ("returns", "c51")
+    }
+    rates = dict.fromkeys(rows, 1e-3)
+    assert "20, 0/1 | 20, 0/1 | – | – | 1.00, 1.00 |" in returns_tables.line("e", 2.0, rates, rows, 20)
+    assert "| 1.00 (one seed) |" in returns_tables.line("e", 0.0, rates, rows, 20)
+    rows = {method: {**row, "returns": row["returns"] * 2} for method, row in rows.items()}
+    assert "| 1.00 (1.00 to 1.00) |" in returns_tables.line("e", 0.0, rates, rows, 20)

@@ -268,3 +268,17 @@ def test_bad_options():
     for name in ("val_fraction", "test_fraction"):
         with pytest.raises(ValueError, match=f"{name} must lie between 0.001 and 0.5"):
             Table(dataset="wine", **{name: 0.6})
+
+
+def test_a_center_and_a_scale_that_are_given(tmp_path):
+    path = save(tmp_path / "t.csv", frame())
+    data = table(path, center=[1.0, 2.0, 3.0], scale=[4.0, 5.0, 6.0])
+    assert data.facts.center == (1.0, 2.0, 3.0) and data.facts.scale == (4.0, 5.0, 6.0)
+    x = data.load_split("train").x
+    assert torch.allclose(data.to_units(x), data.rows["train"], rtol=1e-5)
+    assert torch.allclose(x[:, 1].double() * 5 + 2, data.rows["train"][:, 1], rtol=1e-5)
+    assert data.log_volume == pytest.approx(np.log(120))
+    said = refusal(path, center=[1.0, 2.0])
+    assert "data.center must be 3 finite numbers, one for each column (height, mass, charge)" in said
+    assert "data.scale must be 3 positive numbers" in refusal(path, scale=[1.0, 0.0, 1.0])
+    assert "data.center must be 3 finite numbers" in refusal(path, center=[1.0, 2.0, float("nan")])

@@ -1,0 +1,67 @@
+"""What environments are stepped through, so that a mistake in their code is named as theirs."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+from datamodules.splits import DataError
+
+
+class Guarded(gymnasium.Wrapper):
+    """An environment whose mistakes are one sentence that names it and the method.
+
+    Args:
+        env: the environment.
+        name: its id, for messages.
+
+    Raises:
+        DataError: for whatever `reset` or `step` raise, observations that are not of the environment's own space, and
+            rewards that are no finite numbers.
+    """
+
+    def __init__(self, env: gymnasium.Env, name: str) -> None:
+        super().__init__(env)
+        self.name = name
+
+    def reset(self, **options: Any) -> tuple[Any, dict[str, Any]]:
+        """Begin an episode."""
+        with self._named("reset"):
+            observed, info = super().reset(**options)
+        self._check(observed, "reset")
+        return observed, info
+
+    def step(self, action: Any) -> tuple[Any, Any, bool, bool, dict[str, Any]]:
+        """Take an action."""
+        with self._named("step"):
+            observed, reward, terminated, truncated, info = super().step(action)
+        self._check(observed, "step")
+        with self._named("step"):
+            value = float(reward)
+        if not math.isfinite(value):
+            raise DataError(f"'{self.name}' gives the reward {value} in step(): rewards must be finite numbers")
+        return observed, reward, terminated, truncated, info
+
+    def _check(self, observed: Any, method: str) -> None:
+        space = self.observation_space
+        with self._named(method):
+            value = np.asarray(observed)
+            finite = bool(np.isfinite(value).all())
+        if value.shape != space.shape:
+            raise DataError(
+                f"'{self.name}' observes the shape {list(value.shape)} in {method}(), and its observation_space says "
+                f"{list(space.shape or ())}"
+            )
+        if not finite:
+            raise DataError(f"'{self.name}' observes numbers that are not finite in {method}()")
+
+    @contextmanager
+    def _named(self, method: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever the environment's own code raises
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise DataError(f"'{self.name}' failed in {method}(): {reason}") from error
