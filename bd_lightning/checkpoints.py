@@ -106,6 +106,9 @@ def refuse_not_finite(weights: Mapping[str, Any]) -> None:
 def _file(path: str | Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ValueError("it is not what torch.save writes, or not the whole of it")
+    with zipfile.ZipFile(path) as archive:
+        if (part := archive.testzip()) is not None:
+            raise ValueError(f"bytes of its part {part} have changed: its checksum is another one")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:  # torch's sentence tells how to load it all the same

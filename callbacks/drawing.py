@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor
 
 from bd_lightning.checks import UserError
@@ -128,14 +129,23 @@ def draw(
 
     Sample i depends on the seed and on i alone, and goes to rank i modulo the number of ranks. A class-conditional
     module is asked for class i modulo the number of classes.
+
+    Raises:
+        SIGTERMException: at the next step after SIGTERM has arrived, in a run of one process.
     """
     mine = range(trainer.global_rank, n, trainer.world_size)
     name = sampler or pl_module.sampler
     with bar(f"samples ({name})", len(mine)) as progress:
+
+        def watched(start: int, count: int, step: int, x: Tensor | None = None) -> None:
+            if trainer.received_sigterm and trainer.world_size == 1:  # several processes would wait for each other
+                raise SIGTERMException
+            _move(progress, start, count, pl_module.samplers[name].calls, step, x)
+
         for start in range(0, len(mine), batch_size):
             indices = mine[start : start + batch_size]
             label = classes_of(pl_module, indices)
-            watch = partial(_move, progress, start, len(indices), pl_module.samplers[name].calls)
+            watch = partial(watched, start, len(indices))
             with precision_of(trainer):
                 x = pl_module.sample(indices, sampler=sampler, seed=seed, label=label, watch=watch)
             _move(progress, start, len(indices), 1, 1)

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from bd_lightning.checks import UserError
-from callbacks.drawing import SampleModule, check
+from callbacks.drawing import SampleModule, check, data_of
 from callbacks.records import append_record, step_of
 
 T = TypeVar("T")
@@ -131,7 +131,8 @@ class Evaluation(L.Callback):
                 self.log_values(trainer, pl_module, found.values)
                 if trainer.is_global_zero and self.record is not None:
                     step = {"step": step_of(trainer)}
-                    append_record(trainer, self.record, {"drawn": pl_module.drawing(sampler)} | found.row | step)
+                    row = {"drawn": pl_module.drawing(sampler)} | found.row | step
+                    append_record(trainer, self.record, remarked(row, data_of(trainer).remark))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate."""
@@ -140,6 +141,12 @@ class Evaluation(L.Callback):
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate."""
         self.evaluate(trainer, cast(SampleModule, pl_module), "test")
+
+
+def remarked(row: dict[str, Any], remark: str) -> dict[str, Any]:
+    """A row of a record, with a remark in its protocol and its summary."""
+    told = {name: f"{row[name]}; {remark}" for name in ("protocol", "summary") if remark and name in row}
+    return row | told
 
 
 def unless_lost(trainer: L.Trainer, subject: str, draw: Callable[[], T]) -> T | None:

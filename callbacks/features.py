@@ -25,7 +25,7 @@ class ImageFeatures(nn.Module):
     Attributes:
         num_features: size of a feature vector.
         description: what is written beside every number computed with these features.
-        key: identifies the features in caches.
+        key: identifies the features in caches: change it whenever the features change.
         kid_scale: features are divided by it for KID, whose cubic kernel is not free of scale.
     """
 
@@ -58,6 +58,19 @@ class ImageFeatures(nn.Module):
     def facts(self) -> dict[str, float]:
         """Numbers about the features themselves, for the log."""
         return {}
+
+
+def refuse_untold(features: ImageFeatures) -> None:
+    """Refuse features that do not say what they are, and what they are told apart by.
+
+    Raises:
+        ValueError: naming the first that is missing.
+    """
+    for name in ("num_features", "description", "key"):
+        if getattr(features, name, None) is None:
+            raise ValueError(
+                f"features: {type(features).__name__} must say its {name}, as callbacks.features.ImageFeatures"
+            )
 
 
 def features_of(features: ImageFeatures, images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from callbacks import references
 from callbacks.drawing import SampleModule, all_or_none, data_of, draw, manner
 from callbacks.evaluation import Evaluation, Findings, Metric
 from callbacks.export import Export
-from callbacks.features import ImageFeatures, features_of
+from callbacks.features import ImageFeatures, features_of, refuse_untold
 from callbacks.moments import Moments, frechet, frechet_distance, load_statistics
 from callbacks.references import Reference
 from datamodules.images import ImageDataModule, to_uint8
@@ -142,6 +142,7 @@ class ImageMetrics(Evaluation):
         in_range(0, math.inf, manifold=manifold)
         if reference not in (None, "train", "val", "test") and not str(reference).endswith(".npz"):
             raise ValueError(f"reference must be train, val, test or an .npz file, got {reference!r}")
+        refuse_untold(features)
         self.features, self.n, self.n_test = features, n, n if n_test is None else n_test
         self.sampler, self.batch_size, self.kid_subset, self.seed = sampler, batch_size, kid_subset, seed
         self.manifold, self.reference = manifold, reference

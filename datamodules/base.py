@@ -57,6 +57,9 @@ class Data(L.LightningDataModule):
     def facts(self) -> Facts:
         """What a model has to know of it."""
 
+    remark: str = ""
+    """What protocols of evaluations say of it besides."""
+
     @property
     def sample_shape(self) -> tuple[int, ...] | None:
         """Shape of a sample as it is shown and judged; None where a model draws no samples of the data."""

@@ -310,13 +310,18 @@ def test_trust_ends_with_its_command_line(tmp_path, capsys, monkeypatch):
         bd_lightning.load(path)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "not a mapping", "no weights", "other model"])
+@pytest.mark.parametrize("damage", ["truncated", "one byte", "not a mapping", "no weights", "other model"])
 def test_damaged_checkpoints_are_one_sentence(damage, tmp_path, capsys):
     path = tmp_path / "a.ckpt"
     shutil.copy(V1 / "default.ckpt", path)
     words = ["predict", f"ckpt_path={path}", f"root={tmp_path}", "callbacks.progress=null"]
     if damage == "truncated":
         os.truncate(path, 30_000)
+    elif damage == "one byte":
+        whole, weights = bytearray(path.read_bytes()), torch.load(path, weights_only=True)["state_dict"]
+        place = whole.find(max(weights.values(), key=torch.Tensor.numel).numpy().tobytes())
+        whole[place] ^= 1  # the last bit of a weight
+        path.write_bytes(whole)
     elif damage == "not a mapping":
         torch.save([1, 2], path)
     elif damage == "no weights":

@@ -1,7 +1,9 @@
 """Weights out and in: an exported folder draws what its checkpoint draws, and is refused where it is not whole."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +20,7 @@ from bd_lightning.addresses import digest
 from bd_lightning.checks import UserError
 from bd_lightning.cli import export
 from bd_lightning.latents import TrainedLatents, check_codes
+from callbacks import drawing
 from conftest import ROOT
 from small_run import contents
 from tiny_data import write_autoencoder
@@ -390,3 +393,21 @@ def test_a_config_that_reaches_out(line, sentence, exported, capsys, tmp_path, m
 def test_an_exported_model_cannot_be_trained_on(exported, capsys, tmp_path):
     words = [f"ckpt_path={exported}", "steps=8", f"root={tmp_path / 'out'}", "run_id=further"]
     assert "only weights to evaluate and sample from" in refused(capsys, *words)
+
+
+def test_sigterm_ends_a_test_that_draws(run, tmp_path, monkeypatch):
+    moved = []
+
+    def strike(*args):
+        moved.append(args)
+        if len(moved) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(drawing, "_move", strike)
+    target = tmp_path / "samples.npz"
+    words = ["callbacks.metrics._target_=callbacks.ImageMetrics", "callbacks.metrics.n_test=500", f"export={target}"]
+    features = "callbacks.metrics.features={_target_: callbacks.ClassifierFeatures, steps: 5}"
+    words += [features, "callbacks.metrics.batch_size=50", "trainer=cpu", *QUIET]
+    with pytest.raises(SystemExit) as stop:
+        train.main(["test", f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", *words])
+    assert stop.value.code == 143 and len(moved) == 2 and not list(tmp_path.glob(".samples*"))

@@ -1,12 +1,17 @@
 """What the README shows runs as it is printed there."""
 
+import importlib.util
 import re
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
+from callbacks import references
+from callbacks.metrics import ImageMetrics
+from datamodules import Digits
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["steps=2", "eval_every=2", "callbacks.metrics.n=100", "callbacks.figures=null", "callbacks.trajectory=null"]
@@ -55,6 +60,25 @@ def test_the_recipes_for_everything_else_train(run, capsys):
     assert "radius" in (folder / "radius.json").read_text()
     assert train.main(["predict", f"ckpt_path={ckpt}", "n=4", "trust=true"]) == 0
     assert "4 rows of samples.csv" in capsys.readouterr().out
+
+
+def test_the_recipe_for_features_judges_images(tmp_path):
+    (tmp_path / "features.py").write_text("\n".join(blocks("docs/guide/extending.md", "python")))
+    spec = importlib.util.spec_from_file_location("features", tmp_path / "features.py")
+    own = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(own)
+    features = own.BlockMeans(4)
+    data = Digits(root=str(tmp_path))
+    features.prepare(data)
+    reference = references.of_split(features, data, "val", torch.device("cpu"))
+    assert (
+        ImageMetrics(features).features is features
+        and reference.rows.shape[1] == 4
+        and reference.floor < reference.noise
+    )
+    features.key = None
+    with pytest.raises(ValueError, match="features: BlockMeans must say its key"):
+        ImageMetrics(features)
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(((?!http)[^)#]+)", (ROOT / "README.md").read_text()))))

@@ -16,6 +16,11 @@ from bd_lightning.cli.plan import Plan
 from bd_lightning.facts import Facts
 from bd_lightning.report.comparison import flat
 
+LOADING = {"root", "batch_size", "total_batch_size", "eval_batch_size", "num_workers", "pin_memory", "download"}
+"""Arguments of data sets that change no sample."""
+SCORED = ("callbacks.metrics.", "model.sampler", "model.guidance")
+"""Beginnings of the keys, beside those of data, that scores depend on."""
+
 
 def refuse_other_data(trained: Facts, given: Facts) -> None:
     """Refuse data that are not those of the checkpoint.
@@ -117,6 +122,22 @@ def refuse_other_beginning(plan: Plan) -> None:
         )
 
 
+def data_keys(plan: Plan) -> list[str]:
+    """The keys of data that are not as in the checkpoint, but for those of loading; a folder may have been moved."""
+    if plan.checkpoint is None:
+        return []
+    before, now = (flat({"data": node["data"]}) for node in (plan.checkpoint["hyper_parameters"], plan.config))
+    keys = [key for key in now | before if key.rpartition(".")[2] not in LOADING]
+    exported = [key for key in keys if PurePath(str(now.get(key))).name == before.get(key)]  # names are left of paths
+    return [key for key in keys if str(before.get(key)) != str(now.get(key)) and key not in exported]
+
+
+def other_data(plan: Plan) -> str:
+    """What protocols of an evaluation say of data that are not as they were trained on; empty if they are."""
+    keys = ", ".join(sorted(data_keys(plan)))
+    return f"data not as in training ({keys}): what is held out here may have been trained on" if keys else ""
+
+
 def changed(plan: Plan) -> str:
     """What a resumed run has otherwise than its checkpoint, in a sentence; empty for nothing."""
     if plan.checkpoint is None:
@@ -127,7 +148,7 @@ def changed(plan: Plan) -> str:
         f"{key}={now.get(key)} (was {before.get(key)})" for key in keys if str(before.get(key)) != str(now.get(key))
     ]
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    scored = any(one.startswith("callbacks.metrics.") for one in found)
+    scored = data_keys(plan) or any(one.startswith(SCORED) for one in found)
     other = (
         "; scores from here on do not compare with those before, and best.ckpt is the best of both" if scored else ""
     )
