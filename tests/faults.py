@@ -7,6 +7,8 @@ from pathlib import Path
 import lightning as L
 import torch
 
+from callbacks import drawing
+
 
 def _kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -18,7 +20,8 @@ class KillAt(L.Callback):
     Args:
         step: at the first chance once so many optimiser steps are done.
         where: "batch" (between forward and backward pass), "step" (after the optimiser's step, before the averages'),
-            "validation" (in the middle), or "saving" (when half of a checkpoint is written).
+            "validation" (in the middle), "drawing" (of samples, at its end), "end" (likewise), or "saving" (when half of
+            a checkpoint is written).
         signum: "SIGINT" and "SIGTERM" are other signals to send.
         rank: the process that it is sent to; None is all of them.
     """
@@ -42,6 +45,22 @@ class KillAt(L.Callback):
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if batch_idx:
             self._strike(trainer, "validation")
+
+    def on_validation_start(self, trainer, pl_module):
+        if (
+            self.where in ("drawing", "end")
+            and not trainer.sanity_checking
+            and trainer.global_step >= self.step
+            and self.signum
+        ):
+            move = drawing._move
+
+            def struck(*args):
+                drawing._move = move
+                self._strike(trainer, self.where)
+                move(*args)
+
+            drawing._move = struck
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if self.where == "saving" and trainer.global_step >= self.step:

@@ -155,13 +155,14 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(where, whole, root, tmp
 @pytest.mark.parametrize(
     ("signum", "where"),
     [
-        *(("SIGTERM", where) for where in ("batch", "step", "validation")),
-        *(("SIGINT", where) for where in ("batch", "step", "validation")),
+        *(("SIGTERM", where) for where in ("batch", "step", "validation", "drawing", "end")),
+        *(("SIGINT", where) for where in ("batch", "step", "validation", "end")),
     ],
 )
 def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, root, capsys, heard):
     name = f"{signum}-{where}"
-    killer = f"callbacks.killer={{_target_: faults.KillAt, step: {2 * EVERY}, where: {where}, signum: {signum}}}"
+    step = STEPS if where == "end" else 2 * EVERY  # the last validation
+    killer = f"callbacks.killer={{_target_: faults.KillAt, step: {step}, where: {where}, signum: {signum}}}"
     with pytest.raises(SystemExit) as stop:
         train.main(words(root, name, "trainer=cpu", killer, "callbacks.last.every=0", "ckpt_path=last"))
     assert stop.value.code == (143 if signum == "SIGTERM" else 1)

@@ -223,7 +223,7 @@ def build_loggers(plan: Plan, callbacks: list[Any], run_dir: Path) -> list[Any]:
 def build_trainer(plan: Plan, loggers: list[Any], callbacks: list[Any]) -> L.Trainer:
     """The trainer, which counts in optimiser steps."""
     config = plan.config
-    return objects.trainer(
+    trainer = objects.trainer(
         plan,
         logger=loggers,
         callbacks=[Waiting(config["trainer"].get("num_nodes", 1)), *callbacks],
@@ -233,6 +233,8 @@ def build_trainer(plan: Plan, loggers: list[Any], callbacks: list[Any]) -> L.Tra
         val_check_interval=config["eval_every"] * config["trainer"].get("accumulate_grad_batches", 1),  # in batches
         check_val_every_n_epoch=None,
     )
+    resumed.WholeFit.instead(trainer)
+    return trainer
 
 
 def announce(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:

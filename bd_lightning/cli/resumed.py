@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from bd_lightning.checks import UserError
 from bd_lightning.cli.plan import Plan
@@ -153,6 +154,24 @@ def changed(plan: Plan) -> str:
         "; scores from here on do not compare with those before, and best.ckpt is the best of both" if scored else ""
     )
     return f"not as in the checkpoint: {', '.join(found[:8])}{more}{other}" if found else ""
+
+
+class WholeFit(_FitLoop):
+    """A training that is not over before its last validation is, which Lightning leaves out if a run was stopped in it."""
+
+    @property
+    def done(self) -> bool:
+        """Whether all steps are done, and a validation that was stopped has been repeated."""
+        validation = self.epoch_loop.val_loop
+        total = validation.batch_progress.total
+        stopped = self.restarting and not validation._has_run and total.ready != total.completed
+        return not stopped and super().done
+
+    @classmethod
+    def instead(cls, trainer: L.Trainer) -> None:
+        """Put one in the place of a trainer's own."""
+        loop = cls(trainer, trainer.fit_loop.min_epochs, trainer.fit_loop.max_epochs)
+        loop.epoch_loop, trainer.fit_loop = trainer.fit_loop.epoch_loop, loop
 
 
 class SoundStates(L.Callback):
