@@ -163,6 +163,10 @@ class ImageMetrics(Evaluation):
                 self.export.check(self.features.num_features)
         with rank_zero_first(trainer):
             self.features.check(data)
+            if self._from_file:  # whose features are known by the classifier that they are of
+                self.features.prepare(data)
+        if self._from_file:
+            load_statistics(str(self.reference), self.features.num_features, self.features.protocol)
         if stage != "fit":
             self.prepare(trainer, pl_module, "test" if stage == "test" else "val")
         if self.n < self.features.num_features:

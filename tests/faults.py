@@ -20,8 +20,8 @@ class KillAt(L.Callback):
     Args:
         step: at the first chance once so many optimiser steps are done.
         where: "batch" (between forward and backward pass), "step" (after the optimiser's step, before the averages'),
-            "validation" (in the middle), "drawing" (of samples, at its end), "end" (likewise), or "saving" (when half of
-            a checkpoint is written).
+            "validation" (in the middle), "drawing" and "end" (of samples, at its end), or "saving" (when half of a
+            checkpoint is written).
         signum: "SIGINT" and "SIGTERM" are other signals to send.
         rank: the process that it is sent to; None is all of them.
     """

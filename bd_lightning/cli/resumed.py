@@ -157,7 +157,7 @@ def changed(plan: Plan) -> str:
 
 
 class WholeFit(_FitLoop):
-    """A training that is not over before its last validation is, which Lightning leaves out if a run was stopped in it."""
+    """A training that is not over before its last validation is: Lightning leaves it out if a run was stopped in it."""
 
     @property
     def done(self) -> bool:

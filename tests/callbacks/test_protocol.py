@@ -145,8 +145,8 @@ def test_exported_samples_are_those_that_were_judged(tmp_path, monkeypatch):
         evaluated(data, tmp_path, monkeypatch, x, "test", export=str(file))
 
 
-def test_statistics_of_another_classifier_are_refused(tmp_path):
-    """The same class, settings and size of features, trained on other images."""
+def test_statistics_of_another_classifier_are_refused(tmp_path, capsys):
+    """The same class, settings and size of features, trained on other images; before training begins."""
     first, second = (ClassifierFeatures(8, steps=2) for _ in range(2))
     data = Shades(True, root=str(tmp_path))
     before = first.protocol
@@ -158,6 +158,12 @@ def test_statistics_of_another_classifier_are_refused(tmp_path):
     load_statistics(tmp_path / "x.npz", 8, first.protocol)
     with pytest.raises(UserError, match="was made in other features .*classifier-2 8 2 128 0 trained"):
         load_statistics(tmp_path / "x.npz", 8, second.protocol)
+    words = ["model=mlp", "model.network.width=8", "steps=2", "eval_every=2", "trainer=cpu", "logger=none"]
+    words += ["callbacks.metrics.features={_target_: callbacks.ClassifierFeatures, width: 8, steps: 2}"]
+    words += [f"callbacks.metrics.reference={tmp_path / 'x.npz'}", f"root={tmp_path / 'runs'}", f"data.root={tmp_path}"]
+    assert train.main(words) == 2
+    assert "was made in other features (classifier-2 8 2 128 0 trained" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
 
 
 class Interrupted(list):
