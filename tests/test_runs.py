@@ -15,6 +15,7 @@ import train
 from bd_lightning import checkpoints
 from bd_lightning.cli import folders
 from bd_lightning.cli.plan import settings_of
+from bd_lightning.cli.resumed import data_keys
 from bd_lightning.dynamics import noise
 from callbacks.records import append_record
 from conftest import ROOT
@@ -333,3 +334,17 @@ def test_classes_that_begin_with_the_weights_of_others(tmp_path, capsys, caplog)
         == 0
     )
     assert "init" not in yaml.safe_load((tmp_path / "x" / "config.yaml").read_text())["model"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "keys"),
+    [
+        ({"folder": "/a/x", "batch_size": 4}, {"folder": "/b/x", "batch_size": 8}, ["data.folder"]),
+        ({"folder": "x"}, {"folder": "/b/x"}, []),  # of an exported model, which has names of folders alone
+        ({"images": {"val_size": 0, "root": "a"}}, {"images": {"val_size": 5, "root": "b"}}, ["data.images.val_size"]),
+    ],
+)
+def test_keys_of_data_that_are_not_as_in_training(before, now, keys):
+    plan = SimpleNamespace(checkpoint={"hyper_parameters": {"data": before}}, config={"data": now})
+    assert data_keys(plan) == keys
+    assert data_keys(SimpleNamespace(checkpoint=None, config={"data": now})) == []

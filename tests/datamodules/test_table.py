@@ -7,7 +7,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
+from bd_lightning.checks import UserError
 from bd_lightning.facts import read
+from bd_lightning.teachers import check_units
 from datamodules import Table
 from datamodules.splits import DataError
 
@@ -282,3 +284,13 @@ def test_a_center_and_a_scale_that_are_given(tmp_path):
     assert "data.center must be 3 finite numbers, one for each column (height, mass, charge)" in said
     assert "data.scale must be 3 positive numbers" in refusal(path, scale=[1.0, 0.0, 1.0])
     assert "data.center must be 3 finite numbers" in refusal(path, center=[1.0, 2.0, float("nan")])
+
+
+def test_a_teacher_in_other_units_is_refused(tmp_path):
+    path = save(tmp_path / "t.csv", frame())
+    facts = table(path).facts
+    check_units("a.ckpt", facts, table(path).facts)
+    with pytest.raises(UserError, match=r"a.ckpt does not fit: its scale .* is \(1.0, 1.0, 1.0\), here it is"):
+        check_units("a.ckpt", table(path, scale=[1.0, 1.0, 1.0]).facts, facts)
+    with pytest.raises(UserError, match=r"its columns is \('mass', 'charge', 'height'\), here it is"):
+        check_units("a.ckpt", table(path, columns=["mass", "charge", "height"]).facts, facts)
