@@ -47,6 +47,18 @@ class Teacher:
         return denoised + bcast(r / t, x) * (x - denoised)
 
 
+def check_space(path: str, theirs: Facts, mine: Facts) -> None:
+    """Refuse weights to begin with that are of samples of another kind; facts are of the data of either.
+
+    Raises:
+        UserError: saying that they were trained elsewhere.
+    """
+    if theirs.space != mine.space:
+        raise UserError(
+            f"{path} does not fit: it was trained in another space (pixels, or the codes of one autoencoder)"
+        )
+
+
 def check_units(path: str, theirs: Facts, mine: Facts) -> None:
     """Refuse a model of samples whose numbers stand for something else; facts are of the data of either.
 
@@ -68,10 +80,10 @@ def check_fit(student: Any, model: Any, path: str, theirs: Facts, mine: Facts) -
         raise UserError(f"{path} has fields at a single scale: a consistency model needs those of every noise level")
     here: dict[str, Any] = {"shape of a sample": list(student.shape), "sigma_data": student.fields.sigma_data}
     its: dict[str, Any] = {"shape of a sample": list(model.shape), "sigma_data": model.fields.sigma_data}
-    check_units(path, theirs, mine)
     for what, value in here.items():
         if its[what] != value:
             raise UserError(f"{path} does not fit: its {what} is {its[what]}, here it is {value}")
+    check_units(path, theirs, mine)
     first = max(one.start_scale for one in model.samplers.values())
     if first < student.sigma_max:
         raise UserError(

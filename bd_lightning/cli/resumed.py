@@ -127,7 +127,9 @@ def data_keys(plan: Plan) -> list[str]:
     """The keys of data that are not as in the checkpoint, but for those of loading; a folder may have been moved."""
     if plan.checkpoint is None:
         return []
-    before, now = (flat({"data": node["data"]}) for node in (plan.checkpoint["hyper_parameters"], plan.config))
+    before, now = (
+        flat({"data": node.get("data") or {}}) for node in (plan.checkpoint["hyper_parameters"], plan.config)
+    )
     keys = [key for key in now | before if key.rpartition(".")[2] not in LOADING]
     exported = [key for key in keys if PurePath(str(now.get(key))).name == before.get(key)]  # names are left of paths
     return [key for key in keys if str(before.get(key)) != str(now.get(key)) and key not in exported]

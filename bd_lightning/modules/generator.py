@@ -119,7 +119,7 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         """
         from bd_lightning import teachers
 
-        teachers.check_units(path, theirs, mine)
+        teachers.check_space(path, theirs, mine)
 
     @property
     def drawn_classes(self) -> list[int]:

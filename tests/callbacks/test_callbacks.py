@@ -218,7 +218,7 @@ def test_reference_statistics_are_cached(tmp_path, cache, monkeypatch):
 
 def test_ranks_share_the_samples_of_one_process():
     class Rank:
-        world_size = 3
+        world_size, received_sigterm = 3, False
         precision_plugin = Precision()
 
         def __init__(self, rank):
