@@ -17,8 +17,11 @@ from bd_lightning.cli.plan import Plan
 from bd_lightning.facts import Facts
 from bd_lightning.report.comparison import flat
 
-LOADING = {"root", "batch_size", "total_batch_size", "eval_batch_size", "num_workers", "pin_memory", "download"}
-"""Arguments of data sets that change no sample."""
+LOADING = {
+    *("root", "batch_size", "total_batch_size", "eval_batch_size", "num_workers", "pin_memory", "download"),
+    "ckpt_path",
+}
+"""Arguments of data sets that change no sample; an autoencoder's codes are told by the facts."""
 SCORED = ("callbacks.metrics.", "model.sampler", "model.guidance")
 """Beginnings of the keys, beside those of data, that scores depend on."""
 
@@ -124,7 +127,7 @@ def refuse_other_beginning(plan: Plan) -> None:
 
 
 def data_keys(plan: Plan) -> list[str]:
-    """The keys of data that are not as in the checkpoint, but for those of loading; a folder may have been moved."""
+    """The keys of data that are not as in the checkpoint, but for loading; an export has names for paths."""
     if plan.checkpoint is None:
         return []
     before, now = (
@@ -151,10 +154,10 @@ def changed(plan: Plan) -> str:
         f"{key}={now.get(key)} (was {before.get(key)})" for key in keys if str(before.get(key)) != str(now.get(key))
     ]
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    scored = data_keys(plan) or any(one.startswith(SCORED) for one in found)
-    other = (
-        "; scores from here on do not compare with those before, and best.ckpt is the best of both" if scored else ""
-    )
+    scored = any(one.startswith(SCORED) for one in found)
+    verb = "do not" if scored else "may not"  # a folder may only have been moved
+    other = f"; scores from here on {verb} compare with those before, and best.ckpt is the best of both"
+    other = other if scored or data_keys(plan) else ""
     return f"not as in the checkpoint: {', '.join(found[:8])}{more}{other}" if found else ""
 
 
