@@ -150,7 +150,9 @@ class ImageMetrics(Evaluation):
         self.references: dict[str, Reference] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check the features and files; a run that trains does not wait for them before its first validation."""
+        """Check the features and files; a run that trains does not wait for them before its first validation, unless it
+        compares with a file, whose features are known by the classifier that they are of.
+        """
         if stage not in ("fit", "validate", "test"):
             return
         super().setup(trainer, pl_module, stage)
@@ -161,11 +163,12 @@ class ImageMetrics(Evaluation):
             self.export.expect(self._count(cast(SampleModule, pl_module), "test"), data.shape)
             if trainer.is_global_zero:
                 self.export.check(self.features.num_features)
+        early = self._from_file and stage == "fit"  # else they are prepared below
         with rank_zero_first(trainer):
             self.features.check(data)
-            if self._from_file:  # whose features are known by the classifier that they are of
+            if early:
                 self.features.prepare(data)
-        if self._from_file:
+        if early:
             load_statistics(str(self.reference), self.features.num_features, self.features.protocol)
         if stage != "fit":
             self.prepare(trainer, pl_module, "test" if stage == "test" else "val")

@@ -69,10 +69,10 @@ def _run(plan: Plan, run_dir: Path) -> None:
     data = build.instantiate(plan.config["data"], "data")
     if plan.facts is not None:
         resumed.refuse_other_data(plan.facts, data.facts)
-    if plan.command != "fit":
-        data.remark = resumed.other_data(plan)
     if plan.command == "fit":
         resumed.refuse_other_beginning(plan)
+    else:
+        data.remark = resumed.other_data(plan)
     model = objects.model(plan, data.facts)
     if plan.command == "fit":
         resumed.refuse_other_optimizer(plan, model)
