@@ -124,12 +124,12 @@ class Kernel(ABC):
 
     Attributes:
         mobility_is_density: whether m is a density on R^d, p smoothed by the kernel, as in the paper.
-        of_estimate: arguments that change the noise of the estimate alone, not what is estimated.
+        changeable: arguments of the estimate's noise alone, not of what is estimated: they may change after training.
     """
 
     epsilon: float = 1e-3
     mobility_is_density: ClassVar[bool] = False
-    of_estimate: ClassVar[tuple[str, ...]] = ()
+    changeable: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         positive(epsilon=self.epsilon)
@@ -285,7 +285,7 @@ class Sliced(Kernel):
     """
 
     slices: int = 1
-    of_estimate: ClassVar[tuple[str, ...]] = ("slices",)
+    changeable: ClassVar[tuple[str, ...]] = ("slices",)
 
     def __post_init__(self):
         super().__post_init__()

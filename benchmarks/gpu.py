@@ -222,7 +222,9 @@ def plan(bench: Bench, name: str) -> dict[str, Any]:
     Raises:
         UserError: if no step can be taken.
     """
-    modes = [row["mode"] for row in bench.rows.where(kind="plan")][:1] or bench.modes[-2:]
+    modes = [row["mode"] for row in bench.rows.where(kind="plan")][:1] or [
+        mode for mode in bench.modes if MODES[mode][0]
+    ]
     rows = {mode: bench.once("speed", f"{name}: {mode}", lambda mode=mode: speed(bench, name, mode)) for mode in modes}
     taken = {mode: row["seconds"] for mode, row in rows.items() if "seconds" in row}
     if not taken:

@@ -18,6 +18,7 @@ zero.
 import math
 import statistics
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -94,10 +95,10 @@ def mobility(words: list[str], n: int) -> None:
     data = common.make_data(config)
     data.prepare_data()
     data.setup("fit")
-    others, there = max(2, n // 2), len(data.split("train"))
-    if n + others > there:
-        raise UserError(f"--mobility {n} takes {n + others} training samples, and there are {there}: give fewer")
-    x = torch.cat(list(collect(common.batches(data, 0), n + others))).flatten(1).double()
+    others, epoch = max(2, n // 2), islice(common.batches(data, 0), len(data.train_dataloader()))  # none stands twice
+    x = torch.cat(list(collect(epoch, n + others))).flatten(1).double()
+    if n + others > len(x):
+        raise UserError(f"--mobility {n} takes {n + others} samples, and an epoch of training has {len(x)}: give fewer")
     y, points = x[:n], x[n : n + others]
     noise = torch.randn(points.shape, generator=torch.Generator().manual_seed(0), dtype=x.dtype)
     sizes = {level: variation(kernel, y, points, level * data.facts.sigma_data, noise) for level in LEVELS}

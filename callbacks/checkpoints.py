@@ -197,9 +197,15 @@ class LastCheckpoint(ModelCheckpoint):
             raise KeyboardInterrupt if asked == signal.SIGINT else SIGTERMException
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Stop before a validation too, which may be long; several processes stop at the next batch."""
+        """Stop before a validation too, which may be long; several processes stop at the next batch.
+
+        Whatever one that was stopped had begun is begun again: counters that said so for ever would have every resumed
+        run repeat a part of its last validation.
+        """
         if self.asked == signal.SIGINT and not self.together:
             raise KeyboardInterrupt
+        total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
+        total.ready = total.started = total.processed = total.completed
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.figure import Figure
 
 from bd_lightning.checks import positive
-from callbacks.drawing import SampleModule
-from callbacks.evaluation import Evaluation, Metric
+from callbacks.drawing import SampleModule, data_of
+from callbacks.evaluation import Evaluation, Metric, remarked
 from callbacks.pictures import publish_lines, publish_picture
 from callbacks.records import run_folder, step_of
 
@@ -51,10 +51,9 @@ class CallsCurve(L.Callback):
                 finally:
                     del samplers[key]
                 if found is not None:
+                    row = remarked(found.row, data_of(trainer).remark)
                     values = {m.name: found.values.get(f"test/{m.name}") for m in self.judge.metrics}
-                    rows.append(
-                        {"sampler": name, "calls": one.calls, **values, "protocol": found.row.get("protocol", "")}
-                    )
+                    rows.append({"sampler": name, "calls": one.calls, **values, "protocol": row.get("protocol", "")})
         if trainer.is_global_zero:
             self.write(trainer, rows)
 

@@ -122,6 +122,16 @@ def classes_of(pl_module: SampleModule, indices: Sequence[int]) -> Tensor | None
     return torch.tensor([known[i % len(known)] for i in indices], device=pl_module.device)
 
 
+def heed(trainer: L.Trainer) -> None:
+    """End what takes long, in a run of one process, after SIGTERM; several would wait for each other.
+
+    Raises:
+        SIGTERMException: if it has arrived.
+    """
+    if trainer.received_sigterm and trainer.world_size == 1:
+        raise SIGTERMException
+
+
 def draw(
     trainer: L.Trainer, pl_module: SampleModule, n: int, batch_size: int, seed: int, sampler: str | None
 ) -> Iterator[Tensor]:
@@ -138,8 +148,7 @@ def draw(
     with bar(f"samples ({name})", len(mine)) as progress:
 
         def watched(start: int, count: int, step: int, x: Tensor | None = None) -> None:
-            if trainer.received_sigterm and trainer.world_size == 1:  # several processes would wait for each other
-                raise SIGTERMException
+            heed(trainer)
             _move(progress, start, count, pl_module.samplers[name].calls, step, x)
 
         for start in range(0, len(mine), batch_size):

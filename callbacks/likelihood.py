@@ -21,7 +21,7 @@ from bd_lightning.likelihood import (
     spearman_error,
 )
 from bd_lightning.progress import bar
-from callbacks.drawing import SampleModule, data_of
+from callbacks.drawing import SampleModule, data_of, heed
 from callbacks.evaluation import Evaluation, Findings, Metric
 from datamodules.base import DataModule
 from datamodules.subsets import random_subset
@@ -69,6 +69,7 @@ def together(
     parts = []
     with bar(words, padded // world) as progress:
         for rows in (torch.arange(trainer.global_rank, padded, world) % n).split(batch_size):
+            heed(trainer)
             parts.append(one(rows))
             progress.update(len(rows))
     mine = torch.cat(parts)

@@ -89,7 +89,7 @@ def of_split(features: ImageFeatures, data: ImageDataModule, split: str, device:
     if data.called(other) == data.called(split):
         other = split  # all is trained on: there are no other images
     digests = [sampled(data, name) for name in (split, other)]
-    path = cache_path(data, f"reference-{split}", "moments", KEPT, features.key, *digests)
+    path = cache_path(data, f"reference-{split}", "moments", KEPT, features.protocol, *digests)
     keys = ("mean", "covariance", "rows", "n", "floor", "floor_of", "noise")
     cached = load_cached(path, *keys)
     if cached is None:
@@ -114,7 +114,7 @@ def of_file(features: ImageFeatures, data: ImageDataModule, file: str, device: t
     """Published statistics. Training images tell whether they fit the data and the resize: if not, one line says so."""
     here = load_statistics(file, features.num_features, features.protocol)
     digest = sha256(Path(file).read_bytes()).hexdigest()
-    path = cache_path(data, "reference-file", digest, KEPT, features.key, sampled(data, "train"))
+    path = cache_path(data, "reference-file", digest, KEPT, features.protocol, sampled(data, "train"))
     cached = load_cached(path, "n", "floor", "noise", "shift")
     if cached is None:
         sums, _ = embed(features, data, "train", device, limit=KEPT)

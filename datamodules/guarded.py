@@ -57,6 +57,11 @@ class Guarded(gymnasium.Wrapper):
             )
         if not finite:
             raise DataError(f"'{self.name}' observes numbers that are not finite in {method}()")
+        if isinstance(space, gymnasium.spaces.Discrete) and not space.contains(observed):
+            raise DataError(
+                f"'{self.name}' observes {observed!r} in {method}(), and its observation_space has the integers "
+                f"{space.start} to {space.start + space.n - 1}"
+            )
 
     @contextmanager
     def _named(self, method: str) -> Iterator[None]:

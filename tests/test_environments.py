@@ -228,6 +228,33 @@ def test_faults_of_environments_name_them(fault, message, monkeypatch):
             envs.step(np.zeros(2, dtype=int))
 
 
+class Room(Faulty):
+    """One of four numbered places; says another thing at its third step."""
+
+    observation_space = gymnasium.spaces.Discrete(4)
+
+    def reset(self, **options):
+        super().reset()
+        return 0, {}
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return (self.fault if self.at == 3 else np.int64(self.at % 4)), *rest
+
+
+@pytest.mark.parametrize("place", [99, -1, 1.5])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_states_outside_their_space_are_named(place, monkeypatch):
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    gymnasium.register("Room-v0", entry_point=Room, disable_env_checker=True)
+    told = rf"'Room-v0' observes {place} in step\(\), and its observation_space has the integers 0 to 3"
+    with pytest.raises(DataError, match=told):
+        envs = make_envs("Room-v0", 2, {"fault": place})
+        envs.reset(seed=0)
+        for _ in range(4):
+            envs.step(np.zeros(2, dtype=int))
+
+
 def test_spaces_that_do_not_start_at_zero_and_single_numbers(monkeypatch):
     monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
     gymnasium.register("FromFive-v0", entry_point=FromFive, max_episode_steps=20)

@@ -49,6 +49,8 @@ def test_steps_fill_the_minutes_in_the_mode_of_the_first(tmp_path, monkeypatch):
     first = one.once("plan", "Bellman Diffusion", lambda: gpu.plan(one, "Bellman Diffusion"))
     assert (first["mode"], first["steps"]) == ("bf16, compiled", 300)
     assert gpu.plan(one, "DDPM")["mode"] == "bf16, compiled" and asked == ["bf16", "bf16, compiled", "bf16, compiled"]
+    eager = bench(tmp_path / "eager")
+    assert gpu.plan(eager, "Bellman Diffusion")["mode"] == "bf16" and asked[3:] == ["bf16"]
     monkeypatch.setattr(gpu, "speed", lambda *args: {"failed": "no compiler here"})
     with pytest.raises(UserError, match="no step of score matching can be taken: no compiler here"):
         gpu.plan(one, "score matching")

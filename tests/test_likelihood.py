@@ -2,13 +2,16 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import train
 from bd_lightning.modules import ConsistencyModel
 from callbacks import FieldLikelihood, FlowLikelihood
+from callbacks.likelihood import together
 from datamodules import Digits
 from small_run import WORDS, launch
 from tiny_data import write_autoencoder
@@ -127,6 +130,18 @@ def test_classes_and_strangers_are_told_by_one_call(tmp_path, capsys):
 def test_what_has_no_density_is_refused(run, capsys, words, sentence):
     assert command("test", run, *words) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_sigterm_ends_it():
+    asked, done = SimpleNamespace(world_size=1, global_rank=0, received_sigterm=False), []
+
+    def one(rows):
+        asked.received_sigterm = done.append(rows) is None
+        return rows
+
+    with pytest.raises(SIGTERMException):
+        together(asked, None, 6, 2, "rows", one)
+    assert len(done) == 1
 
 
 def test_a_single_scale_has_no_flow(tmp_path, capsys):

@@ -253,6 +253,11 @@ def test_what_weights_stand_for_cannot_change(tmp_path, capsys):
     told = "was trained with model.kernel._target_=bd_lightning.kernels.ClosedFormSlices"
     assert told in said("predict", ckpt, constant)
     assert "was trained with model.kernel.epsilon=" in said("predict", ckpt, "model.kernel.epsilon=0.5")
+    told = "holds a bd_lightning.modules.BellmanDiffusion, and its weights stand for something else in a bd_"
+    for words in (["predict", ckpt, "n=2"], [ckpt, "run_id=other"]):
+        assert told in said(
+            *words, "model=consistency", "model.network={_target_: bd_lightning.networks.MLP, width: 16, depth: 1}"
+        )
     same = ["model.parametrisation=velocity", "model.samplers.ode.steps=2"]
     assert train.main(["predict", ckpt, "n=2", *same]) == 0
     single = ["model.noise=null", "model.parametrisation=direct", "model.kernel._target_=bd_lightning.kernels.Sliced"]
@@ -264,3 +269,13 @@ def test_what_weights_stand_for_cannot_change(tmp_path, capsys):
     levels = "model.noise={_target_: bd_lightning.objectives.NoiseLevels}"
     assert "was trained with noise=null, at a single scale" in said("predict", ckpt, levels)
     assert train.main(["predict", ckpt, "n=2", "model.kernel.slices=3"]) == 0
+
+
+def test_a_model_that_was_always_told_the_class_cannot_be_guided(tmp_path, capsys):
+    root = tmp_path / "root"
+    assert launch(root, "run_id=x", "model.network.conditional=true") == 0
+    ckpt = f"ckpt_path={root / 'bellman-diffusion' / 'x' / 'checkpoints' / 'last.ckpt'}"
+    for words in (["predict", ckpt, "n=2", "model.guidance=3"], [ckpt, "steps=6"]):
+        capsys.readouterr()
+        assert train.main([*words, "model.label_dropout=0.1"]) == 2
+        assert "'model.label_dropout' is 0.1, and this model was trained without" in capsys.readouterr().err

@@ -172,6 +172,10 @@ def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, 
     where = f"root={root / 'runs'}", f"run_id={name}"
     assert train.main([*where, "ckpt_path=last", "callbacks.killer=null"]) == 0  # what a requeued job does
     assert_same(whole, folder(root, name))
+    before = {path: path.read_bytes() for path in folder(root, name).rglob("*") if path.is_file()}
+    assert train.main([*where, "ckpt_path=last", "callbacks.killer=null"]) == 0  # and once more
+    assert {path: path.read_bytes() for path in folder(root, name).rglob("*") if path.is_file()} == before
+    assert "nothing is left to train" in capsys.readouterr().out
 
 
 def test_an_interrupt_waits_for_what_must_not_be_half_done(heard):

@@ -147,6 +147,18 @@ def test_sigterm_ends_an_evaluation():
         act(np.zeros(1))
 
 
+def test_what_outputs_stand_for_cannot_change(tmp_path, capsys):
+    """C51's logits have the shape of quantiles."""
+    words = ["experiment=rl_frozen_lake", "steps=4", "eval_every=4", "data.warmup=100", "callbacks.returns.episodes=2"]
+    assert launch(tmp_path, *words, "model=c51", "run_id=c51", "callbacks.returns.num_envs=2") == 0
+    ckpt = f"ckpt_path={tmp_path / 'bellman-diffusion' / 'c51' / 'checkpoints' / 'last.ckpt'}"
+    capsys.readouterr()
+    for command in (["test", ckpt], [ckpt, "steps=8"]):
+        assert train.main([*command, "model=qr_dqn"]) == 2
+        assert "was trained with model.representation._target_=bd_lightning.returns.C" in capsys.readouterr().err
+    assert train.main(["test", ckpt, "model.representation.interpolate=false"]) == 0
+
+
 MISTAKES = [
     ("data.gamma=1.0", "gamma must lie in [0, 1), got 1.0"),
     ("data.gamma=-0.1", "gamma must lie in [0, 1), got -0.1"),

@@ -19,7 +19,7 @@ from bd_lightning.report.comparison import flat
 
 LOADING = {
     *("root", "batch_size", "total_batch_size", "eval_batch_size", "num_workers", "pin_memory", "download"),
-    "ckpt_path",
+    *("cache", "ckpt_path"),
 }
 """Arguments of data sets that change no sample; an autoencoder's codes are told by the facts."""
 SCORED = ("callbacks.metrics.", "model.sampler", "model.guidance")
@@ -73,6 +73,12 @@ def refuse_other_fields(plan: Plan, model: Any) -> None:
     if plan.checkpoint is None:
         return
     nodes = (plan.checkpoint["hyper_parameters"]["model"], plan.config["model"])
+    trained, asked = (str(node["_target_"]) for node in nodes)
+    if not any(cls.__name__ == trained.rpartition(".")[2] for cls in type(model).__mro__):  # a sub-class may draw
+        raise UserError(
+            f"{plan.config['ckpt_path']} holds a {trained}, and its weights stand for something else in a {asked}: "
+            "leave model=… out (model.init takes the weights of another model into a new run)"
+        )
     for key in model.fixed:
         known = (inspect.signature(cls).parameters for cls in type(model).__mro__)  # **options hand it on
         default = next(arguments[key].default for arguments in known if key in arguments)
@@ -81,7 +87,7 @@ def refuse_other_fields(plan: Plan, model: Any) -> None:
             found = [("", before, now)] if before != now else []
         else:
             part = getattr(model, key)
-            found = [one for one in _differences(before, now, type(part)) if one[0] not in part.of_estimate]
+            found = [one for one in _differences(before, now, type(part)) if one[0] not in part.changeable]
         for name, was, given in found:
             whole = f"model.{key}" + (f".{name}" if name else "")
             raise UserError(

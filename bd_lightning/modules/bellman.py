@@ -1,14 +1,14 @@
 """Bellman Diffusion as a LightningModule."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bd_lightning.augmentation import Augmentation
-from bd_lightning.checks import in_range
+from bd_lightning.checks import UserError, in_range
 from bd_lightning.dynamics import Sampler
 from bd_lightning.fields import LearnedFields
 from bd_lightning.kernels import Kernel
@@ -110,6 +110,15 @@ class BellmanDiffusion(Generator):
         for one in (network, scalar_network) if compile else ():
             if one is not None:
                 one.compile()  # in place: names in checkpoints stay as they are
+
+    def refuse_changes(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        """Refuse guidance too for a model that was always told the class."""
+        super().refuse_changes(was, now)
+        if not was.get("label_dropout") and now.get("label_dropout"):
+            raise UserError(
+                f"'model.label_dropout' is {now['label_dropout']}, and this model was trained without: it was always "
+                "told the class, and cannot be guided. Leave it out, or train anew with it"
+            )
 
     def losses(self, x: Tensor, label: Tensor | None = None, generator: torch.Generator | None = None) -> Losses:
         """The objective's losses at the queries of a batch, per sample; see `Generator.losses`."""

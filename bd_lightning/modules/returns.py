@@ -75,6 +75,7 @@ class DistributionalLearner(Module):
     target_network: Any
     representation: Any
     probes: Tensor
+    fixed = ("representation",)
     conditional = False
 
     def __init__(

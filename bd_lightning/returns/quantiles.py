@@ -25,6 +25,7 @@ class Quantiles(Representation):
     """
 
     levels: Tensor
+    changeable = ("kappa",)
 
     def __init__(self, v_min: float, v_max: float, quantiles: int = 51, kappa: float = 1.0) -> None:
         super().__init__(v_min, v_max)

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,13 @@ class Representation(nn.Module, ABC):
     Args:
         v_min: smallest return that is expected, in units of reward.
         v_max: largest one.
+
+    Attributes:
+        changeable: arguments that do not change what trained outputs stand for, and may change after training.
     """
 
     outputs: int
+    changeable: ClassVar[tuple[str, ...]] = ()
     x: Tensor
     """Positions of the components, shape (N,), in units of reward; where quantiles start from."""
     spacing: float
@@ -141,6 +146,7 @@ class GaussianFields(LinearRepresentation):
         positive: replace s by its positive part, rescaled to mass one, in values and targets.
     """
 
+    changeable = ("mass", "positive")
     points: Tensor
     back: Tensor
     gram: Tensor
@@ -236,6 +242,8 @@ class Categorical(LinearRepresentation):
         atoms: their number.
         interpolate: spread the atoms when a density or a distribution function is asked for.
     """
+
+    changeable = ("interpolate",)
 
     def __init__(self, v_min: float, v_max: float, atoms: int = 51, interpolate: bool = True) -> None:
         super().__init__(v_min, v_max)

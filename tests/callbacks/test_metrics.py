@@ -145,6 +145,20 @@ def test_what_is_cached_is_of_the_samples_not_of_the_name_of_the_data(tmp_path):
     assert len(list((tmp_path / ".cache").iterdir())) == 2
 
 
+def test_what_is_cached_is_of_the_weights_of_the_features(tmp_path):
+    """A classifier that is trained again, by another processor, has the key of the first and other weights."""
+
+    class Retrained(Halves):
+        protocol = "halves b"
+
+        def forward(self, images):
+            return super().forward(images) + 1
+
+    data = Shades(True, root=str(tmp_path))
+    one, other = (references.of_split(made, data, "val", torch.device("cpu")) for made in (Halves(), Retrained()))
+    assert torch.equal(other.gaussian.mean, one.gaussian.mean + 1)
+
+
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [

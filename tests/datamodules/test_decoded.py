@@ -220,13 +220,16 @@ def test_what_protocols_say_of_images_that_are_all_trained_on(tmp_path, caplog):
     assert "samples of the train split of ImageFolder" in json.loads(path.read_text())[-1]["protocol"]
     stored = torch.load(last, weights_only=True)["hyper_parameters"]["facts"]
     words = ["data.val_fraction=0.3", f"data.sigma_data={stored['sigma_data']}", "callbacks.memorisation=null"]
-    assert train.main(["test", f"ckpt_path={last}", *words, "data.eval_batch_size=8"]) == 0
+    assert train.main(["test", f"ckpt_path={last}", *words, "data.eval_batch_size=8", "calls=4"]) == 0
     remark = (
         "data not as in training (data.sigma_data, data.val_fraction): what is held out here may have been trained on"
     )
     rows = [json.loads(path.read_text())[-1] for path in (tmp_path / "runs").rglob("test*/fid.json")]
     (row,) = [row for row in rows if "12 test images" in row["protocol"]]
     assert remark in row["protocol"] and remark in row["summary"]
+    (path,) = (tmp_path / "runs").rglob("calls.json")
+    assert all(remark in row["protocol"] for row in json.loads(path.read_text()))
+    assert remark in path.with_suffix(".md").read_text()
     assert train.main([f"ckpt_path={last}", "steps=4", "data.val_fraction=0.3", *words[1:2]]) == 0
 
 
