@@ -118,6 +118,7 @@ class WandB(WandbLogger):
         timeout: seconds to wait for the server.
         summaries: how metrics are summed up over the run, "min" or "max" by name; None takes what the callbacks say.
         run_dir: the run folder; its name is the run's id, so that a resumed run continues the same one.
+        resumed_at: the step of the checkpoint that a training goes on from; 0 for a new one, and for evaluations.
     """
 
     def __init__(
@@ -134,6 +135,7 @@ class WandB(WandbLogger):
         log_model: bool | Literal["all"] = False,
         timeout: float = 20.0,
         summaries: dict[str, Literal["min", "max"]] | None = None,
+        resumed_at: int = 0,
     ) -> None:
         positive(timeout=timeout)
         plain_name(project=project, run_id=Path(run_dir).name)
@@ -152,6 +154,7 @@ class WandB(WandbLogger):
             entity=entity,
         )
         self.mode, self.timeout, self.run_dir, self.summaries = mode, timeout, Path(run_dir), dict(summaries or {})
+        self.resumed_at = resumed_at
         self.known = -1  # the last step that W&B has from an earlier part of the run
 
     def _choose_mode(self) -> str:
@@ -209,9 +212,9 @@ class WandB(WandbLogger):
         return self._experiment
 
     def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        """Log, unless W&B has a later step already."""
+        """Log; of a run that goes on, what W&B has no later step than."""
         _ = self.experiment  # known is known once the run is
-        if step is None or step >= self.known:
+        if step is None or not self.resumed_at or step >= self.known:
             super().log_metrics(metrics, step)
 
     def log_lines(self, key: str, lines: Mapping[str, Sequence[tuple[float, float]]], x_name: str) -> None:

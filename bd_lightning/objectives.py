@@ -252,11 +252,16 @@ class KernelRegression(FieldObjective):
     proposal: Proposal = field(default_factory=Proposal)
 
     def check(self, fields: LearnedFields, noise: NoiseLevels | None) -> None:
-        """Refuse all but direct fields of the exact kernel, and antithetic pairs."""
+        """Refuse all but direct fields of the exact kernel, antithetic pairs and classes."""
         if not (fields.kernel.mobility_is_density and fields.parametrisation.at_any_point):
             raise ValueError(
                 "objective=KernelRegression needs kernel=Exact and parametrisation=direct: only there are both fields "
                 "means over partners"
+            )
+        if fields.network.conditional:
+            raise ValueError(
+                "objective=KernelRegression has the density of all the data at its query points, whatever the class: "
+                "leave network.conditional out"
             )
         if noise is not None and noise.antithetic:
             raise ValueError(

@@ -119,11 +119,11 @@ RUNS = {"1 process": ("cpu", 1), "2 processes": ("ddp_cpu", 1), "2 runs at once"
 def training(name: str, options: argparse.Namespace, place: str) -> None:
     """Print images per second and shares of a step on one and two processes, and on two that share nothing."""
     rows: dict[str, list[dict[str, float]]] = {run: [] for run in RUNS}
-    for _ in range(options.repetitions):
+    for turn in range(options.repetitions):
         for run, (trainer, at_once) in RUNS.items():
             child(
                 "--worker", *EXPERIMENTS[name], f"trainer={trainer}", *PLAIN, f"steps={options.steps}",
-                f"eval_every={options.steps}", f"root={place}/runs{{k}}", f"data.root={options.data_root}",
+                f"eval_every={options.steps}", f"root={place}/{turn}/{run}/{{k}}", f"data.root={options.data_root}",
                 f"callbacks.clock={{_target_: benchmarks.scaling.Clock, out: '{place}/clock{{k}}.json'}}",
                 at_once=at_once,
             )  # fmt: skip

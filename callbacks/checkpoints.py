@@ -129,10 +129,9 @@ class LastCheckpoint(ModelCheckpoint):
 
     A non-finite loss does not overwrite it: the weights that led there are of no use.
 
-    Ctrl-C in the middle of a step waits for its end, so that no part of it is lost (the optimiser's update without the
-    averages', say); a second one does not wait. SIGTERM does so by Lightning. With several processes either may reach
-    any of them: they agree before each batch whether one was asked to stop, and then all stop there, so that none waits
-    for another while saving.
+    SIGTERM and Ctrl-C in the middle of a step wait for its end, that of all the batches it accumulates, so that no part
+    of it is lost; a second Ctrl-C does not wait. With several processes either may reach any of them: they agree before
+    each step whether one was asked to stop, and then all stop there, so that none waits for another while saving.
 
     Args:
         dirpath: the folder; `train.py` gives the run's.
@@ -149,15 +148,15 @@ class LastCheckpoint(ModelCheckpoint):
         self.together, self.asked = False, 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take signals over: Ctrl-C from Python, and with several processes SIGTERM from Lightning, whose handler
-        communicates at once and may hang.
+        """Take signals over: Ctrl-C from Python, and SIGTERM from Lightning, which stops between batches that are
+        accumulated, and with several processes communicates at once and may hang.
 
         Lightning puts the handlers of before the run back when it ends.
         """
         self.started = True
         self.together = trainer.world_size > 1 and torch.distributed.is_initialized()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT) if self.together else (signal.SIGINT,):
+            for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda number, frame: self._note(number, trainer))
 
     def _note(self, number: int, trainer: L.Trainer) -> None:
@@ -166,16 +165,27 @@ class LastCheckpoint(ModelCheckpoint):
         if number == signal.SIGINT and (alone or self.asked == number):
             raise KeyboardInterrupt
         self.asked = number
+        if alone:
+            self._tell(trainer)
+
+    def _tell(self, trainer: L.Trainer) -> None:
+        """Have Lightning know of SIGTERM, as by its own handler: what draws stops, or else the validation does."""
+        trainer._signal_connector.received_sigterm = self.asked == signal.SIGTERM
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """In a checkpoint of an interrupted run, put Lightning's counters back to what was finished.
 
-        A batch that had begun is begun again, and so is a validation, from its first batch.
+        A batch that had begun is begun again, and so are those accumulated before it, and a validation from its first.
         """
         if not self.interrupted:
             return
         loops = checkpoint["loops"]["fit_loop"]
         total = loops["epoch_loop.batch_progress"]["total"]
+        current = loops["epoch_loop.batch_progress"]["current"]
+        pending = current["processed"] % trainer.accumulate_grad_batches  # batches whose gradients are lost
+        if pending:
+            for counts in (current, total):
+                counts.update(dict.fromkeys(counts, counts["processed"] - pending))
         total["ready"] = total["started"] = total["processed"]
         if trainer.validating:
             progress = loops["epoch_loop.val_loop.batch_progress"]
@@ -186,8 +196,10 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the step that the batch begins at; stop if any process was asked to."""
+        """Remember the step that the batch begins at; stop if any process was asked to and the last step is whole."""
         self.begun = trainer.global_step
+        if (trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1) % trainer.accumulate_grad_batches:
+            return  # the gradients of the batches before would be lost
         asked = self.asked
         if self.together:
             shared = torch.tensor(asked, device=pl_module.device)
@@ -204,6 +216,8 @@ class LastCheckpoint(ModelCheckpoint):
         """
         if self.asked == signal.SIGINT and not self.together:
             raise KeyboardInterrupt
+        if self.asked and not self.together:
+            self._tell(trainer)
         total: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
         total.ready = total.started = total.processed = total.completed
 
@@ -217,6 +231,8 @@ class LastCheckpoint(ModelCheckpoint):
 
     def _due(self, trainer: L.Trainer) -> bool:
         """Whether it is time to save, the same on every rank."""
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return False
         if self.every is not None:
             return self.every > 0 and trainer.global_step % self.every == 0
         if trainer.global_step % LOOK:

@@ -46,9 +46,11 @@ def rank_zero_first(trainer: L.Trainer) -> Iterator[None]:
     """Let the other ranks wait until rank 0 is through, so that they find what it keeps."""
     if not trainer.is_global_zero:
         trainer.strategy.barrier("rank 0 first")
-    yield
-    if trainer.is_global_zero:
-        trainer.strategy.barrier("rank 0 first")
+    try:
+        yield
+    finally:  # if rank 0 fails the others do so by themselves
+        if trainer.is_global_zero:
+            trainer.strategy.barrier("rank 0 first")
 
 
 def kernel_distance(samples: Tensor, real: Tensor, subset: int, scale: float = 1.0) -> float:
@@ -212,8 +214,9 @@ class ImageMetrics(Evaluation):
             UserError: after all has been recorded, if the samples could not be exported.
         """
         super().on_test_epoch_end(trainer, pl_module)
-        if self.export is not None and self.export.lost:
-            raise UserError(self.export.lost)
+        lost = trainer.strategy.broadcast("" if self.export is None else self.export.lost)  # that of rank 0
+        if lost:
+            raise UserError(lost)
 
     def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> dict[str, float]:
         """FID, KID, precision and recall of the samples of all ranks, the same on each."""

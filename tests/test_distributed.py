@@ -42,6 +42,12 @@ def test_a_step_of_two_ranks_is_the_step_of_the_joined_batch(tmp_path):
         assert (own - joined).norm() / scale > 1e-3  # without gathering the ranks' estimates are their own
 
 
+def test_a_rate_does_not_follow_a_batch_that_stays(tmp_path, capsys):
+    words = [*ONE.split(), "logger=none", "data.total_batch_size=64", "model.lr_scaling=sqrt", f"root={tmp_path}"]
+    assert train.main([*words, f"data.root={tmp_path}"]) == 2
+    assert "'model.lr_scaling' sqrt follows the number of batches" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("scaling", "factor"), [("none", 1), ("sqrt", 6**0.5), ("linear", 6)])
 def test_the_learning_rate_follows_the_effective_batch(scaling, factor):
     words = [

@@ -178,6 +178,25 @@ def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, 
     assert "nothing is left to train" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("signum", ["SIGTERM", "SIGINT"])
+def test_a_stopped_run_loses_no_gradients_that_are_accumulated(signum, tmp_path, capsys, heard):
+    """It is asked to stop at the first of three batches of a step."""
+    rows = ["trainer.accumulate_grad_batches=3", "data.batch_size=100", "steps=5", "eval_every=5", "trainer=cpu"]
+    rows += ["callbacks.metrics=null", "callbacks.best=null", "callbacks.last.every=0", "callbacks.memorisation=null"]
+    assert train.main(words(tmp_path, "whole", *rows)) == 0
+    killer = f"callbacks.killer={{_target_: faults.KillAt, step: 2, signum: {signum}}}"
+    with pytest.raises(SystemExit):
+        train.main(words(tmp_path, "stopped", *rows, killer, "ckpt_path=last"))
+    last = [folder(tmp_path, name) / "checkpoints" / "last.ckpt" for name in ("whole", "stopped")]
+    assert torch.load(last[1], weights_only=True)["global_step"] == 3
+    assert train.main([f"ckpt_path={last[1]}", "callbacks.killer=null"]) == 0
+    states = [torch.load(path, weights_only=True) for path in last]
+    for part in ("state_dict", "current_model_state", "optimizer_states"):
+        torch.testing.assert_close(*(state[part] for state in states))
+    steps = [[step for step, _ in losses(path.parent.parent)] for path in last]
+    assert steps[0] == steps[1]
+
+
 def test_an_interrupt_waits_for_what_must_not_be_half_done(heard):
     done = []
     with pytest.raises(KeyboardInterrupt):

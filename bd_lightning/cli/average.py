@@ -1,5 +1,6 @@
 """average: checkpoints with averages of other lengths, from the snapshots that callbacks.PowerAverages kept."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,9 @@ def run(plan: Plan) -> None:
         path = folder / "checkpoints" / f"length-{length:g}.ckpt"
         with writing(folder):
             made = checkpoint(plan.checkpoint, parts, found)
-            checkpoints.WholeCheckpoints().save_checkpoint(made, path)
+            own = path.with_name(f"{path.name}-{os.getpid()}")  # each of several processes writes it
+            checkpoints.WholeCheckpoints().save_checkpoint(made, own)
+            own.replace(path)
         print(f"{short(path)}: of {len(parts)} snapshots, weights over time to {found.error:.2%}")
         if plan.config["score"]:
             score(plan, path)

@@ -90,6 +90,11 @@ def _run(plan: Plan, run_dir: Path) -> None:
     loggers = build_loggers(plan, callbacks, run_dir)
     trainer = build_trainer(plan, loggers, callbacks)
     data.share(trainer.world_size * trainer.accumulate_grad_batches)
+    if plan.command == "fit" and data.total_batch_size is not None and model.lr_scaling != "none":
+        raise UserError(
+            f"'model.lr_scaling' {model.lr_scaling} follows the number of batches that make the effective one, which "
+            "data.total_batch_size keeps as it is: leave one of them out"
+        )
     if plan.command == "fit" and trainer.is_global_zero:
         announce(plan, trainer, data, model)
     carry_out(plan, trainer, data, model)
@@ -215,7 +220,8 @@ def build_loggers(plan: Plan, callbacks: list[Any], run_dir: Path) -> list[Any]:
     if plan.config["logger"] and run_dir != plan.run_dir and in_use(run_dir):
         rank_zero_info("the run is training, and logs alone: this evaluation is in its folder, not at the logger")
     elif plan.config["logger"]:
-        known = {"run_dir": run_dir, "summaries": objects.metrics(objects.evaluations(callbacks))}
+        known = {"run_dir": run_dir, "resumed_at": plan.resumed_at}
+        known["summaries"] = objects.metrics(objects.evaluations(callbacks))
         loggers.append(build.instantiate(plan.config["logger"], "logger", known))
     return loggers
 
@@ -254,6 +260,7 @@ def carry_out(plan: Plan, trainer: L.Trainer, data: Any, model: Any) -> None:
         if plan.command == "fit":  # given the path, Lightning restores callbacks, loops and optimisers too
             trainer.fit(model, datamodule=data, ckpt_path=plan.config["ckpt_path"], weights_only=True)
         else:  # the model has its weights; the file may be another one by now
+            trainer.fit_loop.epoch_loop._batches_that_stepped = plan.step  # which Lightning logs at
             {"validate": trainer.validate, "test": trainer.test}[plan.command](model, datamodule=data)
         failed = False
     except SIGTERMException as stop:

@@ -55,8 +55,7 @@ def step_target(past: Sequence[tuple[float, Tensor]], start: float, h: float, ka
     rule = np.polynomial.legendre.leggauss(16)
     points, weights = (torch.from_numpy(one).to(kappa, non_blocking=True) for one in rule)
     u = h * (1 + points) / 2
-    decay = weights * (-kappa.flatten()[:, None] * (h - u)).exp()
-    decay = decay / decay.sum(1, keepdim=True)
+    decay = (weights.log() - kappa.flatten()[:, None] * (h - u)).softmax(1)
     aim = values[0]
     for j in range(1, len(past)):
         lagrange = torch.ones_like(u)

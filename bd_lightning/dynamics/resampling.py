@@ -100,6 +100,7 @@ class FeynmanKac(MultiScaleSampler):
             score, rate = fields.weighted_score(x, x.new_full((len(x),), here), self.exact_score)
             before, behind = last or (rate, x + here**2 * score)
             log_weight = log_weight + (0 if last is None else h) * (rate + before).double() / 2  # the trapezium rule
+            log_weight = torch.where(log_weight.isfinite(), log_weight, -math.inf)  # a chain that is lost, alone
             weights = log_weight.softmax(0)
             if there == 0 or 1 / weights.square().sum() < self.threshold * len(x):
                 taken = systematic(weights, noise.uniform().flatten()[0] / math.sqrt(12) + 0.5)

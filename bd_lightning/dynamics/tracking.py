@@ -17,11 +17,16 @@ References:
 import math
 from dataclasses import dataclass, replace
 
-import torch
+from torch import Tensor
 
 from bd_lightning.checks import positive
 from bd_lightning.dynamics.langevin import geometric_ladder
 from bd_lightning.dynamics.sampler import MultiScaleSampler
+
+
+def _mean(weight: Tensor, parts: Tensor) -> Tensor:
+    """Σ_c w_c a_c (B, *), weights (B, C) of a (B, C, *); by no matrix product, which autocast would round."""
+    return (weight.reshape(*weight.shape, *(1,) * (parts.ndim - 2)) * parts).sum(1)
 
 
 @dataclass(frozen=True)
@@ -61,11 +66,11 @@ class TrackedPosterior(MultiScaleSampler):
             weight = shares.log_softmax(1) if weight is None else weight
             target = x[:, None] + here**2 * scores
             if there == 0:
-                yield torch.einsum("bc,bc...->b...", weight.exp(), target)
+                yield _mean(weight.exp(), target)
                 return
             aim = target if before is None else target + (target - before) / 2
             means = aim + math.exp(-kappa * h) * (x[:, None] - aim)
-            x = torch.einsum("bc,bc...->b...", weight.exp(), means) + there * math.sqrt(spread) * noise()
+            x = _mean(weight.exp(), means) + there * math.sqrt(spread) * noise()
             far = (x[:, None] - means).flatten(2).square().sum(2)
             weight = (weight - far / (2 * there**2 * spread)).log_softmax(1)
             before = target

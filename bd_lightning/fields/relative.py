@@ -26,6 +26,9 @@ from bd_lightning.fields.mixture import Mixture
 from bd_lightning.networks.base import Network
 from bd_lightning.targets import Density
 
+MOST = 2**23
+"""Counts in single precision stop at twice as much. From here on all are halved, so that later ones weigh more."""
+
 
 class RelativeFields(nn.Module, FieldPair):
     """Fields of every class relative to the base Gaussian, from one network.
@@ -63,6 +66,7 @@ class RelativeFields(nn.Module, FieldPair):
     def count(self, label: Tensor) -> None:
         """Count the classes (B,) of a batch of training data."""
         self.counts.index_add_(0, label, torch.ones_like(label, dtype=self.counts.dtype))  # bincount reads back
+        self.counts.mul_(torch.where(self.counts.max() < MOST, 1.0, 0.5))
 
     def forward(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """ρ (B,) and g = ½ρ(∇log p_σ + U) (B, *) of the density of the training data."""

@@ -112,7 +112,7 @@ class ConsistencyModel(FewStepGenerator):
         n = torch.randn(x.shape, device=x.device, generator=generator)
         if self.coupling is None:
             return n, x.new_zeros(len(x))
-        mean, log_scale = self.coupling(x / self.fields.sigma_data, x.new_zeros(len(x)), None)
+        mean, log_scale = (one.float() for one in self.coupling(x / self.fields.sigma_data, x.new_zeros(len(x)), None))
         kl = mean.square().flatten(1).mean(1) + (2 * log_scale).exp() - 1 - 2 * log_scale
         return mean + bcast(log_scale.exp(), x) * n, kl / 2
 

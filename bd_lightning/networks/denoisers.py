@@ -151,7 +151,7 @@ class PretrainedDenoiser(Network):
         point = bcast(total, x) * x
         skip = bcast(self.sigma_data**2 / total.square(), x)
         out = bcast(total / (sigma * self.sigma_data), x)
-        return out * (self.denoiser(point, sigma) - skip * point), torch.zeros_like(sigma)
+        return out * (self.denoiser(point, sigma) - skip * point), x.new_zeros(len(x))
 
 
 @torch.no_grad()

@@ -23,13 +23,13 @@ def _norm(channels: int) -> GroupNorm:
 
 def _pooled_norm(channels: int) -> GroupNorm:
     """As `_norm` for a map that was averaged to one pixel: a group has at least four channels, or it says nothing."""
-    return GroupNorm(math.gcd(8, max(1, channels // 4)), channels)
+    return GroupNorm(math.gcd(8, channels, max(1, channels // 4)), channels)
 
 
 class _Attention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.heads = max(1, channels // 64)
+        self.heads = next(n for n in range(max(1, channels // 64), 0, -1) if channels % n == 0)
         self.norm = _norm(channels)
         self.qkv = Conv2d(channels, 3 * channels, 1)
         self.out = zero_init(Conv2d(channels, channels, 1))

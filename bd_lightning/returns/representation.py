@@ -13,6 +13,12 @@ from bd_lightning.returns.fields import ReturnFields, normal, normal_cdf
 GROUP = 8  # as many transitions must share a reward and a discount on average before matrices are shared too
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in single precision at least, under autocast too: half precision is coarser than what values differ by."""
+    with torch.autocast(a.device.type, enabled=False):
+        return (a.float() if a.dtype in (torch.float16, torch.bfloat16) else a) @ b
+
+
 class Representation(nn.Module, ABC):
     """What a network says about a return distribution, and how it is backed up.
 
@@ -94,7 +100,10 @@ class Representation(nn.Module, ABC):
         raise UserError("the sde needs fields: sample with model.sampler=inverse_cdf, or train GaussianFields")
 
     def grid(self, points: int = 2001) -> Tensor:
-        """Points (Q,) that reach well beyond every component, for quadratures and inverse functions."""
+        """Points (Q,) that reach well beyond [v_min, v_max], for quadratures and inverse functions.
+
+        Returns outside, which `Quantiles` can stand for, count as at the ends there; `mean` takes them as they are.
+        """
         pad = 4 * self.spacing
         return torch.linspace(float(self.x[0]) - pad, float(self.x[-1]) + pad, points, device=self.x.device)
 
@@ -111,8 +120,8 @@ class LinearRepresentation(Representation):
         pairs, place = torch.stack([reward, discount], 1).unique(dim=0, return_inverse=True)
         matrices = self.matrix(pairs[:, 0], pairs[:, 1])
         if GROUP * len(pairs) <= len(w):  # few distinct rewards: one product for each
-            return (w @ matrices.mT)[place, torch.arange(len(w), device=w.device)]
-        return (matrices[place] @ w[..., None])[..., 0]
+            return product(w, matrices.mT)[place, torch.arange(len(w), device=w.device)]
+        return product(matrices[place], w[..., None])[..., 0]
 
     def mixture(self, shares: Tensor, w: Tensor) -> Tensor:
         """The weighted sum."""
@@ -120,7 +129,7 @@ class LinearRepresentation(Representation):
 
     def mean(self, w: Tensor) -> Tensor:
         """The weighted sum of the components' positions."""
-        return w @ self.x
+        return product(w, self.x)
 
     def outside(self, w: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Of positive weights."""
@@ -195,11 +204,11 @@ class GaussianFields(LinearRepresentation):
 
     def read(self, y: Tensor) -> Tensor:
         """Weights (*, N); linear in y but for `positive`."""
-        w = self.uniform + y @ self.back.T
+        w = self.uniform + product(y, self.back.T)
         if self.learn == "density" and self.mass:
             w = w + (1 - w.sum(-1, keepdim=True)) / w.shape[-1]
         if self.positive:
-            w = (w @ self.gram).clamp_min(0) @ self.inverse
+            w = product(product(w, self.gram).clamp_min(0), self.inverse)
             w = w / w.sum(-1, keepdim=True).clamp_min(1e-6)
         return w
 
@@ -219,7 +228,7 @@ class GaussianFields(LinearRepresentation):
         """Both in closed form."""
         u = x - self.x[:, None]
         k = normal(u, self.h**2)
-        return w @ k, w @ (-u / self.h**2 * k)
+        return product(w, k), product(w, -u / self.h**2 * k)
 
     def field_pair(self, w: Tensor, origin: float = 0.0) -> ReturnFields:
         """At noise level σ the components have the variance h² + σ²."""
@@ -227,7 +236,7 @@ class GaussianFields(LinearRepresentation):
 
     def cdf(self, w: Tensor, x: Tensor) -> Tensor:
         """In closed form; not quite monotone where s is negative."""
-        return w @ normal_cdf((x - self.x[:, None]) / self.h)
+        return product(w, normal_cdf((x - self.x[:, None]) / self.h))
 
 
 class Categorical(LinearRepresentation):
@@ -269,9 +278,9 @@ class Categorical(LinearRepresentation):
         """Linear interpolation of the probabilities over the spacing, and its slope."""
         u = (x - self.x[:, None]) / self.spacing
         hat = (1 - u.abs()).clamp_min(0)
-        return w @ hat / self.spacing, w @ (-u.sign() * (hat > 0)) / self.spacing**2
+        return product(w, hat) / self.spacing, product(w, -u.sign() * (hat > 0)) / self.spacing**2
 
     def cdf(self, w: Tensor, x: Tensor) -> Tensor:
         """Piecewise linear, or steps."""
         u = (x - self.x[:, None]) / self.spacing
-        return w @ ((u + 0.5).clamp(0, 1) if self.interpolate else (u >= 0).to(w.dtype))
+        return product(w, (u + 0.5).clamp(0, 1) if self.interpolate else (u >= 0).to(w.dtype))

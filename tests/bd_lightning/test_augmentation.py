@@ -55,6 +55,14 @@ def test_images_that_nothing_was_done_to_are_left_bit_for_bit():
     assert torch.equal(again, changed)
 
 
+def test_places_are_not_rounded_in_half_precision():
+    x = torch.rand(32, 3, 64, 64) * 2 - 1
+    plain, _ = Geometric(p=0.9)(x, torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        half, _ = Geometric(p=0.9)(x, torch.Generator().manual_seed(0))
+    assert torch.equal(half, plain)
+
+
 @pytest.mark.parametrize("size", [(8, 8), (6, 10)])
 def test_a_flip_and_a_shift_are_those_of_the_pixels(size, monkeypatch):
     x, of = torch.rand(1, 1, *size) * 2 - 1, Geometric(shift=1.0)

@@ -1,5 +1,7 @@
 """Consistency models and distilled ones: their function, their losses, what they learn of a Gaussian."""
 
+import math
+
 import pytest
 import torch
 
@@ -114,6 +116,14 @@ def test_coupling_costs_its_divergence_and_learns():
     assert float(kl[0]) == pytest.approx(float(exact), rel=0.05)
     model.losses(torch.randn(32, 2)).total.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_the_divergence_of_a_coupling_is_taken_in_single_precision():
+    model = small(coupling=MLP((2,), width=16, depth=1))
+    model.coupling.forward = lambda x, c_noise, label: (torch.zeros_like(x).bfloat16(), c_noise.bfloat16() + 0.01)
+    _, kl = model.noised(torch.ones(4, 2), torch.Generator().manual_seed(0))
+    s = float(torch.tensor(0.01).bfloat16())
+    assert kl.tolist() == pytest.approx([(math.exp(2 * s) - 1 - 2 * s) / 2] * 4, rel=0.01)
 
 
 def test_energy_widens_what_a_regression_draws_to_its_mean():

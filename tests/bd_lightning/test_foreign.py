@@ -114,6 +114,11 @@ def test_mixtures_of_denoisers():
     for level in (0.2, 1.0):
         sigma = torch.full((20,), level, dtype=torch.float64)
         torch.testing.assert_close(mixture.score(x, sigma), whole.score(x, sigma), atol=0.06, rtol=0.02)
+    source = FlowSource([fields_of(Exact(one)) for one in parts], [0.5, 0.5])
+    found = MultistepDynamics(levels=30, sigma_min=0.1)(
+        Mixture([(source, torch.tensor([1.6, 0.4]))]), SampleNoise(range(400), (2,))
+    )
+    assert float((found[:, 0] < 0).float().mean()) == pytest.approx(0.78, abs=0.1)
     with pytest.raises(ValueError, match="give one for each"):
         FlowSource([], [1.0])
 

@@ -209,6 +209,18 @@ def test_chains_are_taken_by_their_weights():
     assert (torch.bincount(many // 100, minlength=3) / 300 - torch.tensor([0.7, 0.1, 0.2])).abs().max() < 0.01
 
 
+def test_a_chain_that_is_lost_is_taken_by_none():
+    class Lost(GuidedFields):
+        """The first chain has no number."""
+
+        def weighted_score(self, x, sigma, exact):
+            score, rate = super().weighted_score(x, sigma, exact)
+            return score, torch.cat([rate[:1] * float("nan"), rate[1:]])
+
+    found = FeynmanKac(levels=30, sigma_max=5.0)(Lost(CLASS, ALL, 2.0), SampleNoise(range(200), (2,)))
+    assert found.isfinite().all() and len(found.unique(dim=0)) > 20
+
+
 def test_without_guidance_weights_are_equal():
     """And chains are the reversed diffusion of the constant kernel, as by multistep dynamics of second order."""
     noise = [SampleNoise(range(50), (2,)) for _ in range(2)]

@@ -56,10 +56,13 @@ def test_steps_that_the_server_has_are_not_sent_twice(tmp_path, monkeypatch):
     summary = {"trainer/global_step": 30}
     run = SimpleNamespace(url="", resumed=True, summary=summary, log=sent.append, define_metric=lambda *a, **k: None)
     monkeypatch.setattr(WandB, "_start", lambda self, mode: run)
-    logger = WandB(tmp_path / "run-10", mode="online")
+    logger = WandB(tmp_path / "run-10", mode="online", resumed_at=10)
     for step in (10, 20, 30, 40):
         logger.log_metrics({"train/loss": 1.0}, step=step)
     assert [row["trainer/global_step"] for row in sent] == [30, 40]
+    evaluation = WandB(tmp_path / "run-10", mode="online")  # of best.ckpt, which is of an earlier step
+    evaluation.log_metrics({"test/fid": 1.0}, step=20)
+    assert sent[2]["trainer/global_step"] == 20 and sent[2]["test/fid"] == 1.0
 
 
 def test_metrics_are_summed_up_as_the_callbacks_say(tmp_path):

@@ -9,7 +9,7 @@ from bd_lightning.distances import relative_error
 from bd_lightning.dynamics import BellmanDynamics, MultistepDynamics, ProbabilityFlow
 from bd_lightning.fields import Guidance, log_gradient
 from bd_lightning.modules import BellmanDiffusion
-from bd_lightning.networks import MLP, Network
+from bd_lightning.networks import MLP, Network, UNet
 from bd_lightning.objectives import FieldDivergence, KernelRegression, NoiseLevels, Partners, Proposal, Queries
 from bd_lightning.optimizers import AdamW, Muon, ScheduleFree
 from bd_lightning.targets import GaussianMixture
@@ -112,6 +112,21 @@ def test_multi_scale_regression_is_learned():
     )  # fmt: skip
     after_s, after_g = errors(train(module, steps=400), 0.5)
     assert after_s < 0.1 and after_g < 0.15
+
+
+def test_regression_knows_no_classes():
+    with pytest.raises(ValueError, match="has the density of all the data at its query points, whatever the class"):
+        build(
+            kernel=kernels.Exact(0.03), objective=KernelRegression(), parametrisation="direct", noise=None,
+            network=MLP((2,), width=8, depth=1, conditional=True, num_classes=3),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("channels", [[32, 224], [32, 144], [8, 18], [16, 50], [8, 33]])
+def test_widths_that_heads_and_groups_do_not_divide(channels):
+    network = UNet((3, 16, 16), channels=channels, blocks=1, attention=[1])
+    out, _ = network(torch.zeros(2, 3, 16, 16), torch.zeros(2), None)
+    assert out.shape == (2, 3, 16, 16)
 
 
 def test_fields_of_a_mixture_are_mixtures_of_fields():

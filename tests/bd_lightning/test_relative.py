@@ -117,6 +117,25 @@ def test_weights_that_are_carried_along_need_no_scalar_field():
         assert (shares - asked).abs().sum() < 0.08 and 0.27 < spread < 0.33
 
 
+def test_tracked_chains_keep_their_precision_where_networks_have_half_of_it():
+    def drawn():
+        return TrackedPosterior(levels=8)(mixture(1, 1, 2, 0), SampleNoise(range(5), (2,)))
+
+    plain = drawn()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = drawn()  # the densities' own products are rounded
+    assert half.dtype == torch.float32 and len(half.unique()) == 10
+    torch.testing.assert_close(half, plain, atol=0.02, rtol=0)
+
+
+def test_counts_of_classes_do_not_stop_at_the_largest_integer_of_single_precision():
+    fields = RelativeFields(MLP((2,), width=8, depth=1, num_classes=2, per_class=True), 1.0, classes=2)
+    fields.counts.fill_(2.0**24)
+    for _ in range(4):
+        fields.count(torch.zeros(2**21, dtype=torch.long))
+    assert 0.55 < fields.shares[0] < 0.8 and fields.counts.max() < 2**23
+
+
 def test_of_one_density_tracked_chains_are_those_of_the_dynamics():
     noise = [SampleNoise(range(5), (2,)) for _ in range(2)]
     settings = {"levels": 12, "sigma_max": 10.0, "sigma_min": 0.1}

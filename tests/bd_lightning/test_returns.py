@@ -101,6 +101,21 @@ def test_positive_part_is_not_linear_and_has_mass_one():
     assert not torch.allclose(rep.read(y.mean(0)), w.mean(0), atol=1e-3)
 
 
+@pytest.mark.parametrize("kind", [GaussianFields, Categorical])
+def test_values_are_not_rounded_where_networks_have_half_precision(kind):
+    rep = kind(0.0, 1.0)
+    y, step = 0.01 * torch.randn(5, rep.outputs, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 5)
+
+    def found():
+        w = rep.read(y)
+        return w, rep.mean(w), rep.target(w, step, 0.9 * step), *rep.fields(w, step), rep.cdf(w, step)
+
+    plain = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        for one, other in zip(plain, found()):
+            assert torch.equal(one, other)
+
+
 def test_mass_is_one_whatever_the_network_says():
     for options in ({"learn": "cumulative"}, {"learn": "density"}):
         rep = GaussianFields(-3, 3, **options)

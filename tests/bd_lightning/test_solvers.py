@@ -81,6 +81,12 @@ def test_a_step_of_full_order_meets_a_polynomial_exactly():
             torch.testing.assert_close(step_target(past, 2.0, h, kappa)[:, 0], expected, rtol=1e-8, atol=1e-9)
 
 
+def test_a_step_that_forgets_all_before_its_end_takes_what_is_there():
+    past = [(0.0, torch.tensor([[1.0]])), (0.5, torch.tensor([[3.0]]))]
+    found = step_target(past, 0.0, 0.5, torch.tensor([[1e6]]))  # e^{-kappa h} is 0 at every point of the rule but one
+    assert float(found) == pytest.approx(-1.0, abs=0.1)  # the line through both, at the end of the step
+
+
 @pytest.mark.parametrize("rho", [None, 7.0])
 def test_orders_of_the_rules_on_a_mixture(rho):
     """Halving the steps of the flow divides its error by 2^order, the corrector adding one; analytic fields."""

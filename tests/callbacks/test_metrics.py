@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from bd_lightning.checks import UserError
 from callbacks import ClassifierFeatures, DINOv2Features, ImageMetrics, InceptionFeatures, references
 from callbacks import features as features_module
 from callbacks.memorisation import memorisation, nearest_two, some_images
-from callbacks.metrics import frechet_distance, precision_recall
+from callbacks.metrics import frechet_distance, precision_recall, rank_zero_first
 from callbacks.moments import Gaussian, frechet, moments_of
 from callbacks.vision_transformer import VisionTransformer
 from datamodules import Digits, to_uint8
@@ -143,6 +144,14 @@ def test_what_is_cached_is_of_the_samples_not_of_the_name_of_the_data(tmp_path):
     means = [one.gaussian.mean for one in found]
     assert torch.equal(means[1], means[0] + 20) and torch.equal(means[2], means[0])
     assert len(list((tmp_path / ".cache").iterdir())) == 2
+
+
+def test_the_others_do_not_wait_for_a_rank_that_fails():
+    passed = []
+    trainer = SimpleNamespace(is_global_zero=True, strategy=SimpleNamespace(barrier=passed.append))
+    with pytest.raises(ZeroDivisionError), rank_zero_first(trainer):
+        1 / 0
+    assert len(passed) == 1
 
 
 def test_what_is_cached_is_of_the_weights_of_the_features(tmp_path):
