@@ -170,18 +170,22 @@ def test_last_is_saved_by_the_clock(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr("callbacks.checkpoints.time.monotonic", lambda: now[0])
     last = LastCheckpoint(str(tmp_path), minutes=2.0)
-    trainer = SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda x: x), global_step=0)
+
+    def after(step, accumulating=False):
+        loop = SimpleNamespace(epoch_loop=SimpleNamespace(_should_accumulate=lambda: accumulating))
+        return SimpleNamespace(strategy=SimpleNamespace(broadcast=lambda x: x), global_step=step, fit_loop=loop)
+
     due = []
     for step in range(1, 701):
         now[0] += 1.0
-        trainer.global_step = step
-        if last._due(trainer):
+        assert not last._due(after(step, accumulating=True))  # gradients would be lost
+        if last._due(after(step)):
             due.append(step)
             last.saved = now[0]
     assert due == [150, 300, 450, 600]  # at looks, every 50 steps, two minutes and more apart
     steps = LastCheckpoint(str(tmp_path), every=4)
-    assert [s for s in range(1, 10) if steps._due(SimpleNamespace(global_step=s))] == [4, 8]
-    assert not LastCheckpoint(str(tmp_path), every=0)._due(SimpleNamespace(global_step=250))
+    assert [s for s in range(1, 10) if steps._due(after(s))] == [4, 8]
+    assert not LastCheckpoint(str(tmp_path), every=0)._due(after(250))
 
 
 def test_pictures_are_written(tmp_path, cache):
