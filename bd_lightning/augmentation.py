@@ -67,13 +67,12 @@ class Geometric(Augmentation):
         """As the base says."""
         if x.ndim != 4:
             raise ValueError(f"an augmentation of images was given data of shape {tuple(x.shape[1:])}")
-        with torch.autocast(x.device.type, enabled=False):
-            matrix, told = self.transforms(len(x), x.device, generator)
         ratio = x.shape[3] / x.shape[2]
-        matrix[:, 0, 1] /= ratio  # pixels are square, and both halves are called one
-        matrix[:, 1, 0] *= ratio
-        matrix[:, 1, 2] *= ratio
         with torch.autocast(x.device.type, enabled=False):  # places of pixels are finer than half precision
+            matrix, told = self.transforms(len(x), x.device, generator)
+            matrix[:, 0, 1] /= ratio  # pixels are square, and both halves are called one
+            matrix[:, 1, 0] *= ratio
+            matrix[:, 1, 2] *= ratio
             grid = F.affine_grid(matrix, list(x.shape), align_corners=False)
             changed = F.grid_sample(x.float(), grid, "bicubic", "reflection", align_corners=False).clamp(-1, 1)
         same = (told == 0).all(1)[:, None, None, None]

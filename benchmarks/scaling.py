@@ -123,7 +123,8 @@ def training(name: str, options: argparse.Namespace, place: str) -> None:
         for run, (trainer, at_once) in RUNS.items():
             child(
                 "--worker", *EXPERIMENTS[name], f"trainer={trainer}", *PLAIN, f"steps={options.steps}",
-                f"eval_every={options.steps}", f"root={place}/{turn}/{run}/{{k}}", f"data.root={options.data_root}",
+                f"eval_every={options.steps}", f"root={place}/{name}/{turn}/{run}/{{k}}",
+                f"data.root={options.data_root}",
                 f"callbacks.clock={{_target_: benchmarks.scaling.Clock, out: '{place}/clock{{k}}.json'}}",
                 at_once=at_once,
             )  # fmt: skip

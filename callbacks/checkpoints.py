@@ -186,6 +186,7 @@ class LastCheckpoint(ModelCheckpoint):
         if pending:
             for counts in (current, total):
                 counts.update(dict.fromkeys(counts, counts["processed"] - pending))
+            current["ready"] += 1  # as where a run is stopped before a step: the first batch of it was fetched
         total["ready"] = total["started"] = total["processed"]
         if trainer.validating:
             progress = loops["epoch_loop.val_loop.batch_progress"]

@@ -384,9 +384,8 @@ def test_the_mobility_of_a_config_is_a_table(monkeypatch, capsys):
     kernels.main()
     out = capsys.readouterr().out
     assert "Constant(epsilon=0.001), 64 dimensions" in out and "| 0.000 | 0.00000 | 0.00 % |" in out
-    monkeypatch.setattr(
-        sys, "argv", ["kernels.py", "--mobility", "940"]
-    )  # an epoch leaves the last of 1,500 digits out
+    many = ["kernels.py", "--mobility", "940"]  # an epoch leaves the last of 1,500 digits out
+    monkeypatch.setattr(sys, "argv", many)
     with pytest.raises(UserError, match="takes 1410 samples, and an epoch of training has 1408"):
         kernels.main()
     monkeypatch.setattr(sys, "argv", ["kernels.py", "data=mnist"])

@@ -18,6 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 import train
 from bd_lightning.cli.folders import short
 from bd_lightning.cli.resumed import carry_over
+from bd_lightning.modules import BellmanDiffusion
 from callbacks.checkpoints import uninterrupted
 from conftest import ROOT
 
@@ -195,6 +196,28 @@ def test_a_stopped_run_loses_no_gradients_that_are_accumulated(signum, tmp_path,
         torch.testing.assert_close(*(state[part] for state in states))
     steps = [[step for step, _ in losses(path.parent.parent)] for path in last]
     assert steps[0] == steps[1]
+
+
+def test_a_run_that_fails_between_accumulated_batches_repeats_their_step(tmp_path, monkeypatch):
+    """Every step that is logged is of three batches, before and after."""
+    rows = ["trainer.accumulate_grad_batches=3", "data.batch_size=100", "steps=5", "eval_every=5", "trainer=cpu"]
+    rows += ["callbacks.metrics=null", "callbacks.best=null", "callbacks.last.every=0", "callbacks.memorisation=null"]
+    compute, calls = BellmanDiffusion.compute, []
+
+    def broken(self, *args):
+        if self.training and calls.append(self.trainer.global_step) is None and len(calls) == 8:
+            raise RuntimeError("a broken disk")
+        return compute(self, *args)
+
+    monkeypatch.setattr(BellmanDiffusion, "compute", broken)
+    with pytest.raises(RuntimeError, match="a broken disk"):
+        train.main(words(tmp_path, "failed", *rows))
+    last = folder(tmp_path, "failed") / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 2 and calls[6:] == [2, 2]
+    calls[:] = [0] * 10  # no more faults
+    assert train.main([f"ckpt_path={last}"]) == 0
+    assert calls[10:] == [2, 2, 2, 3, 3, 3, 4, 4, 4]
+    assert [step for step, _ in losses(last.parent.parent)] == list(range(5))
 
 
 def test_an_interrupt_waits_for_what_must_not_be_half_done(heard):
