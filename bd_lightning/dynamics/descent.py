@@ -117,7 +117,6 @@ class MultistepDynamics(MultiScaleSampler):
 
     def path(self, fields, noise):
         x = self.first(noise)
-        yield x
         ladder = self.ladder()
         past: list[tuple[float, Tensor]] = []  # ln σ and T at the last levels, latest first
         h, kappa, aim = 0.0, x, x  # of the last step; kappa and aim have no meaning before the first
@@ -130,6 +129,7 @@ class MultistepDynamics(MultiScaleSampler):
             if past and self.corrector:
                 again = step_target([(math.log(here), target), *past], math.log(here) + h, h, kappa)
                 x = x - torch.expm1(-kappa * h) * (again - aim)
+            yield x
             if there == 0:
                 yield x + here**2 * score
                 return
@@ -140,7 +140,6 @@ class MultistepDynamics(MultiScaleSampler):
             else:
                 aim = step_target(past, math.log(here), h, kappa)
             x = aim + (-kappa * h).exp() * (x - aim) + there * (-torch.expm1(-2 * rate * h)).sqrt() * noise()
-            yield x
 
 
 @dataclass(frozen=True)
