@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from bd_lightning import checkpoints
+from bd_lightning.addresses import digest, weights_of
 from bd_lightning.checks import UserError, regular_file
 from bd_lightning.cli import build
 from bd_lightning.cli import config as configs
@@ -90,6 +91,21 @@ def compose(*words: str) -> dict[str, Any]:
     config = configs.compose(configs.parse(list(words)))
     build.check(config)
     return config
+
+
+def contents(words: Iterable[str]) -> list[str]:
+    """Words as rows are known by: with what the autoencoder's file holds, which its path does not tell.
+
+    Raises:
+        UserError: if there is no such file.
+    """
+    key, known = "data.autoencoder.ckpt_path=", []
+    for word in words:
+        if word.startswith(key):
+            regular_file(path := weights_of(word.removeprefix(key)), "autoencoder")
+            word = f"{word} ({digest(path)[:8]})"
+        known.append(word)
+    return known
 
 
 def make_data(config: Mapping[str, Any]) -> Any:

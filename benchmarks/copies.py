@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from bd_lightning.addresses import digest
 from bd_lightning.dynamics import MultistepDynamics, SampleNoise
 from bd_lightning.fields import Guidance
 from benchmarks import arguments, common
@@ -36,6 +37,7 @@ from callbacks import ClassifierFeatures
 from callbacks.memorisation import memorisation
 from callbacks.metrics import frechet_distance
 from datamodules import to_uint8
+from datamodules.subsets import random_subset
 
 DUPLICATED, TIMES, ORDINARY, PRINTS = 200, 100, 5000, 10
 SAMPLER = MultistepDynamics(levels=40, relaxation=0.0)
@@ -74,11 +76,10 @@ def two_nearest(x: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat([part.values for part in parts]), torch.cat([part.indices[:, 0] for part in parts])
 
 
-def trained(out: Path, config: Any, data: Any, steps: int) -> Any:
+def trained(path: Path, config: Any, data: Any, steps: int) -> Any:
     """The model in evaluation mode, trained or read."""
     facts = {**data.facts.arguments, "num_classes": PRINTS + 1}
     model = common.make_model(config, facts)
-    path = out / f"model-{steps}.pt"
     if path.is_file():
         common.restore(model, path)
         return model.eval()
@@ -121,19 +122,21 @@ def main() -> None:
     words += ["model.optimizer={_target_: bd_lightning.optimizers.Muon}", "model.lr=5e-3"]
     config = common.compose("experiment=mnist_latent_cond", *words)
     data = common.make_data(config)
-    model = trained(options.out, config, data, options.steps)
+    code = digest(options.autoencoder)[:8]
+    model = trained(options.out / f"model-{options.steps}-{code}.pt", config, data, options.steps)
     known, held_out = data.load_split("train").x, data.load_split("test")
     features = ClassifierFeatures()
     features.prepare(data.images)
     real = DataLoader(data.images.load_split("test"), 1000, collate_fn=data.images.collate)
     embedded = torch.cat([features(to_uint8(x)) for x, _ in real])
     often = torch.zeros(len(known)).index_fill_(0, shuffled(len(known))[:DUPLICATED], 1.0)
-    theirs, nearest = two_nearest(held_out.x[:1000].flatten(1), known.flatten(1))
+    some = random_subset(len(held_out), 1000)
+    theirs, nearest = two_nearest(held_out.x[some].flatten(1), known.flatten(1))
     chance = float(often[nearest].mean())
     rows, lines = Rows(options.out / "rows.jsonl"), []
     for guidance in ways():
         key = {"scale": guidance.scale, "before": guidance.before, "transition": guidance.transition}
-        key |= {"n": options.n, "steps": options.steps}
+        key |= {"n": options.n, "steps": options.steps, "codes": code}
         for seed in range(1, options.seeds + 1):
             if rows.where(**key, seed=seed):
                 continue

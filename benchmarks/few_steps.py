@@ -28,6 +28,7 @@ seeds.
 import argparse
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -49,6 +50,7 @@ from benchmarks.rows import Rows, mean_sd, sound, table
 from callbacks.metrics import frechet_distance, kernel_distance, precision_recall
 from callbacks.points import mode_shares
 from datamodules import to_uint8
+from datamodules.subsets import random_subset
 
 RULES: dict[str, dict[str, Any]] = {
     "Heun": {},
@@ -169,7 +171,7 @@ class Judge:
             parts.append(x)
         found = self.embed(parts)
         few = min(n, len(self.real), 5000)
-        precision, recall = precision_recall(found[:few], self.real[:few])
+        precision, recall = precision_recall(found[:few], self.real[random_subset(len(self.real), few)])
         kid = kernel_distance(found, self.real, min(500, few), self.features.kid_scale)
         fid = frechet_distance(self.real, found)
         values = {"fid": fid, "kid": kid, "precision": precision, "recall": recall, "seconds": seconds}
@@ -202,7 +204,13 @@ def main() -> None:
     judge: Any = None
     for path in options.checkpoints:
         model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
-        judge = judge or judge_of(stored, options)
+        if judge is None:
+            judge, first = judge_of(stored, options), identity(stored)
+        if identity(stored) != first:
+            raise UserError(
+                f"{path} has other data, codes or features than {options.checkpoints[0]}, and tables have one judge: "
+                "give them to two commands"
+            )
         results[path] = compare(path, model, prepared(model, options), judge, rows, options)
     for path in options.ddpm:
         _, stored = checkpoints.load(options.checkpoints[0], Generator)  # type: ignore[type-abstract]
@@ -212,6 +220,12 @@ def main() -> None:
         report(results, judge, options)
     if options.time:
         print(table(["checkpoint", "time of a step"], times(options.checkpoints)))
+
+
+def identity(stored: dict[str, Any]) -> list[Any]:
+    """What samples of a stored config are judged by."""
+    known, metrics = facts.read(stored["facts"]), (stored["callbacks"] or {}).get("metrics") or {}
+    return [known.name, known.shape, known.class_names, known.space, metrics.get("features")]
 
 
 def check(options: argparse.Namespace) -> None:
@@ -250,25 +264,32 @@ def judge_of(stored: dict[str, Any], options: argparse.Namespace) -> Any:
     data = build.instantiate(stored["data"], "data")
     if getattr(data, "density", None) is not None:
         return Points(data)
+    if not ((stored["callbacks"] or {}).get("metrics") or {}).get("features"):
+        raise UserError(
+            "the first checkpoint was trained with callbacks.metrics=null: give one first whose config says by which "
+            "features to judge"
+        )
     return Judge(stored, options.split, options.asked)
 
 
 def times(paths: Sequence[str], rounds: int = 40) -> Iterator[list[str]]:
     """Forward and backward pass and update of each checkpoint's training, relative to the first one's."""
-    trainings, turns = {}, Turns(paths, skip=5)
+    trainings, sources, turns = {}, {}, Turns(paths, skip=5)
     for path in paths:
         model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
         model.requires_grad_(True)
         model.prepare(False, facts.read(stored["facts"]))
-        trainings[path] = Training(model, Recipe(steps=rounds, lr=1e-6))
-    data = build.instantiate(stored["data"], "data")
-    data.prepare_data()
-    data.setup("fit")
-    for (x, label), _ in zip(common.batches(data, 0), range(rounds + turns.skip)):
+        trainings[path] = Training(model, Recipe(rounds, 1e-6, model.optimizer))
+        data = build.instantiate(stored["data"], "data")
+        data.prepare_data()
+        data.setup("fit")
+        sources[path] = common.batches(data, 0)
+    for _ in range(rounds + turns.skip):
+        batches = {path: next(source) for path, source in sources.items()}
         for path in turns.next():
-            losses = trainings[path].model.losses
+            loss = partial(trainings[path].model.losses, *batches[path])
             with turns.clock(path):
-                trainings[path].update(lambda: losses(x, label).total)  # noqa: B023
+                trainings[path].update(lambda: loss().total)  # noqa: B023
     return ([path, f"{turns.ratio(path, paths[0]):.2f}"] for path in paths)
 
 

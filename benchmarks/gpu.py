@@ -67,6 +67,7 @@ INSTEAD = {
     "run_id": "it is the model's name", "logger": "there is none", "trainer.precision": "both are timed",
     "model.compile": "both are timed, or use --eager", "callbacks.progress": "there is none",
     "callbacks.trajectory": "there is none", "trainer.enable_progress_bar": "there is none",
+    "trainer.accumulate_grad_batches": "use data.batch_size",
     "experiment": "it is cifar10_h200", "data.folder": "use --data", "data.root": "use --data, or --out",
 }  # fmt: skip
 REHEARSAL = [

@@ -58,7 +58,7 @@ from datamodules import to_uint8
 from datamodules.subsets import random_subset
 
 EQUAL = [f"model.samplers.sde.levels={CALLS}", "model.samplers.sde.relaxation=0.5", "model.samplers.ode.steps=18"]
-DEFAULT, DDPM_NAME = "Bellman Diffusion", "DDPM"
+DEFAULT, DDPM_NAME, PAPER = "Bellman Diffusion", "DDPM", "Bellman Diffusion, as in the paper"
 UNAVERAGED = "no averaging"
 ADAMW = [
     "model.optimizer._target_=bd_lightning.optimizers.AdamW", "model.lr=3.0e-3", "model.noise.antithetic=0",
@@ -75,7 +75,7 @@ OURS = {
         *EQUAL, *ADAMW, "model.noise.antithetic=0.5", "model.noise.stratified=true",
     ],
     "Bellman Diffusion, AdamW, trace by Hutchinson": [*EQUAL, *ADAMW, "model.objective.trace=hutchinson"],
-    "Bellman Diffusion, as in the paper": ["model=paper"],
+    PAPER: ["model=paper"],
 }  # fmt: skip
 PEERS = {DDPM_NAME: DDPM, "flow matching": FlowMatching}
 NAMES = [DEFAULT, "score matching", *PEERS, *list(OURS)[2:]]
@@ -140,6 +140,8 @@ class Suite:
         clip, callbacks = self.config["trainer"].get("gradient_clip_val"), self.config["callbacks"]
         features = callbacks["metrics"]["features"]
         parts = [self.config["data"], self.config["model"] | model, clip, callbacks["ema"], features]
+        if self.facts.space is not None:  # the codes of an autoencoder, whatever lies at its path
+            parts.append(self.facts.space)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
     def habits(self) -> dict[str, Habit]:
@@ -162,7 +164,7 @@ class Suite:
     def build(self, name: str, seed: int, words: Sequence[str] = ()) -> Any:
         """An untrained method; `words` are more settings of one of ours."""
         if name in OURS:
-            config = common.compose(*self.words, *OURS[name], *words)
+            config = common.compose(*words_of(name, self.words), *words)
             return Bellman(common.make_model(config, self.facts.arguments, seed)).to(self.device)
         torch.manual_seed(seed)
         return PEERS[name](self.config, self.facts.arguments).to(self.device)
@@ -203,6 +205,10 @@ class Suite:
                 common.set_chance(chance)
                 method.train()
 
+    def precision(self) -> torch.autocast:
+        """The precision of the training."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16)
+
     @torch.no_grad()
     def draw(self, method: Any, sampler: str, n: int) -> Iterator[Tensor]:
         """n images, bytes, a thousand at a time, in the precision of the training."""
@@ -211,7 +217,7 @@ class Suite:
             label = None
             if method.conditional:
                 label = torch.tensor([i % self.facts.num_classes for i in rows], device=self.device)
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.bf16):
+            with self.precision():
                 samples = method.samplers[sampler](method, rows, label)
             yield to_uint8(self.data.decode(samples.float()))
 
@@ -279,7 +285,13 @@ def check(options: argparse.Namespace) -> None:
         raise UserError("this benchmark is of images, and callbacks.metrics of this config have no features of them")
     common.averaging(config)
     for name in [name for name in OURS if name in options.only] or [DEFAULT] if options.only else OURS:
-        common.compose(*words, *OURS[name])
+        common.compose(*words_of(name, words))
+
+
+def words_of(name: str, words: Sequence[str]) -> list[str]:
+    """Those of one of ours after those of the command line; the paper's single level takes none about noise levels."""
+    own = [word for word in words if not (name == PAPER and word.startswith(("model.noise.", "model.noise=")))]
+    return [*own, *OURS[name]]
 
 
 def quoted(names: Sequence[str]) -> str:

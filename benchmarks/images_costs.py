@@ -1,25 +1,30 @@
 """What the methods of images.py cost: time of a step, memory, time of samples; `suite` is its `Suite`."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from bd_lightning.dynamics import SamplingDiverged
 from benchmarks.common import Training, Turns, now
 
 
-def step_memory(loss: Callable[[], Tensor], model: nn.Module) -> float:
-    """Bytes of a training step: the peak on a GPU; on a CPU what autograd keeps for its backward pass."""
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        loss().backward()
-        return float(torch.cuda.max_memory_allocated(device))
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+def step_memory(suite: Any, name: str) -> float:
+    """Bytes of a training step: the peak on a GPU, of a method alone; on a CPU what autograd keeps for its backward."""
+    on_card = suite.device.type == "cuda"
+    before = torch.cuda.memory_allocated(suite.device) if on_card else 0
+    method = suite.build(name, 0)
+    training = Training(method, suite.recipe_of(method))
+    x, label = next(suite.batches(0, suite.mirrored))
+    loss = partial(training.model.loss, x, torch.zeros_like(label))
+    if on_card:
+        training.update(loss)  # from here on there are gradients and the optimiser's states
+        torch.cuda.reset_peak_memory_stats(suite.device)
+        training.update(loss)
+        return float(torch.cuda.max_memory_allocated(suite.device) - before)
+    own = {p.untyped_storage().data_ptr() for p in training.model.parameters()}
     kept: dict[int, int] = {}
 
     def pack(t: Tensor) -> Tensor:
@@ -31,9 +36,8 @@ def step_memory(loss: Callable[[], Tensor], model: nn.Module) -> float:
             kept[key] = size
         return t
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        value = loss()
-    value.backward()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), suite.precision():
+        loss()
     return float(sum(kept.values()))
 
 
@@ -49,13 +53,12 @@ def speed(suite: Any, names: list[str], rounds: int = 30) -> dict[str, dict[str,
             loss = partial(trainings[name].model.loss, x, label)
             with turns.clock(name):
                 trainings[name].update(loss)
-    told = torch.zeros_like(label)
     return {
         name: {
             "step": turns.ratio(name, suite.base),
             "milliseconds": 1000 * turns.median(name),
             "sampling": sampling_time(suite, training.model.eval()),
-            "memory": step_memory(partial(training.model.train().loss, x, told), training.model) / 2**20,
+            "memory": step_memory(suite, name) / 2**20,
         }
         for name, training in trainings.items()
     }
@@ -69,7 +72,8 @@ def sampling_time(suite: Any, method: Any) -> float:
         start = now(suite.device)
         label = torch.zeros(1000, dtype=torch.long, device=suite.device) if method.conditional else None
         try:
-            method.samplers[method.main](method, range(1000), label)
+            with suite.precision():
+                method.samplers[method.main](method, range(1000), label)
         except SamplingDiverged:
             break
         seconds.append(now(suite.device) - start)

@@ -219,7 +219,8 @@ def main() -> None:
     names = list(requests(models[0]))
     if not any(options.only.search(name + way) for name in names for way in ways(name)):
         parser.error(f"--only finds none of {', '.join(names)}, alone or followed by one of {'; '.join(WAYS[1:])}")
-    settings = {"steps": options.steps, "autoencoder": options.autoencoder, "model": models[0].known}
+    codes = models[0].data.facts.space
+    settings = {"steps": options.steps, "codes": codes, "model": models[0].known}
     judge, done = Judge(models[0]), {}
     for seed, judge.models in enumerate(models):
         for name, make in requests(judge.models).items():

@@ -31,7 +31,7 @@ def checkpoint(options: argparse.Namespace, seed: int, name: str, *words: str) -
     """The last checkpoint of a run by these words, which is trained if it is not there."""
     if name == "autoencoder" and options.autoencoder:
         return options.autoencoder
-    run_id = f"{name}-{seed}-{hashlib.sha256(repr(words).encode()).hexdigest()[:8]}"
+    run_id = f"{name}-{seed}-{hashlib.sha256(repr(common.contents(words)).encode()).hexdigest()[:8]}"
     own = [f"run_id={run_id}", f"seed={seed}", "ckpt_path=last"]
     own += [f"root={options.out}", f"data.root={options.data}"]
     if train.main([*words, *QUIET, *own]) != 0:

@@ -148,8 +148,12 @@ def score(row: Row, setting: Setting, most: int) -> float:
 
 
 def best_rate(rows: list[dict], setting: Setting, method: str) -> tuple[float, list[float]]:
-    """The rate of the tuning runs with the best score, and all that were tried."""
+    """The rate of the tuning runs with the best score, and all that were tried: the setting's, and those `beyond`."""
     tried = sorted({row["rate"] for row in rows if row["env"] == setting.name and row["method"] == method})
+    ends = min(setting.rates), max(setting.rates)
+    tried = [
+        rate for rate in tried if rate in setting.rates or (rate < ends[0] or rate > ends[1]) and _near(rate, setting)
+    ]
     found = {rate: gathered(rows, setting, method, rate, TUNING_SEEDS) for rate in tried}
     most = budget(rows, setting)
     rates = [rate for rate, row in found.items() if row is not None]
@@ -158,11 +162,15 @@ def best_rate(rows: list[dict], setting: Setting, method: str) -> tuple[float, l
 
 def beyond(rate: float, tried: list[float], setting: Setting) -> float | None:
     """The next rate to try if the best is the smallest or largest so far; None if not, or if that went far enough."""
-    low, high = min(setting.rates) / 2**setting.wider, max(setting.rates) * 2**setting.wider
     for edge, following in ((min(tried), rate / 2), (max(tried), rate * 2)):
-        if rate == edge and low <= following <= high:
+        if rate == edge and _near(following, setting):
             return following
     return None
+
+
+def _near(rate: float, setting: Setting) -> bool:
+    """Whether a rate is as near to those of a setting as it goes."""
+    return min(setting.rates) / 2**setting.wider <= rate <= max(setting.rates) * 2**setting.wider
 
 
 def ratio(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[float, float, float]:

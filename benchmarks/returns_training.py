@@ -130,18 +130,17 @@ def learn(words: list[str], seeds: range | list[int], steps: int, eval_every: in
         stop: end when every run has held this return over two evaluations.
 
     Returns:
-        "env_steps" (E,), "returns" (R, E), "seconds" of training and collection for one run, evaluations not counted,
-        and "final_loss" (R,).
+        "env_steps" (E,), "returns" (R, E), and "seconds" of training and collection for one run, without evaluations.
     """
     training = Training(words, seeds)
     options, data = training.config["callbacks"]["returns"], training.data[0]
     evaluation = data.make(options["num_envs"])
     env_steps: list[int] = []
     returns: list[list[float]] = [[] for _ in seeds]
-    seconds, losses = 0.0, torch.zeros(len(seeds))
+    seconds = 0.0
     for k in range(1, steps + 1):
         start = time.process_time()
-        losses = training.step()
+        training.step()
         seconds += time.process_time() - start
         if k % eval_every == 0:
             env_steps.append(training.streams[0].steps)
@@ -155,7 +154,6 @@ def learn(words: list[str], seeds: range | list[int], steps: int, eval_every: in
         "env_steps": env_steps,
         "returns": returns,
         "seconds": seconds / len(seeds),
-        "final_loss": losses.tolist(),
     }
 
 

@@ -5,9 +5,9 @@
 Every process has one thread. Runs of `train.py` on one and two processes (`trainer=ddp_cpu`) take turns; each process
 has the config's batch. Two runs of one process at once, which do not communicate, show what the machine itself allows.
 The first fifth of the steps is not counted. "Outside" is the share of a step that is not spent in forward, backward and
-optimiser, measured around `compute`, `Tensor.backward` (with DDP's communication) and Adam's update. Prints Markdown
-tables; figures are medians over repetitions, ratios are medians of ratios of neighbours. Without a GPU the last part
-is left out.
+optimiser, measured around `compute`, `Tensor.backward` (with DDP's communication) and the updates of Adam and Muon.
+Prints Markdown tables; figures are medians over repetitions, ratios are medians of ratios of neighbours. Without a GPU
+the last part is left out.
 """
 
 import argparse
@@ -72,6 +72,7 @@ class Clock(L.Callback):
         self._around(BellmanDiffusion, "compute", "forward")
         self._around(torch.Tensor, "backward", "backward")
         self._around(importlib.import_module("torch.optim.adam"), "adam", "optimiser")
+        self._around(importlib.import_module("torch.optim._muon"), "muon", "optimiser")
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         """Start to count after the first fifth."""

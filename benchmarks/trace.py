@@ -194,7 +194,7 @@ def main() -> None:
         for name in options.problems:
             kept = {**measured(name, options), "seed": seed}
             missing = [(k, s) for k in KERNELS for s in LEVELS if not rows.where(**kept, kernel=k, level=s)]
-            problem = Problem(name, kept["words"], seed, options.steps) if missing else None
+            problem = Problem(name, words_of(name, options.words), seed, options.steps) if missing else None
             for kernel, level in missing:
                 rows.say(**kept, kernel=kernel, level=level, **measure(problem, kernel, level, options.draws))
     with sound(rows.path):
@@ -205,7 +205,7 @@ def main() -> None:
 
 def measured(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What rows of variances of a problem are of."""
-    words = words_of(name, options.words)
+    words = common.contents(words_of(name, options.words))
     return {"problem": name, "words": words, "steps": options.steps, "draws": options.draws}
 
 

@@ -83,7 +83,8 @@ def report_learning(rows: Rows, options: argparse.Namespace) -> None:
 
 def learned(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What rows of a problem that is learned are of."""
-    return {"kind": "learned", "problem": name, "words": words_of(name, options.words), "steps": options.learn}
+    words = common.contents(words_of(name, options.words))
+    return {"kind": "learned", "problem": name, "words": words, "steps": options.learn}
 
 
 def measure_learning(rows: Rows, options: argparse.Namespace) -> None:
@@ -97,6 +98,6 @@ def measure_learning(rows: Rows, options: argparse.Namespace) -> None:
                     kept = {**learned(name, options), "kernel": kernel, "way": way, "seed": seed}
                     if rows.where(**kept, done=options.learn):
                         continue
-                    for row in learn(name, kept["words"], kernel, way, seed, options.learn):
+                    for row in learn(name, words_of(name, options.words), kernel, way, seed, options.learn):
                         if not rows.where(**kept, done=row["done"]):
                             rows.say(**kept, **row)

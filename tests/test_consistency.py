@@ -17,6 +17,7 @@ from bd_lightning.checks import UserError
 from bd_lightning.fields import Guidance
 from callbacks.drawing import classes_of
 from conftest import ROOT
+from datamodules.subsets import random_subset
 from wandb_records import read_records
 
 # ---- from the command line
@@ -302,13 +303,17 @@ def test_metrics_against_calls(root, teacher, tuned, capsys, caplog):
         assert sentence in capsys.readouterr().err
 
 
-def test_benchmark_of_calls(root, teacher, tuned, monkeypatch, capsys):
+def test_benchmark_of_calls(root, teacher, tuned, trained, monkeypatch, capsys):
     from benchmarks import few_steps
 
     words = [str(teacher), str(tuned), "--n", "40", "--calls", "4", "2", "--rules", "Heun", "order 3+"]
     words += ["--out", str(root / "few"), "--asked", "{3: 0.7, 8: 0.3}", "--time"]
     monkeypatch.setattr("sys.argv", ["few_steps.py", *words])
+    compared, plain = [], few_steps.precision_recall
+    monkeypatch.setattr(few_steps, "precision_recall", lambda ours, real: compared.append(real) or plain(ours, real))
     few_steps.main()
+    judge = few_steps.judge_of(checkpoints.load(tuned)[1], SimpleNamespace(split="test", asked=None))
+    assert len(judge.real) > 40 and torch.equal(compared[0], judge.real[random_subset(len(judge.real), 40)])
     printed = capsys.readouterr().out
     assert "| rule | 1 | 2 | 3 | 4 |" in printed or "| rule | 1 | 2 |" in printed
     assert printed.count("Σ |share counted − share asked| of 40 samples") == 2 and "| time of a step |" in printed
@@ -322,6 +327,11 @@ def test_benchmark_of_calls(root, teacher, tuned, monkeypatch, capsys):
         (["--asked", "3"], "--asked says the shares of classes"),
     ]:
         monkeypatch.setattr("sys.argv", ["few_steps.py", *words, *more])
+        with pytest.raises(UserError, match=sentence):
+            few_steps.main()
+    other = str(trained / "checkpoints" / "last.ckpt")  # without callbacks.metrics
+    for given, sentence in (([other, words[0]], "callbacks.metrics=null"), ([words[0], other], "other data, codes or")):
+        monkeypatch.setattr("sys.argv", ["few_steps.py", *given, *words[2:]])
         with pytest.raises(UserError, match=sentence):
             few_steps.main()
     monkeypatch.setattr("sys.argv", ["few_steps.py", *words[:-3], "--out", str(root / "few"), "--asked", "{5: 1.0}"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from bd_lightning.checks import UserError
 from bd_lightning.dynamics import MultistepDynamics
 from bd_lightning.modules import RelativeDensities
 from bd_lightning.networks import MLP
-from benchmarks import arguments, common, fields, images, linearity, trace, trace_learning
+from benchmarks import arguments, common, fields, images, images_costs, linearity, trace, trace_learning
 from benchmarks.rows import Rows
 
 FLOW, OURS = "flow matching", images.DEFAULT
@@ -296,6 +297,52 @@ def test_words_that_images_does_not_read_are_refused(words, sentence, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
+def test_what_noise_levels_are_told_is_not_for_the_single_level_of_the_paper():
+    words = ["data=digits", "model=mlp", "model.noise.mean=-1", "data.batch_size=8"]
+    for name in images.OURS:
+        config = common.compose(*images.words_of(name, words))
+        assert config["data"]["batch_size"] == 8
+        assert config["model"]["noise"] is None if name == images.PAPER else config["model"]["noise"]["mean"] == -1
+
+
+def test_rows_know_what_an_autoencoder_is_whatever_its_path(tmp_path):
+    file = tmp_path / "ae.ckpt"
+    words = ["data.root=data", f"data.autoencoder.ckpt_path={file}"]
+    known = []
+    for content in ("one", "two", "one"):
+        file.write_text(content)
+        known.append(common.contents(words))
+    assert known[0] == known[2] != known[1] and known[0][0] == words[0]
+    file.unlink()
+    with pytest.raises(UserError, match="autoencoder not found"):
+        common.contents(words)
+
+
+def test_memory_of_a_step_is_that_of_its_precision():
+    network = torch.nn.Sequential(torch.nn.Linear(64, 256), torch.nn.SiLU(), torch.nn.Linear(256, 64))
+
+    class Method(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.network = network
+
+        def loss(self, x, label):
+            return self.network(x).square().mean()
+
+    def bytes_of(bf16):
+        suite = SimpleNamespace(
+            device=torch.device("cpu"),
+            mirrored=False,
+            build=lambda name, seed: Method(),
+            recipe_of=lambda method: common.Recipe(1, 1e-3),
+            batches=lambda seed, mirrored: iter([(torch.randn(512, 64), torch.zeros(512, dtype=torch.long))]),
+            precision=lambda: torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+        )
+        return images_costs.step_memory(suite, "any")
+
+    assert bytes_of(True) < 0.75 * bytes_of(False)
+
+
 def test_settings_are_applied_in_the_order_that_rows_name_them():
     words = ["data.images.folder=F", "model.lr=1", "data.images._target_=T", "data=d"]
     assert arguments.settings(words, ("data", "data.", "model."), {}) == sorted(words)
@@ -334,6 +381,9 @@ def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys
     _, text = bench(*given, "--n", "30", "--only", "union$", "--seeds", "2")
     assert "| union | 2.500 ± 2.121 |" in text  # of the values 1 and 4
     assert asked == [30, 30, 40, 30]
+    shutil.copytree(given[1], tmp_path / "moved")
+    bench("--autoencoder", str(tmp_path / "moved"), "--n", "30", "--only", "union$")
+    assert asked == [30, 30, 40, 30]  # the same codes
     for word, sentence in (("(", "is no regular expression, missing )"), ("wieghting", "--only finds none of ")):
         with pytest.raises(SystemExit) as stop:
             bench(*given, "--only", word)

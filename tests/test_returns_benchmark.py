@@ -206,6 +206,13 @@ def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyon
     assert returns_tables.gathered([slow, fewer], few, method, 5e-4, 100)["returns"] == slow["returns"][:2]
     best, tried = returns_tables.best_rate([slow, first, second], setting, method)
     assert best == 1e-3 and tried == [5e-4, 1e-3]
+    between, far = (row(rate, [100, 101, 102], 2, [[250, 250]] * 3) for rate in (1.5e-3, 1.0))
+    kept = [slow, first, second, between, far]  # of a command with other --rates, in the same file
+    assert returns_tables.best_rate(kept, setting, method) == (best, tried)
+    beyond = row(4e-3, [100, 101, 102], 2, [[250, 250]] * 3)
+    assert returns_tables.best_rate([*kept, beyond], setting, method) == (4e-3, [*tried, 4e-3])
+    alone = dataclasses.replace(setting, rates=(5e-4, 1e-3), wider=0)
+    assert returns_tables.best_rate([*kept, beyond], alone, method) == (best, tried)
     assert (
         returns_tables.beyond(best, tried, setting) == 2e-3
         and returns_tables.beyond(8e-3, [1e-3, 8e-3], setting) is None
