@@ -8,7 +8,7 @@ experiment's config unless its name says otherwise, and sampled with the same nu
 own dynamics take 300). Two cores: `--experiment mnist_latent data.autoencoder.ckpt_path=…`, or `mnist_small` for
 pixels; a GPU: `--experiment mnist` or `cifar10`.
 
-- Bellman Diffusion: the experiment's own; and as the paper writes it (`model=paper`, with the optimiser and rate there).
+- Bellman Diffusion: the experiment's own; and as the paper writes it (`model=paper`, optimiser and rate as there).
 - Score matching: the constant kernel, all else equal.
 - Both with AdamW at 3e-3, independent noise, and the former then with its trace by Hutchinson, with a combined trace,
   and with antithetic pairs in strata of noise levels.
