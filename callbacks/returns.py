@@ -48,8 +48,9 @@ def interruptible(trainer: L.Trainer, greedy: Greedy) -> Greedy:
 class EpisodeReturns(Evaluation):
     """Plays episodes under the greedy policy at every validation and test, and watches those of the training.
 
-    Logged under <stage>/: `return`, the mean undiscounted return, its standard error `return_error`, and `env_steps`;
-    while training, at every logging step, `train/env_steps`, `train/epsilon`, `train/return` (of the last 100 finished
+    Logged under <stage>/: `return`, the mean undiscounted return, its standard error `return_error`, and `env_steps`,
+    the environment steps of all processes, which make equally many; while training, at every logging step,
+    `train/env_steps`, `train/epsilon`, and of the first process alone `train/return` (of the last 100 finished
     episodes), `train/episodes_cut`, how many episodes so far a limit of steps ended, and `train/returns_outside`, how
     many had a discounted return outside [v_min, v_max]. The first return outside, and the first episode that
     `data.max_steps` cuts, are reported at once. Rows go to <run folder>/returns.json, with the number of episodes that
@@ -117,7 +118,7 @@ class EpisodeReturns(Evaluation):
         if stream.cut and data.cap is not None:
             self._tell_of_cuts(data)
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            values = {"env_steps": stream.steps, "epsilon": stream.exploration}
+            values = {"env_steps": stream.steps * trainer.world_size, "epsilon": stream.exploration}
             values |= {"episodes_cut": stream.cut, "returns_outside": stream.outside}
             if stream.finished:
                 values["return"] = float(np.mean(stream.finished))
@@ -130,7 +131,7 @@ class EpisodeReturns(Evaluation):
         if cut.any() and data.cap is not None:
             self._tell_of_cuts(data)
         mean, error = float(returns.mean()), float(returns.std() / len(returns) ** 0.5)
-        steps = data.experience.steps if data.experience is not None else 0
+        steps = data.experience.steps * trainer.world_size if data.experience is not None else 0
         values = {"return": mean, "return_error": error} | ({"env_steps": float(steps)} if steps else {})
         pl_module.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
         trained = trainer.state.fn == "fit"

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import train
 from bd_lightning.modules import ReturnLearner
 from bd_lightning.modules import returns as learners
 from bd_lightning.returns import GaussianFields
+from callbacks import EpisodeReturns
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
 
@@ -45,6 +47,18 @@ def test_frozen_lake_is_learned_and_everything_is_in_the_folder(finished):
     rows = list(csv.DictReader((finished / "metrics.csv").open()))
     for name in ("train/loss", "train/return", "train/env_steps", "train/epsilon", "train/returns_outside", "val/loss"):
         assert any(row.get(name) for row in rows), name
+
+
+def test_environment_steps_are_those_of_all_processes():
+    experience = SimpleNamespace(steps=70, exploration=0.5, outside=0, cut=0, finished=[])
+    rows = {}
+    for count in (1, 3):
+        trainer = SimpleNamespace(
+            datamodule=SimpleNamespace(experience=experience), global_step=0, log_every_n_steps=1, world_size=count
+        )
+        module = SimpleNamespace(log_dict=lambda values, count=count: rows.update({count: values}))
+        EpisodeReturns().on_train_batch_end(trainer, module, None, None, 0)
+    assert rows[1]["train/env_steps"] == 70 and rows[3]["train/env_steps"] == 210
 
 
 def test_a_broken_target_does_not_learn(tmp_path, monkeypatch):
