@@ -1,6 +1,6 @@
 """Exported models: a folder with weights as numbers alone, the config that rebuilds the module, and no more.
 
-    FOLDER/model.safetensors     the averaged weights; its metadata has the step and the precision
+    FOLDER/model.safetensors     the averaged weights; its metadata has the step, the precision and a checksum
            config.yaml           the config of the run and the facts of its data, without paths of the machine
            autoencoder/          the same two files of the autoencoder in whose codes the model learned, if there is one
            README.md, samples.*, fid.json …   for people: a model card, what it draws, and what was measured
@@ -8,6 +8,7 @@
 `write` makes the first three, `read` gives what `checkpoints.read` gives for a checkpoint.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -61,7 +62,8 @@ def write(
     metadata = {"format": "pt", "step": str(step), "precision": precision, "rounded": rounded or precision}
     metadata |= {"codes": codes} if codes else {}
     try:
-        weights = _safetensors().torch.save(_stored(module, precision), metadata)
+        stored = _stored(module, precision)
+        weights = _safetensors().torch.save(stored, metadata | {"sha256": _checksum(stored)})
         words = OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode()
         for name, content in ((WEIGHTS, weights), (CONFIG, words)):
             with (folder / name).open("wb") as file:
@@ -88,6 +90,15 @@ def _stored(module: nn.Module, precision: str) -> dict[str, Tensor]:
             raise ValueError(f"{name} cannot be stored in {precision}: its largest entry is {largest:g}")
         stored[name] = kept.contiguous().clone()
     return stored
+
+
+def _checksum(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and values, in the order of the names, in hexadecimal."""
+    found = hashlib.sha256()
+    for name in sorted(weights):
+        found.update(f"{name} {weights[name].dtype} {list(weights[name].shape)}".encode())
+        found.update(weights[name].reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def portable(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +156,8 @@ def read(folder: str | Path) -> dict[str, Any]:
         with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}
+        if metadata.get("sha256", known := _checksum(weights)) != known:  # earlier versions wrote none
+            raise ValueError("bytes have changed: its checksum is another one")
     except Exception as error:  # the package's own kinds
         raise UserError(f"{folder / WEIGHTS} is damaged, or was cut off ({_said(error)}): fetch it again") from error
     try:

@@ -346,6 +346,8 @@ def test_a_folder_that_is_not_whole(exported, capsys):
     whole, words = weights.read_bytes(), config.read_text()
     weights.write_bytes(whole[: len(whole) // 2])
     tried("is damaged, or was cut off")
+    weights.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    tried("bytes have changed: its checksum is another one): fetch it again")
     weights.unlink()
     tried("has no model.safetensors")
     weights.write_bytes(whole)
