@@ -64,6 +64,10 @@ class PowerAverages(AveragedWeights):
         super().on_train_start(trainer, pl_module)
         if trainer.global_step > 0 and not self.second:
             raise UserError("the checkpoint has no power averages to go on with: leave callbacks.ema as it was")
+        if trainer.is_global_zero:  # steps after the checkpoint are repeated, perhaps otherwise
+            for path in (run_folder(trainer) / SNAPSHOTS).glob("*.pt"):
+                if path.stem.isdecimal() and int(path.stem) > trainer.global_step:
+                    path.unlink()
 
     def past(self, update: int) -> float:
         """β of the first average."""

@@ -182,6 +182,8 @@ class LastCheckpoint(ModelCheckpoint):
         loops = checkpoint["loops"]["fit_loop"]
         total = loops["epoch_loop.batch_progress"]["total"]
         current = loops["epoch_loop.batch_progress"]["current"]
+        if not trainer.validating:  # a batch that had begun is no last one of an epoch yet
+            loops["epoch_loop.batch_progress"]["is_last_batch"] = False
         pending = current["processed"] % trainer.accumulate_grad_batches  # batches whose gradients are lost
         if pending:
             for counts in (current, total):
@@ -197,8 +199,12 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the step that the batch begins at; stop if any process was asked to and the last step is whole."""
-        self.begun = trainer.global_step
+        """Remember the step that the batch begins at; stop if any process was asked to and the last step is whole.
+
+        Rows are logged at that step, which Lightning counts by itself, and wrongly where a resumed run validates at
+        other steps than it did before.
+        """
+        self.begun = trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
         if (trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1) % trainer.accumulate_grad_batches:
             return  # the gradients of the batches before would be lost
         asked = self.asked

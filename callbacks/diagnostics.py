@@ -41,6 +41,7 @@ class TrainingDiagnostics(L.Callback):
         self.logged_step = self.logged_skips = 0
         self.faults: Tensor | None = None  # steps at fault since the host last looked, on the device
         self.fault: dict[str, Any] = {}  # the last of them
+        self.shown: set[str] = set()  # what was logged last
         self._clear()
 
     def state_dict(self) -> dict[str, Any]:
@@ -161,7 +162,11 @@ class TrainingDiagnostics(L.Callback):
         due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if due and trainer.global_step not in (0, self.logged_step):
             self.logged_step = trainer.global_step
-            pl_module.log_dict(self.values(), on_step=True)
+            values = self.values()
+            for name in self.shown.difference(values):  # Lightning would log their last values again
+                trainer.fit_loop.epoch_loop._results.pop(f"on_train_batch_end.{name}", None)
+            pl_module.log_dict(values, on_step=True)
+            self.shown = set(values)
             self._clear()
 
 

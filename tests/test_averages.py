@@ -1,5 +1,6 @@
 """Averages of any length after training, against averages that were followed all along."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +116,15 @@ def power_run(tmp_path_factory) -> Path:
     return root / "bellman-diffusion" / "two"
 
 
+def test_snapshots_of_steps_that_are_repeated_are_dropped(power_run, tmp_path):
+    run = Path(shutil.copytree(power_run, tmp_path / "bellman-diffusion" / "two"))
+    abandoned, kept = run / "averages" / "00009999.pt", run / "averages" / f"{STEPS:08d}.pt"
+    shutil.copy(kept, abandoned)
+    words = [f"ckpt_path={run / 'checkpoints' / 'last.ckpt'}", f"steps={STEPS + 4}", "eval_every=4"]
+    assert train.main(words) == 0
+    assert kept.is_file() and not abandoned.exists() and (run / "averages" / f"{STEPS + 4:08d}.pt").is_file()
+
+
 def weights(path: Path) -> dict[str, torch.Tensor]:
     return checkpoints.read(path)["state_dict"]
 
@@ -129,7 +139,7 @@ def test_a_run_keeps_snapshots_and_average_makes_a_length_of_them(power_run, cap
     ]
     last = power_run / "checkpoints" / "last.ckpt"
     assert train.main(["average", f"ckpt_path={power_run}", "length=0.05,0.07,0.15"]) == 0
-    assert "length-0.07.ckpt: of 24 snapshots" in capsys.readouterr().out
+    assert "length-0.07.ckpt: at step 48, of 24 snapshots" in capsys.readouterr().out
     made = {length: weights(power_run / "checkpoints" / f"length-{length}.ckpt") for length in (0.05, 0.07, 0.15)}
     assert distance(made[0.05], weights(last)) < 0.02 * distance(made[0.15], weights(last))  # it was followed
     longer = averages.snapshots(power_run)[-1]

@@ -179,6 +179,63 @@ def test_a_stopped_run_saves_first_and_says_how_to_resume(signum, where, whole, 
     assert "nothing is left to train" in capsys.readouterr().out
 
 
+UNJUDGED = ["callbacks.metrics=null", "callbacks.best=null"]
+
+
+@pytest.mark.parametrize(
+    ("stopped", "step", "every"),
+    [
+        *(("step", EPOCH - 1, 1), ("step", EPOCH, 2), ("step", EVERY, 8), ("step", EVERY + 2, 16)),
+        *(("saved", 3, 1), ("saved", EPOCH, 2), ("saved", 2 * EVERY, 16), ("validation", 2 * EVERY, 16)),
+    ],
+)
+def test_a_run_that_validates_at_other_steps_trains_as_before(stopped, step, every, whole, tmp_path, heard):
+    run = folder(tmp_path, "other")
+    if stopped == "saved":
+        shutil.copytree(whole, run)
+        (run / "checkpoints" / f"at-{step}.ckpt").rename(run / "checkpoints" / "last.ckpt")
+    else:
+        killer = f"callbacks.killer={{_target_: faults.KillAt, step: {step}, where: {stopped}, signum: SIGINT}}"
+        with pytest.raises(SystemExit):
+            train.main(words(tmp_path, "other", "trainer=cpu", killer, "callbacks.last.every=0", *UNJUDGED))
+    last = run / "checkpoints" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == step
+    known = [int(row["step"]) + 1 for row in table(run) if "val/loss" in row and row["step"] < step]
+    own = ["callbacks.every=null"] if stopped == "saved" else ["callbacks.killer=null"]
+    assert train.main([f"ckpt_path={last}", f"eval_every={every}", *own, *UNJUDGED]) == 0
+    assert [row for row, _ in losses(run)] == list(range(STEPS))
+    assert dict(losses(run)) == pytest.approx(dict(losses(whole)), rel=1e-5)
+    validated = [int(row["step"]) + 1 for row in table(run) if "val/loss" in row]
+    begun = step if step not in known else step + 1
+    assert validated == known + [one for one in range(begun, STEPS + 1) if one % every == 0]
+    states = [torch.load(path / "checkpoints" / "last.ckpt", weights_only=True) for path in (whole, run)]
+    for part in ("current_model_state", "state_dict", "optimizer_states"):
+        torch.testing.assert_close(*(state[part] for state in states))
+
+
+def test_a_run_that_no_longer_averages_goes_on_from_its_current_weights(whole, tmp_path):
+    found = []
+    for name, more in (("averaged", []), ("plain", ["callbacks.ema=null"])):
+        run = folder(tmp_path, name)
+        shutil.copytree(whole, run)
+        last = (run / "checkpoints" / f"at-{EPOCH}.ckpt").rename(run / "checkpoints" / "last.ckpt")
+        assert train.main([f"ckpt_path={last}", "callbacks.every=null", *UNJUDGED, *more]) == 0
+        found.append((losses(run), torch.load(last, weights_only=True)))
+    (averaged, one), (plain, other) = found
+    assert dict(plain) == pytest.approx(dict(averaged), rel=1e-5) and "current_model_state" not in other
+    torch.testing.assert_close(other["state_dict"], one["current_model_state"])
+
+
+def test_another_number_of_accumulated_batches_is_refused(whole, tmp_path, capsys):
+    last, own = whole / "checkpoints" / f"at-{EPOCH}.ckpt", [f"root={tmp_path}", "run_id=other"]
+    assert train.main([f"ckpt_path={last}", "trainer.accumulate_grad_batches=2", *own]) == 2
+    assert "was trained with trainer.accumulate_grad_batches=1, by which its batches are counted, not 2" in (
+        capsys.readouterr().err
+    )
+    assert train.main(["trainer.fast_dev_run=true", *own]) == 2
+    assert "'trainer.fast_dev_run' is set by train.py; leave it out (steps and eval_every" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("signum", ["SIGTERM", "SIGINT"])
 def test_a_stopped_run_loses_no_gradients_that_are_accumulated(signum, tmp_path, capsys, heard):
     """It is asked to stop at the first of three batches of a step."""

@@ -41,7 +41,8 @@ def run(plan: Plan) -> None:
             own = path.with_name(f"{path.name}-{os.getpid()}")  # each of several processes writes it
             checkpoints.WholeCheckpoints().save_checkpoint(made, own)
             own.replace(path)
-        print(f"{short(path)}: of {len(parts)} snapshots, weights over time to {found.error:.2%}")
+        step = made["global_step"]
+        print(f"{short(path)}: at step {step}, of {len(parts)} snapshots, weights over time to {found.error:.2%}")
         if plan.config["score"]:
             score(plan, path)
 

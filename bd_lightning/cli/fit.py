@@ -71,6 +71,7 @@ def _run(plan: Plan, run_dir: Path) -> None:
         resumed.refuse_other_data(plan.facts, data.facts)
     if plan.command == "fit":
         resumed.refuse_other_beginning(plan)
+        resumed.refuse_other_accumulation(plan)
     else:
         data.remark = resumed.other_data(plan)
     model = objects.model(plan, data.facts)
@@ -236,6 +237,7 @@ def build_trainer(plan: Plan, loggers: list[Any], callbacks: list[Any]) -> L.Tra
         plugins=[WholeCheckpoints()],
         max_steps=config["steps"],
         max_epochs=-1,
+        fast_dev_run=False,  # steps says how long
         val_check_interval=config["eval_every"] * config["trainer"].get("accumulate_grad_batches", 1),  # in batches
         check_val_every_n_epoch=None,
     )

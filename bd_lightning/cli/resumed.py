@@ -5,11 +5,11 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import PurePath
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loops.fit_loop import _FitLoop
 
 from bd_lightning.checks import UserError
@@ -115,6 +115,24 @@ def _differences(before: Mapping[str, Any], now: Mapping[str, Any], cls: type) -
     return sorted(found, key=lambda one: one[0] != "_target_")
 
 
+def refuse_other_accumulation(plan: Plan) -> None:
+    """Refuse to accumulate other numbers of batches: steps and validations are counted in them.
+
+    Raises:
+        UserError: naming both.
+    """
+    if plan.checkpoint is None:
+        return
+    trainers = (plan.checkpoint["hyper_parameters"].get("trainer") or {}, plan.config["trainer"])
+    was, given = (node.get("accumulate_grad_batches") or 1 for node in trainers)
+    if was != given:
+        raise UserError(
+            f"{plan.config['ckpt_path']} was trained with trainer.accumulate_grad_batches={was}, by which its batches "
+            f"are counted, not {given}: leave it as it was (data.batch_size may change), or begin a new run with "
+            "model.init"
+        )
+
+
 def refuse_other_beginning(plan: Plan) -> None:
     """Refuse other weights to begin with for a run that goes on, which has its own.
 
@@ -191,6 +209,9 @@ class SoundStates(L.Callback):
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse counts that are none; keep of the files that checkpoint callbacks know of those of the run itself.
 
+        A run that no longer averages goes on from its current weights, not from the averages. A validation that is due
+        at the step of the checkpoint, and was not before, is done.
+
         Raises:
             ValueError: naming what is damaged.
         """
@@ -198,6 +219,35 @@ class SoundStates(L.Callback):
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.state_key in checkpoint["callbacks"]:
                 carry_over(callback, checkpoint["callbacks"][callback.state_key])
+        averaging = any(isinstance(one, WeightAveraging) for one in trainer.callbacks)  # type: ignore[attr-defined]
+        if "current_model_state" in checkpoint and not averaging:
+            pl_module.load_state_dict(checkpoint["current_model_state"])
+        validate_anew(checkpoint, cast(int, trainer.val_check_interval))
+
+
+def validate_anew(checkpoint: dict[str, Any], interval: int) -> None:
+    """Have a checkpoint's validation done, as of a run that was stopped in it, if it is due by another interval.
+
+    Args:
+        checkpoint: the checkpoint, changed in place.
+        interval: batches between validations.
+
+    Raises:
+        ValueError: if the interval of before is none.
+    """
+    loops, config = checkpoint["loops"]["fit_loop"], checkpoint["hyper_parameters"]
+    counts = (config["eval_every"], (config.get("trainer") or {}).get("accumulate_grad_batches") or 1)
+    if not all(type(count) is int and count > 0 for count in counts):
+        raise ValueError(f"eval_every and trainer.accumulate_grad_batches are {counts}")
+    before = math.prod(counts)
+    done = loops["epoch_loop.batch_progress"]["total"]["processed"]
+    if done % before and not done % interval:
+        progress = loops["epoch_loop.val_loop.batch_progress"]
+        progress["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        progress["current"] = dict(progress["total"])
+        progress["is_last_batch"] = False
+        stepped = loops["epoch_loop.state_dict"]
+        stepped["_batches_that_stepped"] = stepped.get("_batches_that_stepped", 0) - 1  # the validation's end adds one
 
 
 def refuse_other_counts(place: str, own: Mapping[str, Any], stored: Mapping[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Callbacks inside short real trainings."""
 
+import csv
 import json
 from types import SimpleNamespace
 
@@ -257,14 +258,32 @@ def test_diagnostics(tmp_path, cache):
         default_root_dir=str(tmp_path), callbacks=[FieldDiagnostics(edges=(0.1, 1.0))],
     )  # fmt: skip
     trainer.fit(build(), datamodule=Digits(root=cache, batch_size=64))
-    import csv
-
     rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["field/s_near_zero"]]
     assert len(rows) == 2
     for name in ("below-0.1", "0.1-1", "above-1"):
         assert float(rows[0][f"field/gradient_loss_sigma_{name}"]) > 0
     assert float(rows[0]["field/s_near_zero"]) == 0 and float(rows[0]["train/samples_per_second"]) > 0
     assert float(rows[0]["train/gradient_norm"]) > 0
+
+
+def test_a_bin_without_points_has_no_value_of_before(tmp_path, cache):
+    from lightning.pytorch.loggers import CSVLogger
+
+    class Sparse(FieldDiagnostics):
+        def values(self):
+            known = super().values()
+            return {name: value for name, value in known.items() if "above" not in name or self.logged_step == 2}
+
+    logger = CSVLogger(str(tmp_path), name="", version="")
+    trainer = L.Trainer(
+        max_steps=4, max_epochs=-1, limit_val_batches=0, accelerator="cpu", logger=logger, log_every_n_steps=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=str(tmp_path), callbacks=[Sparse(edges=(0.1, 1.0))],
+    )  # fmt: skip
+    trainer.fit(build(), datamodule=Digits(root=cache, batch_size=64))
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    assert [bool(row["field/gradient_loss_sigma_above-1"]) for row in rows] == [False, True, False, False]
+    assert all(row["field/gradient_loss_sigma_0.1-1"] for row in rows)
 
 
 def test_non_finite_loss_stops_before_the_weights_change(tmp_path, cache):
