@@ -93,7 +93,11 @@ def test_a_habit_that_is_trained_is_kept(pictures, monkeypatch):  # noqa: F811
 def test_configs_of_one_name_are_told_apart():
     """An experiment's rate, say, that has changed since; costs do not depend on the rate."""
     config = {"trainer": {}, "callbacks": {"ema": {"decay": 0.9}, "metrics": {"features": {}}}, "data": {}}
-    slow, fast = (SimpleNamespace(config=config | {"model": {"lr": lr}}) for lr in (1e-3, 2e-3))
+    slow, fast, codes = (
+        SimpleNamespace(config=config | {"model": {"lr": lr}}, facts=SimpleNamespace(space=space))
+        for lr, space in ((1e-3, None), (2e-3, None), (1e-3, "those of an autoencoder"))
+    )
+    assert images.Suite.digest(slow) != images.Suite.digest(codes)
     assert images.Suite.digest(slow) != images.Suite.digest(fast)
     assert images.Suite.digest(slow, lr=None) == images.Suite.digest(fast, lr=None)
 

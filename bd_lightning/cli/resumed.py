@@ -128,8 +128,8 @@ def refuse_other_accumulation(plan: Plan) -> None:
     if was != given:
         raise UserError(
             f"{plan.config['ckpt_path']} was trained with trainer.accumulate_grad_batches={was}, by which its batches "
-            f"are counted, not {given}: leave it as it was (data.batch_size may change), or begin a new run with "
-            "model.init"
+            f"are counted, not {given}: set trainer.accumulate_grad_batches={was} (data.batch_size may change), or "
+            "begin a new run with model.init"
         )
 
 

@@ -112,14 +112,12 @@ def test_a_resumed_run_says_what_is_not_as_it_was(tmp_path, capsys):
     capsys.readouterr()
     assert train.main([f"ckpt_path={last}", "steps=6"]) == 0
     assert "not as in the checkpoint" not in capsys.readouterr().out
-    assert (
-        train.main(
-            [f"ckpt_path={last}", "steps=8", "trainer=cpu", "model.lr=2e-3", "trainer.enable_progress_bar=false"]
-        )
-        == 0
-    )
+    other = [f"ckpt_path={last}", "steps=8", "trainer=cpu", "model.lr=2e-3", "trainer.enable_progress_bar=false"]
+    assert train.main(other) == 2
+    assert "set trainer.accumulate_grad_batches=2 (data.batch_size may change)" in capsys.readouterr().err
+    assert train.main([*other, "trainer.accumulate_grad_batches=2", "trainer.log_every_n_steps=7"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not as in the checkpoint: ")]
-    assert len(said) == 1 and "model.lr=0.002 (was " in said[0] and "trainer.accumulate_grad_batches=" in said[0]
+    assert len(said) == 1 and "model.lr=0.002 (was " in said[0] and "trainer.log_every_n_steps=7 (was " in said[0]
     assert "scores from here on" not in said[0]
     words = {"model.samplers.ode.steps=4": "do not", "data.flip=true": "may not"}
     for steps, (word, verb) in enumerate(words.items(), start=10):
