@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bd_lightning import addresses, checkpoints
+from bd_lightning import addresses, checkpoints, facts
 from bd_lightning.checks import UserError, positive
 from bd_lightning.modules import Autoencoder
 
@@ -137,7 +137,8 @@ class DiffusersLatents(LatentSpace):
         self.scale = float(self.module.config.scaling_factor)
         self.shift = float(getattr(self.module.config, "shift_factor", None) or 0.0)
         self.channels = int(self.module.config.in_channels)
-        self.key = ["diffusers", source, subfolder, sum(float(p.double().sum()) for p in self.module.parameters())]
+        total = sum(float(p.double().sum()) for p in self.module.parameters())
+        self.key = ["diffusers", source, subfolder, facts.rounded(total)]
 
     @torch.no_grad()
     def encode(self, x):

@@ -20,7 +20,7 @@ from datamodules.subsets import random_subset
 
 
 def nearest_two(x: Tensor, data: ImageDataModule, split: str = "train") -> tuple[Tensor, Tensor]:
-    """The two nearest images of a split.
+    """The two nearest images of a split, each as near as it or its mirror image is where training mirrors (`flip`).
 
     Args:
         x: bytes, shape (n, C, H, W).
@@ -30,13 +30,14 @@ def nearest_two(x: Tensor, data: ImageDataModule, split: str = "train") -> tuple
     Returns:
         Distances (n, 2), root mean squares over the pixels in units of 1 (black to white), and indices (n, 2).
     """
-    flat, scale = x.flatten(1).float() / 255, x[0].numel() ** -0.5
+    shown = [y.flatten(1).float() / 255 for y in ((x, x.flip(-1)) if data.flip else (x,))]
+    flat, scale = shown[0], x[0].numel() ** -0.5
     best, index, seen = flat.new_full((len(x), 2), torch.inf), torch.zeros(len(x), 2, dtype=torch.long), 0
     known = data.load_split(split)
     with bar(f"distances to {split} images of {data.name}", len(known)) as progress:
         for rows, _ in DataLoader(known, 1000, collate_fn=data.collate):
             images = to_uint8(rows).flatten(1).float() / 255
-            distance = scale * torch.cdist(flat, images)
+            distance = scale * torch.stack([torch.cdist(one, images) for one in shown]).amin(0)
             found, column = torch.cat([best, distance], 1).topk(2, largest=False)
             number = torch.cat([index, torch.arange(seen, seen + len(rows)).expand(len(x), -1)], 1)
             best, index, seen = found, number.gather(1, column), seen + len(rows)
@@ -123,7 +124,7 @@ class Memorisation(Evaluation):
             f"{values['close']:.1%} of samples nearer than 99 % of test images (1.0% without memorisation); "
             f"{values['copies']:.2%} copies by the ratio test ({values['copies_held_out']:.2%} of test images): "
             f"{self.n} samples ({manner(pl_module, sampler)}, seed {self.seed}), {len(held_out)} test images of "
-            f"{data.name}, pixels"
+            f"{data.name}, pixels{', training images mirrored or not' if data.flip else ''}"
         )
         rank_zero_info(f"Memorisation: {summary}")
         self._draw(trainer, samples, ours[:, 0], index[:, 0], theirs[:, 0], data)

@@ -84,8 +84,9 @@ class PointMetrics(Evaluation):
         return self.floors[split]
 
     def _total(self, data: DataModule) -> int:
-        """Number of samples: of every repeat, or as many as there are training points."""
-        return min(self.n * self.repeats, len(data.split("train")))
+        """Number of samples: of every repeat that there are training points for, or of all those if they are fewer."""
+        known = len(data.split("train"))
+        return min(known, self.n * min(self.repeats, max(1, known // self.n)))
 
     def _distances(self, x: Tensor, data: DataModule, split: str) -> tuple[float, float]:
         """W2 and MMD of x to held-out points, the mean over chunks of n."""

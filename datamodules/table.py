@@ -117,11 +117,6 @@ class Table(DataModule):
                 f"{self.place}: {len(rows)} rows are too few for training, validation and test splits of 2 rows or "
                 "more; add rows or lower data.val_fraction and data.test_fraction"
             )
-        if train < self.batch_size:
-            raise DataError(
-                f"{self.place}: the training split has {train} rows, fewer than one batch; "
-                f"set data.batch_size to {train} or less"
-            )
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         return dict(zip(("train", "val", "test"), rows[order].split([train, val, test])))
 

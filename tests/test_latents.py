@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import train
+from bd_lightning import facts
 from bd_lightning.latents import DiffusersLatents, LatentSpace, TrainedLatents
 from bd_lightning.modules import Autoencoder
 from datamodules import Digits, Latents
@@ -191,6 +192,11 @@ def test_a_diffusers_autoencoder_from_a_folder(tmp_path):
     model.save_pretrained(tmp_path / "vae")
     space = DiffusersLatents(str(tmp_path / "vae"))
     data = Latents(Digits(root=str(tmp_path)), space, root=str(tmp_path))
+    total = sum(float(p.double().sum()) for p in model.parameters())
+    for last in (total, total * (1 + 1e-13)):  # of another number of threads, as written before
+        stored = data.facts.plain() | {"space": str([*space.key[:3], last])}
+        assert facts.read(stored).space == data.facts.space
+    assert facts.read(stored | {"space": str([*space.key[:3], total + 0.01])}).space != data.facts.space
     assert data.shape == (2, 4, 4) and data.decode(data.split("val").x[:3]).shape == (3, 1, 8, 8)
     x = torch.rand(2, 3, 8, 8)
     assert torch.allclose(space.encode(x), 0.5 * model.eval().encode(x).latent_dist.mean, atol=1e-5)

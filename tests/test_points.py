@@ -10,6 +10,7 @@ from PIL import Image, ImageSequence
 
 import train
 from bd_lightning import checkpoints, distances
+from callbacks import PointMetrics
 from callbacks.figures import column_names, sample_figure
 from callbacks.points import field_errors, mode_shares, true_fields
 from datamodules import Synthetic, Table
@@ -212,8 +213,19 @@ MISTAKES = [
     ("experiment=gaussians_2d callbacks.figures.level=-1.0", "level must not be negative, got -1.0"),
     ("experiment=tabular data=table data.file=nowhere.csv", "table not found: nowhere.csv; set data.file"),
     ("experiment=tabular data=table", "give data.file or data.dataset"),
-    ("experiment=tabular data.batch_size=500", "the training split has 106 rows, fewer than one batch"),
+    (
+        "experiment=tabular data.batch_size=500",
+        "the training split has 106 samples, fewer than one batch; set data.batch_size",
+    ),
 ]
+
+
+def test_distances_are_of_whole_parts():
+    """A left-over part has another bias; of fewer points than one part all are taken."""
+    metrics = PointMetrics(n=2000, repeats=3)
+    for points, total in ((500, 500), (2001, 2000), (5999, 4000), (6001, 6000), (9000, 6000)):
+        data = SimpleNamespace(split=lambda name, points=points: range(points))
+        assert metrics._total(data) == total
 
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES)

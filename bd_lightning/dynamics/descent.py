@@ -62,7 +62,8 @@ def step_target(past: Sequence[tuple[float, Tensor]], start: float, h: float, ka
         for k, place in enumerate(places):
             if k != j:
                 lagrange = lagrange * (u - place) / (places[j] - place)
-        aim = aim + (decay @ lagrange).reshape(kappa.shape) * (values[j] - values[0])
+        weight = (decay * lagrange).sum(1).reshape(kappa.shape)  # a product of matrices would be in half precision
+        aim = aim + weight * (values[j] - values[0])
     return aim
 
 

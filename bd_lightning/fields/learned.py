@@ -51,6 +51,11 @@ class LearnedFields(nn.Module, FieldPair):
     ) -> None:
         super().__init__()
         one_of(tuple(PARAMETRISATIONS), parametrisation=parametrisation)
+        if network.parametrisations is not None and parametrisation not in network.parametrisations:
+            raise ValueError(
+                f"{type(network).__name__} is read by parametrisation={' or '.join(network.parametrisations)}, not "
+                f"{parametrisation}"
+            )
         positive(sigma_data=sigma_data, dim=dim)
         self.network, self.scalar_network = network, scalar_network
         self.kernel, self.sigma_data, self.dim, self.no_class = kernel, sigma_data, dim, no_class

@@ -35,7 +35,14 @@ def calibrated(
 
     Returns:
         The corrected mixture.
+
+    Raises:
+        UserError: for a negative weight: the posterior is that of densities that are added.
     """
+    if any((weights < 0).any() for _, weights in mixture.terms):
+        raise UserError(
+            "calibrate corrects the shares of densities that are added, and here one is taken away: leave calibrate out"
+        )
     asked = [(weights * source.shares.to(weights)).clamp_min(0) for source, weights in mixture.terms]
     total = sum(part.sum() for part in asked)
     current = mixture

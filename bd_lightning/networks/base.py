@@ -15,10 +15,13 @@ class Network(nn.Module):
         told: length of the vector that a network takes after the label, how an image was augmented; 0 for none.
         gradient_head: the layer that F comes from.
         scalar_head: the layer that a comes from.
+        parametrisations: those of `fields.preconditioning` that it can be read by; None for all.
         outer: names of the layers at either end and of those that condition, whose weights are no `matrices`.
     """
 
     outer: ClassVar[tuple[str, ...]] = ("enter", "embed", "condition", "gradient_head", "scalar_head")
+
+    parametrisations: ClassVar[tuple[str, ...] | None] = None
 
     conditional: bool = False
     head_shape: tuple[int, ...] = ()

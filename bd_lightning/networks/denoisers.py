@@ -136,6 +136,8 @@ class PretrainedDenoiser(Network):
         ValueError: if the probe finds that it denoises by another convention.
     """
 
+    parametrisations = ("factored",)
+
     def __init__(self, denoiser: nn.Module, shape: tuple[int, ...], sigma_data: float, check: bool = True) -> None:
         super().__init__()
         positive(sigma_data=sigma_data)

@@ -205,6 +205,8 @@ def test_another_noise_convention_is_refused(way):
     with pytest.raises(ValueError, match="this is no denoiser of data of standard deviation 1|the denoiser gives"):
         PretrainedDenoiser(Foreign(way), (4,), 1.0)
     network = PretrainedDenoiser(Foreign(way), (4,), 1.0, check=False)
+    with pytest.raises(ValueError, match="PretrainedDenoiser is read by parametrisation=factored, not velocity"):
+        LearnedFields(network, Constant(), 1.0, 4, "velocity")
     assert network.denoiser.way == way
 
 

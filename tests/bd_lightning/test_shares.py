@@ -199,6 +199,8 @@ def test_calibration_corrects_a_drift():
         return sampler(mixture, SampleNoise(range(2000), (2,), seed=6)).double()
 
     assert error(asked) > 0.15 and error(calibrated(asked, pilot)) < 0.06
+    with pytest.raises(UserError, match="here one is taken away: leave calibrate out"):
+        calibrated(Mixture([(source, torch.tensor([1.0, 1.0, 0.0, -0.3], dtype=torch.float64))]), pilot)
     exact = mixture(1, 1, 0, 3)
     weights = calibrated(exact, pilot).terms[0][1]
     assert torch.allclose(weights, exact.terms[0][1], rtol=0.1)  # nothing to correct

@@ -82,6 +82,13 @@ def test_a_step_of_full_order_meets_a_polynomial_exactly():
             torch.testing.assert_close(step_target(past, 2.0, h, kappa)[:, 0], expected, rtol=1e-8, atol=1e-9)
 
 
+def test_coefficients_of_a_step_are_not_rounded_in_half_precision():
+    past = [(0.0, torch.tensor([[1.0]])), (0.31, torch.tensor([[3.0]])), (0.7, torch.tensor([[-2.0]]))]
+    exact = step_target(past, 0.0, 0.37, torch.tensor([[1.3]]))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(step_target(past, 0.0, 0.37, torch.tensor([[1.3]])), exact, rtol=0, atol=0)
+
+
 def test_a_step_that_forgets_all_before_its_end_takes_what_is_there():
     past = [(0.0, torch.tensor([[1.0]])), (0.5, torch.tensor([[3.0]]))]
     found = step_target(past, 0.0, 0.5, torch.tensor([[1e6]]))  # e^{-kappa h} is 0 at every point of the rule but one

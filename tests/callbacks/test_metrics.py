@@ -62,6 +62,12 @@ def test_copies_of_training_images_are_found(tmp_path):
     copies = (train[100:150].int() + torch.randint(-8, 9, train[100:150].shape)).clamp(0, 255).to(torch.uint8)
     found, index = nearest_two(copies, data)
     assert index[:, 0].tolist() == list(range(100, 150))
+    assert (nearest_two(copies.flip(-1), data)[1][:, 0] != index[:, 0]).any()
+    mirrored = Digits(root=str(tmp_path), flip=True)  # whose training shows both
+    for shown in (copies, copies.flip(-1)):
+        near, place = nearest_two(shown, mirrored)
+        assert torch.equal(place[:, 0], index[:, 0]) and torch.allclose(near[:, 0], found[:, 0])
+        assert (place[:, 0] != place[:, 1]).all()  # an image and its mirror image are one
     expected = ((copies.double() - train[100:150].double()) / 255).square().mean((1, 2, 3)).sqrt()
     torch.testing.assert_close(found[:, 0].double(), expected, rtol=1e-2, atol=1e-3)
     test, _ = nearest_two(held_out, data)

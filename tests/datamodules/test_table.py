@@ -244,8 +244,12 @@ def test_smallest_table(tmp_path):
 
 def test_fewer_training_rows_than_a_batch(tmp_path):
     path = save(tmp_path / "t.csv", frame())
-    assert "t.csv: the training split has 32 rows" in refusal(path, batch_size=33)
-    assert "set data.batch_size to 32 or less" in refusal(path, batch_size=33)
+    few = "the training split has 32 samples, fewer than one batch; set data.batch_size to 32 or less"
+    with pytest.raises(DataError, match=few):
+        table(path, batch_size=33).split("train")
+    shared = table(path, batch_size=128, total_batch_size=32)  # whose batch is known when devices are
+    shared.share(2)
+    assert shared.batch_size == 16 and len(shared.split("train")) == 32
     assert len(table(path, batch_size=32).train_dataloader()) == 1
 
 
