@@ -31,7 +31,7 @@ PROBLEMS: dict[str, list[str]] = {
     "mixture_2d": ["data=gaussians_2d", "model=points", "callbacks=points"],
     "mixture_32d": ["data=gaussians_2d", "model=mlp", "callbacks=points"],
     "mnist_codes": ["experiment=mnist_latent"],
-    "mnist_pixels": ["experiment=mnist_small"],
+    "mnist_pixels": ["experiment=mnist_small", "model.parametrisation=factored"],
 }
 
 
