@@ -156,7 +156,7 @@ def read(folder: str | Path) -> dict[str, Any]:
         with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}
-        if metadata.get("sha256", known := _checksum(weights)) != known:  # earlier versions wrote none
+        if "sha256" in metadata and metadata["sha256"] != _checksum(weights):  # earlier versions wrote none
             raise ValueError("bytes have changed: its checksum is another one")
     except Exception as error:  # the package's own kinds
         raise UserError(f"{folder / WEIGHTS} is damaged, or was cut off ({_said(error)}): fetch it again") from error

@@ -147,7 +147,7 @@ class Judge:
         self.metrics = {"FID": ("fid", 2)} | ({"Σ |share counted − share asked|": ("l1", 3)} if asked else {})
         self.data = build.instantiate(stored["data"], "data")
         self.data.prepare_data()
-        self.features = build.instantiate(stored["callbacks"]["metrics"]["features"], "features")
+        self.features = build.instantiate(features_of(stored), "features")
         self.features.prepare(self.data.observed)
         images = self.data.observed.load_split(split)
         real = torch.utils.data.DataLoader(images, 1000, collate_fn=self.data.observed.collate)
@@ -202,10 +202,11 @@ def main() -> None:
     check(options)
     rows, results = Rows(options.out / "rows.jsonl"), {}
     judge: Any = None
+    first: list[Any] = []
     for path in options.checkpoints:
         model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
-        if judge is None:
-            judge, first = judge_of(stored, options), identity(stored)
+        judge = judge or judge_of(stored, options)
+        first = first or identity(stored)
         if identity(stored) != first:
             raise UserError(
                 f"{path} has other data, codes or features than {options.checkpoints[0]}, and tables have one judge: "
@@ -224,8 +225,13 @@ def main() -> None:
 
 def identity(stored: dict[str, Any]) -> list[Any]:
     """What samples of a stored config are judged by."""
-    known, metrics = facts.read(stored["facts"]), (stored["callbacks"] or {}).get("metrics") or {}
-    return [known.name, known.shape, known.class_names, known.space, metrics.get("features")]
+    known = facts.read(stored["facts"])
+    return [known.name, known.shape, known.class_names, known.space, features_of(stored)]
+
+
+def features_of(stored: dict[str, Any]) -> Any:
+    """The features that a stored config is judged in, None where there are none."""
+    return ((stored["callbacks"] or {}).get("metrics") or {}).get("features")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -264,7 +270,7 @@ def judge_of(stored: dict[str, Any], options: argparse.Namespace) -> Any:
     data = build.instantiate(stored["data"], "data")
     if getattr(data, "density", None) is not None:
         return Points(data)
-    if not ((stored["callbacks"] or {}).get("metrics") or {}).get("features"):
+    if not features_of(stored):
         raise UserError(
             "the first checkpoint was trained with callbacks.metrics=null: give one first whose config says by which "
             "features to judge"

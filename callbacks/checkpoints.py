@@ -199,12 +199,8 @@ class LastCheckpoint(ModelCheckpoint):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Remember the step that the batch begins at; stop if any process was asked to and the last step is whole.
-
-        Rows are logged at that step, which Lightning counts by itself, and wrongly where a resumed run validates at
-        other steps than it did before.
-        """
-        self.begun = trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        """Remember the step that the batch begins at; stop if any process was asked to and the last step is whole."""
+        self.begun = trainer.global_step
         if (trainer.fit_loop.epoch_loop.batch_progress.current.ready - 1) % trainer.accumulate_grad_batches:
             return  # the gradients of the batches before would be lost
         asked = self.asked

@@ -224,6 +224,12 @@ class SoundStates(L.Callback):
             pl_module.load_state_dict(checkpoint["current_model_state"])
         validate_anew(checkpoint, cast(int, trainer.val_check_interval))
 
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Put right the step that rows are logged at: Lightning counts it by itself, from where validations were."""
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
 
 def validate_anew(checkpoint: dict[str, Any], interval: int) -> None:
     """Have a checkpoint's validation done, as of a run that was stopped in it, if it is due by another interval.

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins import Precision
 from PIL import Image
 
@@ -247,18 +248,21 @@ def test_conditional_modules_are_asked_for_every_class(tmp_path, cache):
     assert seen[0] == [i % 10 for i in range(20)]
 
 
-def test_diagnostics(tmp_path, cache):
-    from lightning.pytorch.loggers import CSVLogger
-
-    logger = CSVLogger(str(tmp_path), name="", version="")
-    torch.manual_seed(3)
+def logged(folder, cache, diagnostics, steps, every) -> list[dict[str, str]]:
+    """Rows of metrics.csv of a run that diagnostics watch, logged at every so many steps."""
     trainer = L.Trainer(
-        max_steps=8, max_epochs=-1, limit_val_batches=0, accelerator="cpu", logger=logger, log_every_n_steps=4,
+        max_steps=steps, max_epochs=-1, limit_val_batches=0, accelerator="cpu", log_every_n_steps=every,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=str(tmp_path), callbacks=[FieldDiagnostics(edges=(0.1, 1.0))],
+        default_root_dir=str(folder), callbacks=[diagnostics], logger=CSVLogger(str(folder), name="", version=""),
     )  # fmt: skip
     trainer.fit(build(), datamodule=Digits(root=cache, batch_size=64))
-    rows = [row for row in csv.DictReader((tmp_path / "metrics.csv").open()) if row["field/s_near_zero"]]
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+def test_diagnostics(tmp_path, cache):
+    torch.manual_seed(3)
+    rows = logged(tmp_path, cache, FieldDiagnostics(edges=(0.1, 1.0)), 8, 4)
+    rows = [row for row in rows if row["field/s_near_zero"]]
     assert len(rows) == 2
     for name in ("below-0.1", "0.1-1", "above-1"):
         assert float(rows[0][f"field/gradient_loss_sigma_{name}"]) > 0
@@ -267,21 +271,12 @@ def test_diagnostics(tmp_path, cache):
 
 
 def test_a_bin_without_points_has_no_value_of_before(tmp_path, cache):
-    from lightning.pytorch.loggers import CSVLogger
-
     class Sparse(FieldDiagnostics):
         def values(self):
             known = super().values()
             return {name: value for name, value in known.items() if "above" not in name or self.logged_step == 2}
 
-    logger = CSVLogger(str(tmp_path), name="", version="")
-    trainer = L.Trainer(
-        max_steps=4, max_epochs=-1, limit_val_batches=0, accelerator="cpu", logger=logger, log_every_n_steps=1,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        default_root_dir=str(tmp_path), callbacks=[Sparse(edges=(0.1, 1.0))],
-    )  # fmt: skip
-    trainer.fit(build(), datamodule=Digits(root=cache, batch_size=64))
-    rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))
+    rows = logged(tmp_path, cache, Sparse(edges=(0.1, 1.0)), 4, 1)
     assert [bool(row["field/gradient_loss_sigma_above-1"]) for row in rows] == [False, True, False, False]
     assert all(row["field/gradient_loss_sigma_0.1-1"] for row in rows)
 
