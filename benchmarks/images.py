@@ -118,6 +118,11 @@ class Suite:
         self.data.prepare_data()
         self.data.setup("fit")
         self.facts = self.data.facts
+        self.pixels = self.data.observed is self.data
+        self.mirrored = self.pixels and self.data.observed.flip
+        self.habits = self._habits()
+        if unknown := set(options.only or ()) - {*NAMES, *self.habits}:
+            raise UserError(f"--only: no {quoted(sorted(unknown))}; there are {quoted([*NAMES, *self.habits])}")
         self.features = build.instantiate(self.config["callbacks"]["metrics"]["features"], "features")
         self.features.prepare(self.data.observed)
         self.features.to(self.device)
@@ -132,8 +137,6 @@ class Suite:
         self.trained = {**self.speeds, "words": options.words, "steps": self.steps, "config": self.digest()}
         self.curved, self.scored = {**self.trained, "n": options.n_curve}, {**self.trained, "n": options.n}
         self.model = common.make_model(self.config, self.facts.arguments)
-        self.pixels = self.data.observed is self.data
-        self.mirrored = self.pixels and self.data.observed.flip
 
     def digest(self, **model: Any) -> str:
         """What tells configs apart that have the same name, with other values of some arguments of the model."""
@@ -144,7 +147,7 @@ class Suite:
             parts.append(self.facts.space)
         return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:8]
 
-    def habits(self) -> dict[str, Habit]:
+    def _habits(self) -> dict[str, Habit]:
         """What can be switched, of the habits that the experiment can have."""
 
         def name(on: bool, habit: str) -> str:
@@ -323,11 +326,8 @@ def main() -> None:
     check(options)
     options.out.mkdir(parents=True, exist_ok=True)
     suite = Suite(options)
-    habits = suite.habits()
-    if unknown := set(options.only or ()) - {*NAMES, *habits}:
-        parser.error(f"--only: no {quoted(sorted(unknown))}; there are {quoted([*NAMES, *habits])}")
     methods = [name for name in NAMES if not options.only or name in options.only]
-    chosen = [name for name in habits if options.habits or name in (options.only or ())]
+    chosen = [name for name in suite.habits if options.habits or name in (options.only or ())]
 
     with sound(rows.path):
         timed = not set(methods) <= set(costs_of(suite, rows))
@@ -343,8 +343,8 @@ def main() -> None:
             key = {"kind": "habit", "name": name, "seed": seed, **suite.scored}
             if not rows.where(**key):
                 if not suite.weights(name, seed).exists():
-                    learn(suite, name, seed, rows, habits[name])
-                averaged = suite.restore(suite.build(DEFAULT, seed, habits[name].words), name, seed)
+                    learn(suite, name, seed, rows, suite.habits[name])
+                averaged = suite.restore(suite.build(DEFAULT, seed, suite.habits[name].words), name, seed)
                 rows.say(**key, **suite.score(averaged, averaged.main, options.n))
     with sound(rows.path):
         report(suite, rows, methods, [UNAVERAGED, *chosen] if DEFAULT in methods else chosen)

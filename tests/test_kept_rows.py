@@ -15,6 +15,7 @@ from bd_lightning.modules import RelativeDensities
 from bd_lightning.networks import MLP
 from benchmarks import arguments, common, fields, images, images_costs, linearity, trace, trace_learning
 from benchmarks.rows import Rows
+from callbacks import ClassifierFeatures
 
 FLOW, OURS = "flow matching", images.DEFAULT
 COST = {"step": 1.0, "milliseconds": 1.0, "sampling": 1.0, "memory": 1.0}
@@ -127,13 +128,15 @@ def test_images_of_other_settings_are_other_rows(pictures, tmp_path):
 
 
 def test_names_with_commas_are_quoted(monkeypatch, tmp_path, capsys):
-    suite = type("Suite", (), {"habits": lambda self: {}})
-    monkeypatch.setattr(images, "Suite", lambda options: suite())
-    for name, sentence in (("a, b", "no 'a, b'; there are 'Bellman"), (images.UNAVERAGED, "comes beside 'Bellman")):
-        monkeypatch.setattr("sys.argv", ["bench.py", "--out", str(tmp_path), "data=digits", "--only", name])
-        with pytest.raises(SystemExit):
-            images.main()
-        assert sentence in capsys.readouterr().err
+    monkeypatch.setattr(ClassifierFeatures, "prepare", lambda *_: pytest.fail("features before names were read"))
+    call = ["bench.py", "--out", str(tmp_path), "data=digits", "--only"]
+    monkeypatch.setattr("sys.argv", [*call, "a, b"])
+    with pytest.raises(UserError, match="no 'a, b'; there are 'Bellman.*, 'no clipping'"):
+        images.main()
+    monkeypatch.setattr("sys.argv", [*call, images.UNAVERAGED])
+    with pytest.raises(SystemExit):
+        images.main()
+    assert "comes beside 'Bellman" in capsys.readouterr().err
 
 
 def test_weights_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
