@@ -22,7 +22,16 @@ from bd_lightning.checks import UserError, suggest
 WEIGHTS, CONFIG, AUTOENCODER = "model.safetensors", "config.yaml", "autoencoder"
 """Names in an exported folder: the weights, the config, and the folder of the autoencoder in whose codes it learned."""
 RECORDS = ("fid.json", "distances.json", "returns.json", "likelihood.json", "densities.json", "memorisation.json")
-PARTS = (CONFIG, WEIGHTS, "README.md", *RECORDS, f"{AUTOENCODER}/{CONFIG}", f"{AUTOENCODER}/{WEIGHTS}")
+PARTS = (
+    CONFIG,
+    WEIGHTS,
+    "README.md",
+    "samples.png",
+    "samples.csv",
+    *RECORDS,
+    f"{AUTOENCODER}/{CONFIG}",
+    f"{AUTOENCODER}/{WEIGHTS}",
+)
 """The files of an exported folder that are fetched; no others are."""
 
 TIMEOUT = 20

@@ -19,9 +19,9 @@ from callbacks.records import run_folder, step_of
 class CallsCurve(L.Callback):
     """Judges every sampler of a model at several numbers of network calls, at a test.
 
-    Written to <run folder>/calls.json, a row for each, to calls.md, a table, and to figures/calls-<step>.png; logged as
-    lines calls/<metric>. A sampler that cannot take a number of calls takes the nearest below; the least that it can,
-    and one line says so, where there is none below.
+    Written to <run folder>/calls.json, a row for each as soon as it is known, to calls.md, a table, and to
+    figures/calls-<step>.png; logged as lines calls/<metric>. A sampler that cannot take a number of calls takes the
+    nearest below; the least that it can, and one line says so, where there is none below.
 
     Args:
         calls: numbers of network calls.
@@ -36,7 +36,7 @@ class CallsCurve(L.Callback):
         """Draw, judge and write."""
         module = cast(SampleModule, pl_module)
         samplers: dict[str, Any] = module.samplers  # type: ignore[assignment]
-        rows = []
+        rows: list[dict[str, Any]] = []
         for name, sampler in list(samplers.items()):
             asked = [(calls, sampler.with_calls(calls).calls) for calls in self.calls]
             if more := [calls for calls, taken in asked if taken < calls and sampler.consistency]:
@@ -53,20 +53,20 @@ class CallsCurve(L.Callback):
                 if found is not None:
                     row = remarked(found.row, data_of(trainer).remark)
                     values = {m.name: found.values.get(f"test/{m.name}") for m in self.judge.metrics}
-                    rows.append({"sampler": name, "calls": one.calls, **values, "protocol": row.get("protocol", "")})
+                    known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+                    rows.append({"step": step_of(trainer), "sampler": name, "calls": one.calls, **known})
+                    rows[-1]["protocol"] = row.get("protocol", "")
+                    if trainer.is_global_zero:  # at once: a test may be stopped
+                        text = json.dumps(rows, indent=1, allow_nan=False)
+                        (run_folder(trainer) / "calls.json").write_text(text)
         if trainer.is_global_zero:
             self.write(trainer, rows)
 
-    def write(self, trainer: L.Trainer, rows: list[dict[str, Any]]) -> None:
-        """Write the rows, the table and the figure, and log the lines."""
+    def write(self, trainer: L.Trainer, known: list[dict[str, Any]]) -> None:
+        """Write the table and the figure of the rows, and log the lines."""
         folder, metrics = run_folder(trainer), self.judge.metrics
-        known = [
-            {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()} for row in rows
-        ]
-        whole = [{"step": step_of(trainer), **row} for row in known]
-        (folder / "calls.json").write_text(json.dumps(whole, indent=1, allow_nan=False))
         table = markdown(known, metrics)
-        protocols = "\n\n".join(dict.fromkeys(row["protocol"] for row in rows))
+        protocols = "\n\n".join(dict.fromkeys(row["protocol"] for row in known))
         (folder / "calls.md").write_text(f"{table}\n\n{protocols}\n")
         rank_zero_info(table)
         lines = {metric.name: curves(known, metric.name) for metric in metrics}

@@ -217,7 +217,7 @@ class FieldLikelihood(Likelihood):
         n: number of samples, a random subset of the split with a fixed seed.
         sigma: noise level σ, in data units.
         compared: samples of each set that the flow is asked for too; 0 leaves it out.
-        others: other data of the same shape, by name.
+        others: other data of the same shape, by name; `test` and `inverted` are the names of the data's own.
         steps: steps of the flow.
         exact: dimensions up to which its trace is exact; the noise of a probe hides that the two agree.
         batch_size: samples at a time.
@@ -243,6 +243,8 @@ class FieldLikelihood(Likelihood):
         positive(n=n)
         in_range(0, math.inf, compared=compared)
         self.n, self.sigma, self.compared, self.others = n, sigma, compared, dict(others or {})
+        if taken := {"test", "inverted"} & self.others.keys():
+            raise ValueError(f"others.{min(taken)}: 'test' and 'inverted' are the data's own: call it by another name")
         self.flow = FlowLikelihood(compared or 1, steps, exact=exact, sigma_min=sigma, batch_size=batch_size, seed=seed)
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:

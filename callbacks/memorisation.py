@@ -119,16 +119,20 @@ class Memorisation(Evaluation):
         ours, index = nearest_two(samples, data)
         theirs, _ = nearest_two(held_out, data)
         values = memorisation(ours, theirs, self.ratio)
+        protocol = (
+            f"{self.n} samples ({manner(pl_module, sampler)}, seed {self.seed}), {len(held_out)} test images of "
+            f"{data.name}, pixels{', training images mirrored or not' if data.flip else ''}"
+        )
         summary = (
             f"median distance to the nearest training image {values['distance_ratio']:.2f} times that of test images; "
             f"{values['close']:.1%} of samples nearer than 99 % of test images (1.0% without memorisation); "
             f"{values['copies']:.2%} copies by the ratio test ({values['copies_held_out']:.2%} of test images): "
-            f"{self.n} samples ({manner(pl_module, sampler)}, seed {self.seed}), {len(held_out)} test images of "
-            f"{data.name}, pixels{', training images mirrored or not' if data.flip else ''}"
+            + protocol
         )
         rank_zero_info(f"Memorisation: {summary}")
         self._draw(trainer, samples, ours[:, 0], index[:, 0], theirs[:, 0], data)
-        return Findings({f"memorisation/{k}": v for k, v in values.items()}, {**values, "summary": summary})
+        named = {f"memorisation/{k}": v for k, v in values.items()}
+        return Findings(named, {**named, "protocol": protocol, "summary": summary})
 
     def log_values(self, trainer: L.Trainer, pl_module: SampleModule, values: dict[str, float]) -> None:
         """Log values at the step that the weights come from; Lightning's own step is zero in a test."""

@@ -221,7 +221,8 @@ class ImageMetrics(Evaluation):
     def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> dict[str, float]:
         """FID, KID, precision and recall of the samples of all ranks, the same on each."""
         n = self._count(pl_module, stage)
-        reference, export = self.references[stage], self.export if stage == "test" else None
+        reference = self.references[stage]
+        export = self.export if stage == "test" and sampler in self.chosen(pl_module) else None
         sums = Moments(self.features.num_features)
         share = -(-min(references.KEPT, n) // trainer.world_size)  # features that a rank keeps
         kept = torch.zeros(0, sums.total.numel(), device=pl_module.device)

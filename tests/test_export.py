@@ -89,7 +89,7 @@ def test_weights_are_stored_in_the_precision_that_is_asked_for(run, tmp_path, pr
     assert next(bd_lightning.load(target).model.parameters()).dtype == torch.float32
 
 
-def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path):
+def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path, capsys):
     last = run / "checkpoints" / "last.ckpt"
     drawn = bd_lightning.load(last).model.drawing("ode")
     rows = [{"step": step, "drawn": drawn, "val/fid": 10.0 * step, "protocol": f"at {step}"} for step in (2, 4)]
@@ -99,7 +99,12 @@ def test_the_card_quotes_what_was_measured_at_that_step(run, tmp_path):
     card = (target / "README.md").read_text()
     assert "| val/fid 40 | at 4 |" in card and "at 2" not in card and "![samples](samples.png)" in card
     assert json.loads((target / "fid.json").read_text()) == rows[1:]
+    (run / "metrics.json").write_text('{"val/fid": {"mode": "min", "digits": 1}}')
+    capsys.readouterr()
     assert train.main(["compare", str(run), str(target), f"out={tmp_path / 'page.html'}"]) == 0
+    told = capsys.readouterr().out
+    (fid,) = [line for line in told.splitlines() if line.startswith("val/fid")]
+    assert fid.endswith("40.0 (40.0 at 4)") and "facts." not in told
     again = tmp_path / "again"
     assert train.main(["export", f"ckpt_path={target}", f"to={again}", *QUIET]) == 0
     assert json.loads((again / "fid.json").read_text()) == rows[1:]

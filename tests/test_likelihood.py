@@ -120,6 +120,8 @@ def test_classes_and_strangers_are_told_by_one_call(tmp_path, capsys):
     other += "bd_lightning.targets.GaussianMixture, means: [[0.0]]}}"
     assert command("test", run, *words[:-1], other) == 2
     assert "others.again has samples of shape (1,), " in capsys.readouterr().err
+    assert command("test", run, *words[:-1], words[-1].replace(".again=", ".test=")) == 2
+    assert "others.test: 'test' and 'inverted' are the data's own" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -158,6 +158,13 @@ def test_long_curves_are_thinned_and_smoothed_and_keep_their_level():
     assert "nan" not in chart("x", [Line("x", [(5, 0.0)])])
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e-14])
+def test_small_values_have_labels_of_their_own(size):
+    svg = chart("x", [Line("x", [(1, 3.4 * size), (2, 2.9 * size), (3, 2.6 * size)])])
+    values = [float(label) / size for label in re.findall(r'x="\d+" y="[\d.]+" text-anchor="end">([^<]*)', svg)]
+    assert values == pytest.approx([2.75, 3.0, 3.25], rel=1e-9)
+
+
 def fake_trainer(folder: Path, **changes) -> SimpleNamespace:
     metrics = ImageMetrics.__new__(ImageMetrics)
     module = SimpleNamespace(next_step=lambda checkpoint: f"to sample: train.py predict ckpt_path={checkpoint}")

@@ -167,7 +167,7 @@ def test_fid_is_the_same_on_one_and_two_processes(copied):
         assert row["protocol"].startswith("150 samples (ode, 9 network calls")
         copies = json.loads((folder / "memorisation.json").read_text())[-1]
         numbers = [row[f"test/{name}"] for name in ("fid", "kid", "precision", "recall")]
-        values.append([*numbers, copies["distance_ratio"], copies["close"]])
+        values.append([*numbers, copies["memorisation/distance_ratio"], copies["memorisation/close"]])
         assert len(list((folder / "samples").glob("memorisation-*.png"))) == 1
     assert values[0] == pytest.approx(values[1], rel=1e-3)
 

@@ -42,9 +42,14 @@ def run(plan: Plan) -> None:
             checkpoints.WholeCheckpoints().save_checkpoint(made, own)
             own.replace(path)
         step = made["global_step"]
-        print(f"{short(path)}: at step {step}, of {len(parts)} snapshots, weights over time to {found.error:.2%}")
+        print(f"{short(path)}: at step {step}, of {kept(parts)} snapshots, weights over time to {found.error:.2%}")
         if plan.config["score"]:
             score(plan, path)
+
+
+def kept(parts: list[Snapshot]) -> int:
+    """How many times averages were kept, several at each."""
+    return len({part.path for part in parts})
 
 
 def fitted(parts: list[Snapshot], length: float) -> averages.Fit:
@@ -60,7 +65,7 @@ def fitted(parts: list[Snapshot], length: float) -> averages.Fit:
         raise UserError(f"length {length:g}: {error}") from error
     if found.error > FURTHEST:
         raise UserError(
-            f"length {length:g} cannot be made of these {len(parts)} snapshots (its weights over time would be off by "
+            f"length {length:g} cannot be made of these {kept(parts)} snapshots (its weights over time would be off by "
             f"{found.error:.0%}): take one nearer to those that were followed, or keep more callbacks.ema.snapshots"
         )
     return found

@@ -44,7 +44,7 @@ class Gaps:
         in_range(1.0001, 1e6, q=self.q)
 
     def __call__(self, t: Tensor, progress: float) -> Tensor:
-        """r/t for t (B,), in units of half the data's standard deviation, at a share of the training."""
+        """r/t for t (B,), in units of twice the data's standard deviation, at a share of the training."""
         stage = min(self.stages - 1, int(progress * self.stages))
         return (1 - (1 + 8 * (-t).sigmoid()) / self.q ** (stage + 1)).clamp_min(0)
 

@@ -70,7 +70,7 @@ def differences(runs: Sequence[Run]) -> dict[str, list[str]]:
         key: values
         for key, values in rows.items()
         if key not in IGNORED
-        and not key.startswith(("logger.", "callbacks."))
+        and not key.startswith(("logger.", "callbacks.", "facts."))
         and not any(key.startswith(other) and key != f"{other}_target_" for other in others)
     }
 

@@ -70,7 +70,8 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
     size = 10 ** math.floor(math.log10(raw))
     step = next(size * k for k in (1, 2, 2.5, 5, 10) if size * k >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+    places = 3 - math.floor(math.log10(step))
+    return [round(k * step, places) for k in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 class _Axis(NamedTuple):
@@ -176,4 +177,4 @@ def _short(value: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * 10 or abs(value) >= size and value % size == 0:
             return f"{value / size:g}{letter}"
-    return f"{value:g}" if value == 0 or 1e-3 <= abs(value) else f"{value:.0e}"
+    return f"{value:g}"

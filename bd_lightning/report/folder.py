@@ -31,7 +31,7 @@ class Run:
         folder: the run folder.
         name: what it is called among others.
         config: its config, as plain values.
-        curves: what was logged in training and validation, name → values.
+        curves: what was logged in training and validation, name → values; of an exported folder what its records hold.
         records: rows of its JSON records, name → rows.
         metrics: how the numbers of its evaluations are read, name → {"mode": "min" or "max", "digits"}.
         evaluations: records of later evaluations of its checkpoints, <folder>/<name> → rows.
@@ -108,12 +108,13 @@ def read(folder: str | Path, name: str | None = None, fetched: bool = False) -> 
         raise UserError(f"{folder / 'config.yaml'} is damaged: {' '.join(str(error).split())}") from error
     if not isinstance(config, dict):
         raise UserError(f"{folder / 'config.yaml'} is damaged: it is no mapping of keys to values")
+    records = _records(folder)
     return Run(
         folder=folder,
         name=name or folder.resolve().name,
         config={str(key): value for key, value in config.items()},
-        curves=read_curves(folder / "metrics.csv"),
-        records=_records(folder),
+        curves=read_curves(folder / "metrics.csv") or _points(records),
+        records=records,
         metrics=_metrics(folder / "metrics.json"),
         evaluations={
             f"{path.parent.name}/{name}": rows
@@ -121,6 +122,16 @@ def read(folder: str | Path, name: str | None = None, fetched: bool = False) -> 
             for name, rows in _records(path.parent).items()
         },
     )
+
+
+def _points(records: dict[str, list[dict[str, Any]]]) -> dict[str, Series]:
+    """Numbers of validation in records, as curves: an exported folder has no others."""
+    found: dict[str, dict[int, float]] = {}
+    for row in (row for rows in records.values() for row in rows):
+        for key, value in row.items():
+            if key.startswith("val/") and isinstance(value, (int, float)) and abs(value) < LARGEST:
+                found.setdefault(key, {})[row["step"]] = value
+    return {key: sorted(points.items()) for key, points in found.items()}
 
 
 def _records(folder: Path) -> dict[str, list[dict[str, Any]]]:

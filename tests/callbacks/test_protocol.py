@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,12 +18,12 @@ import train
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import AnnealedDynamics, ProbabilityFlow
 from callbacks import CallsCurve, ClassifierFeatures, ImageMetrics, ImageWriter
-from callbacks.evaluation import Metric
+from callbacks.evaluation import Findings, Metric
 from callbacks.export import Export
 from callbacks.moments import Gaussian, Moments, load_statistics, moments_of, save_statistics
 from datamodules import MNIST, Digits, to_uint8
 from datamodules.images import to_unit
-from fake_images import Halves, Shades, evaluated, fake_trainer
+from fake_images import Drawn, Halves, Shades, evaluated, fake_trainer
 from tiny_data import write_mnist
 
 
@@ -315,6 +316,27 @@ def test_statistics_survive_their_file(tmp_path):
     assert isinstance(again, Gaussian) and torch.equal(again.covariance, found.covariance)
 
 
+def test_only_samples_that_are_judged_by_name_are_exported(tmp_path, monkeypatch):
+    """Not those of a point of a curve, when the default sampler has lost its chains."""
+    data, file = Shades(True, root=str(tmp_path)), tmp_path / "new" / "samples.npz"
+    options = {"export": str(file), "kid_subset": 10, "sampler": "lost"}
+
+    def drawn(trainer, model, n, batch_size, seed, sampler):
+        if sampler == "lost":
+            raise UserError("chains are lost")
+        yield torch.zeros(n, 1, 8, 8)
+
+    monkeypatch.setattr("callbacks.metrics.draw", drawn)
+    trainer, model = fake_trainer(data, Drawn(), tmp_path), Drawn()
+    model.samplers = {**model.samplers, "lost": SimpleNamespace(calls=1)}
+    metrics = ImageMetrics(Halves(), n=40, n_test=40, **options)
+    metrics.setup(trainer, model, "test")
+    metrics.prepare(trainer, model, "test")
+    assert metrics.findings(trainer, model, "test", "lost").values["test/fid"] == math.inf
+    assert metrics.findings(trainer, model, "test", "noise").values["test/fid"] > 0
+    assert not file.exists()
+
+
 def test_more_calls_than_were_asked_for_are_said(tmp_path, caplog):
     judge = SimpleNamespace(metrics=(Metric("fid"),), findings=lambda *args: None)
     model = SimpleNamespace(samplers={"slow": AnnealedDynamics(levels=4), "ode": ProbabilityFlow()})
@@ -322,3 +344,20 @@ def test_more_calls_than_were_asked_for_are_said(tmp_path, caplog):
         CallsCurve([1, 5], judge).on_test_epoch_end(fake_trainer(None, model, tmp_path), model)
     assert "slow needs more network calls than were asked for: it takes 2 for 1" in caplog.text
     assert "ode needs" not in caplog.text
+
+
+def test_points_that_were_judged_are_kept_when_a_test_is_stopped(tmp_path):
+    found = [Findings({"test/fid": fid}, {"protocol": "two"}) for fid in (3.0, math.inf)]
+    model = SimpleNamespace(samplers={"ode": ProbabilityFlow()}, loaded_step=0)
+    trainer = fake_trainer(SimpleNamespace(remark=""), model, tmp_path)
+
+    def stopped(*args):
+        if not found:
+            raise KeyboardInterrupt
+        return found.pop(0)
+
+    judge = SimpleNamespace(metrics=(Metric("fid"),), findings=stopped)
+    with pytest.raises(KeyboardInterrupt):
+        CallsCurve([5, 9, 19], judge).on_test_epoch_end(trainer, model)
+    rows = json.loads((tmp_path / "calls.json").read_text())
+    assert [(row["calls"], row["fid"], row["protocol"]) for row in rows] == [(5, 3.0, "two"), (9, None, "two")]
