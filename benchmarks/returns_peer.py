@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bd_lightning.checks import UserError
 from bd_lightning.modules import ReturnLearner
 from bd_lightning.returns import Categorical
 from benchmarks.returns_training import Seeds, build
@@ -22,11 +23,17 @@ def same_update(script: Path) -> tuple[float, float]:
     """Largest difference between the gradients of our C51 and those of the update in cleanrl's script, and their size.
 
     The script's network and the lines of its update, from the target to the loss, are run on random transitions.
+
+    Raises:
+        UserError: for a script that has no such lines.
     """
     source = script.read_text()
-    network = source[source.index("class QNetwork") : source.index("def linear_schedule")]
-    first = source.index("with torch.no_grad():\n                    _, next_pmfs")
-    update = " " * 16 + source[first : source.index("if global_step % 100 == 0", first)]
+    try:
+        network = source[source.index("class QNetwork") : source.index("def linear_schedule")]
+        first = source.index("with torch.no_grad():\n                    _, next_pmfs")
+        update = " " * 16 + source[first : source.index("if global_step % 100 == 0", first)]
+    except ValueError as error:
+        raise UserError(f"{script} has no network and update as cleanrl's c51.py has them: give that file") from error
     torch.manual_seed(0)
     scope: dict[str, Any] = {"nn": torch.nn, "torch": torch, "np": np}
     exec(network, scope)
@@ -53,15 +60,22 @@ Episodes = list[tuple[int, float]]
 
 
 def cleanrl(seed: int, script: Path, python: str) -> Episodes:
-    """Those of cleanrl's c51.py on CartPole, run as it is."""
+    """Those of cleanrl's c51.py on CartPole, run as it is.
+
+    Raises:
+        UserError: if it fails, with the last line that it says.
+    """
     options = {
         "seed": seed, "total-timesteps": PEER_STEPS, "n-atoms": 51, "v-min": 0, "v-max": 100, "gamma": 0.99,
         "learning-rate": 1e-3, "batch-size": 64, "buffer-size": 20_000, "learning-starts": 1000, "train-frequency": 4,
         "target-network-frequency": 400, "start-e": 1.0, "end-e": 0.05, "exploration-fraction": 0.25,
     }  # fmt: skip
     words = [python, script.name, "--no-cuda", *(f"--{key}={value}" for key, value in options.items())]
-    printed = subprocess.run(words, cwd=script.parent, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"global_step=(\d+), episodic_return=\[?([\d.]+)", printed)
+    done = subprocess.run(words, cwd=script.parent, capture_output=True, text=True)
+    if done.returncode:
+        said = (done.stderr.strip() or "nothing").splitlines()[-1]
+        raise UserError(f"{script} failed by {python}, give --python one that has what it needs; it said: {said}")
+    found = re.findall(r"global_step=(\d+), episodic_return=\[?([\d.]+)", done.stdout)
     return [(int(step), float(value)) for step, value in found]
 
 
@@ -82,13 +96,13 @@ def contributed(seed: int, script: Path, python: str) -> Episodes:
     return list(zip(np.cumsum(env.get_episode_lengths()).tolist(), env.get_episode_rewards()))
 
 
-def own(method: list[str], seed: int) -> Episodes:
-    """Those of ours, with the same network, schedule and replay."""
+def own(method: list[str], seed: int, eps: float = 1e-8) -> Episodes:
+    """Those of ours, with the same network, optimiser, schedule and replay."""
     words = ["experiment=rl_cartpole", *method, "model.hidden=[120,84]", "model.lr=1e-3", "model.target_every=100"]
     words += ["data.num_envs=1", "data.collect=4", "data.n_step=1", "data.size=20000"]
     words += ["data.epsilon=[0.81,0.05]", "data.decay=4000"]  # from step 1,000: their line from 1 at step 0
     _, data, models = build(words, [seed])
-    runs, stream = Seeds(models), data[0].open(seed)
+    runs, stream = Seeds(models, eps), data[0].open(seed)
     episodes: Episodes = []
     while stream.steps < PEER_STEPS:
         before = stream.episodes
@@ -104,7 +118,7 @@ SAME_QUANTILES = ["model=qr_dqn", "data.v_max=1", "model.representation.kappa=51
 """Our QR-DQN with outputs in units of reward, and the Huber loss linear from an error of 1 on, as theirs."""
 
 PEERS: dict[str, Callable[[int, Path, str], Episodes]] = {
-    "ours": lambda seed, script, python: own(["model=c51"], seed),
+    "ours": lambda seed, script, python: own(["model=c51"], seed, 0.01 / 64),  # as cleanrl's Adam
     "cleanrl": cleanrl,
     "our QR-DQN": lambda seed, script, python: own(SAME_QUANTILES, seed),
     "QR-DQN of stable-baselines3-contrib": contributed,

@@ -21,16 +21,17 @@ class Seeds:
 
     Args:
         models: one learner for each run, as train.py builds them.
+        eps: what AdamW adds to the root of its second moment.
     """
 
-    def __init__(self, models: list[ReturnLearner]) -> None:
+    def __init__(self, models: list[ReturnLearner], eps: float = 1e-8) -> None:
         self.model = models[0]
         self.names = [name for name, _ in self.model.network.named_parameters()]
         stacked = zip(*(m.network.parameters() for m in models))
         self.parameters = [torch.stack([p.detach() for p in group]).requires_grad_() for group in stacked]
         self.copy()
         model = self.model
-        self.optimizer = torch.optim.AdamW(self.parameters, model.lr, model.optimizer.betas, weight_decay=0.0)
+        self.optimizer = torch.optim.AdamW(self.parameters, model.lr, model.optimizer.betas, eps, weight_decay=0.0)
         self.steps = 0
 
     def copy(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bd_lightning.checkpoints import SavingFailed
@@ -127,7 +128,7 @@ class AveragedWeights(EMAWeightAveraging):
 class LastCheckpoint(ModelCheckpoint):
     """last.ckpt, overwritten at every validation, every few minutes in between, and when the run is interrupted.
 
-    A non-finite loss does not overwrite it: the weights that led there are of no use.
+    Weights that are not finite do not overwrite it, nor does a loss that stops the run since it is not.
 
     SIGTERM and Ctrl-C in the middle of a step wait for its end, that of all the batches it accumulates, so that no part
     of it is lost; a second Ctrl-C does not wait. With several processes either may reach any of them: they agree before
@@ -243,8 +244,12 @@ class LastCheckpoint(ModelCheckpoint):
         return trainer.strategy.broadcast(time.monotonic() - self.saved >= 60 * self.minutes)
 
     def _save_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:
-        """Save, and start the clock anew."""
-        super()._save_checkpoint(trainer, filepath)
+        """Save, if weights are finite on all ranks, and start the clock anew."""
+        sound = all(bool(p.isfinite().all()) for p in trainer.lightning_module.parameters())
+        if trainer.strategy.reduce_boolean_decision(sound, all=True):
+            super()._save_checkpoint(trainer, filepath)
+        else:
+            rank_zero_info(f"weights are not finite at step {trainer.global_step}: {self.filename}.ckpt stays as it is")
         self.saved = time.monotonic()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> Any:

@@ -19,6 +19,9 @@ from callbacks.records import append_record, run_folder, step_of
 from datamodules.environments import Environment
 from datamodules.experience import Greedy, play
 
+TEST = 10_000
+"""How far the seed of a test's episodes is from that of validations."""
+
 
 def need_environment(trainer: L.Trainer, owner: str) -> Environment:
     """The data module, which has to be an environment.
@@ -60,7 +63,8 @@ class EpisodeReturns(Evaluation):
         episodes: episodes of one evaluation.
         num_envs: environments that play them together; divides `episodes`.
         threshold: the mean return that counts as solved; None watches for none.
-        seed: seed of the episodes, the same at every evaluation.
+        seed: seed of the episodes, the same at every validation; a test has another, since the best checkpoint was
+            chosen by these.
     """
 
     metrics = (Metric("return", 3, "max"), Metric("return_error", 3))
@@ -127,10 +131,11 @@ class EpisodeReturns(Evaluation):
     def _run(self, trainer: L.Trainer, pl_module: Any, stage: str) -> None:
         data = need_environment(trainer, type(self).__name__)
         policy = interruptible(trainer, pl_module.greedy)
-        returns, cut = play(self.envs, data.shape, policy, self.episodes, self.seed)
+        seed = self.seed + (TEST if stage == "test" else 0)
+        returns, cut = play(self.envs, data.shape, policy, self.episodes, seed)
         if cut.any() and data.cap is not None:
             self._tell_of_cuts(data)
-        mean, error = float(returns.mean()), float(returns.std() / len(returns) ** 0.5)
+        mean, error = float(returns.mean()), float(returns.std(ddof=1) / len(returns) ** 0.5)
         steps = data.experience.steps * trainer.world_size if data.experience is not None else 0
         values = {"return": mean, "return_error": error} | ({"env_steps": float(steps)} if steps else {})
         pl_module.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
@@ -149,7 +154,7 @@ class EpisodeReturns(Evaluation):
             short = f", {cut.sum()} cut after {data.cap} steps" if cut.any() and data.cap is not None else ""
             (policy,) = pl_module.drawings()
             how = f" with {data.options}" if data.options else ""
-            protocol = f"{self.episodes} greedy episodes of {data.env}{how} by {policy}, seed {self.seed}{short}"
+            protocol = f"{self.episodes} greedy episodes of {data.env}{how} by {policy}, seed {seed}{short}"
             append_record(
                 trainer,
                 self.record,

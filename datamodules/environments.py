@@ -250,10 +250,10 @@ class Environment(Data):
         limit = {} if self.cap is None else {"max_episode_steps": self.cap}
         return make_envs(self.env, count, {**self.options, **limit}, self.scale)
 
-    def open(self, seed: int) -> Experience:
-        """A fresh stream of experience."""
-        envs = self.make(self.num_envs)
-        return self.stream(envs, self.shape, self.gamma, seed=seed, returns_range=self.returns_range, **self.streams)
+    def open(self, seed: int, **options: Any) -> Experience:
+        """A fresh stream of experience, with other `options` of the stream than the config's."""
+        envs, options = self.make(self.num_envs), {**self.streams, **options}
+        return self.stream(envs, self.shape, self.gamma, seed=seed, returns_range=self.returns_range, **options)
 
     def _probes(self, envs: Any, count: int = PROBES) -> Tensor:
         """The first observation of an episode and others under random actions, distinct if there are as many."""
@@ -270,7 +270,8 @@ class Environment(Data):
     def held_out_transitions(self, stage: str) -> Transitions:
         """Transitions under random actions, of "val" or "test", made at their first use."""
         if stage not in self.held:
-            stream = self.open(seed=10_000 + ("val", "test").index(stage))
+            size = max(self.held_out, self.streams["size"])
+            stream = self.open(10_000 + ("val", "test").index(stage), size=size)
             while stream.replay.count < self.held_out:
                 stream.step(None)
             self.held[stage] = stream.replay

@@ -104,8 +104,8 @@ class Experience(IterableDataset):
         self.epsilon, self.decay, self.returns_range = epsilon, decay, returns_range
         self.random = np.random.default_rng(seed)
         self.replay = self._memory(size)
-        self.observation = encode(envs.reset(seed=seed)[0], shape)
         count = envs.num_envs
+        self.observation = encode(envs.reset(seed=seeds(count, seed))[0], shape)
         self.pending: list[deque] = [deque() for _ in range(count)]
         self.totals, self.discounted, self.lengths = np.zeros(count), np.zeros(count), np.zeros(count, dtype=int)
         self.finished: deque[float] = deque(maxlen=100)
@@ -170,8 +170,8 @@ class Experience(IterableDataset):
         self.totals[i], self.discounted[i], self.lengths[i] = 0.0, 0.0, 0
 
     def fill(self) -> None:
-        """The random steps before the first batch."""
-        while self.steps < self.warmup:
+        """The random steps before the first batch, and more until there is a transition."""
+        while self.steps < self.warmup or not len(self.replay):
             self.step(None)
 
     def draw(self) -> tuple[Tensor, ...]:
@@ -213,6 +213,11 @@ class LambdaExperience(Experience):
         return tuple(map(np.stack, zip(*outcomes)))  # type: ignore[return-value]
 
 
+def seeds(count: int, *numbers: int) -> list[int]:
+    """Seeds of environments that are stepped together: of other numbers others, where counting up would share most."""
+    return np.random.SeedSequence(numbers).generate_state(count).tolist()
+
+
 def play(envs: Any, shape: tuple[int, ...], greedy: Greedy, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Episodes under a greedy policy, the same number in each environment; they need a limit of steps to end surely.
 
@@ -226,8 +231,8 @@ def play(envs: Any, shape: tuple[int, ...], greedy: Greedy, episodes: int, seed:
     Returns:
         Undiscounted returns, and whether a limit of steps ended the episode; both (episodes,).
     """
-    observed, _ = envs.reset(seed=seed)
     count, each = envs.num_envs, episodes // envs.num_envs
+    observed, _ = envs.reset(seed=seeds(count, seed, 1))  # not those of experience
     total = np.zeros(count)
     found: list[list[tuple[float, bool]]] = [[] for _ in range(count)]
     while min(map(len, found)) < each:

@@ -10,12 +10,13 @@ from bd_lightning.checks import UserError
 from bd_lightning.facts import EnvironmentFacts
 from bd_lightning.modules import LambdaReturnLearner, ReturnLearner
 from bd_lightning.returns import GaussianFields
+from bd_lightning.returns.fields import normal_cdf
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
 
 from datamodules import Environment
 from datamodules.environments import LONGEST, make_envs
-from datamodules.experience import Experience, LambdaExperience
+from datamodules.experience import Experience, LambdaExperience, play
 from tests.corridor import Corridor
 
 
@@ -52,8 +53,44 @@ def test_transitions_of_all_lengths_and_their_mixture():
         model.compute((observation, action, reward[:, 0], discount[:, 0], following[:, 0]), None)
 
 
+def test_the_mass_outside_is_that_of_the_target():
+    """Of the return from the next state on, moved by the transition: not of that of the state before it."""
+    rep = GaussianFields(-10, 0)
+    model, states = ReturnLearner((2,), 1, rep), torch.eye(2)
+    table = torch.stack([normal_cdf((rep.points - mean) / rep.h) - rep.start for mean in (-9.9, -5.0)])
+    model.outputs = lambda network, observation: (observation @ table)[:, None]
+    for state, following, outside in ((0, 1, 0.0), (1, 0, 1.0)):
+        step = torch.tensor([-1.0]), torch.tensor([0.99])
+        batch = states[[state]], torch.tensor([0]), *step, states[[following]]
+        assert float(model.compute(batch, None)[0]["outside"]) == pytest.approx(outside, abs=0.02)
+
+
+def test_batches_wait_for_the_first_transition():
+    """Of three steps: a shorter warm-up has none yet."""
+    data = Environment("CartPole-v1", 0, 100, num_envs=2, n_step=3, warmup=2)
+    assert next(iter(data.open(0).bind(lambda x: np.zeros(2, dtype=int))))[0].shape == (128, 4)
+
+
+def test_neighbouring_seeds_share_no_environment():
+    data, seen = Environment("CartPole-v1", 0, 100, num_envs=3), []
+
+    def first(observation):
+        seen.append(observation)
+        raise KeyboardInterrupt
+
+    for seed in (0, 1):
+        seen.append(data.open(seed).observation)
+        with pytest.raises(KeyboardInterrupt):
+            play(data.make(3), data.shape, first, 3, seed)
+    assert len(np.unique(np.concatenate(seen), axis=0)) == 12
+
+
+def test_as_many_transitions_are_held_out_as_were_asked_for():
+    assert len(Environment("CartPole-v1", 0, 100, size=10, held_out=25).held_out_transitions("val")) == 25
+
+
 def test_time_limits_do_not_end_the_return():
-    """CartPole cut off after ten steps is truncated, so that its transitions keep their discount."""
+    """CartPole cut off after five steps is truncated, so that its transitions keep their discount."""
     data = Environment("CartPole-v1", 0, 100, options={"max_episode_steps": 5}, num_envs=2, warmup=40)
     stream = data.open(0)
     stream.fill()

@@ -222,7 +222,7 @@ def test_the_command_that_is_printed_at_the_end_is_one_that_runs(own, tmp_path, 
 def test_a_run_that_diverged_ends_with_a_status_of_its_own(own, tmp_path):
     status, said = own("", "model.lr=1e30", "trainer.gradient_clip_val=null")
     assert status == 2 and "error: training has diverged" in said and "to sample" not in said
-    assert (tmp_path / "bellman-diffusion" / "own" / "checkpoints" / "last.ckpt").is_file()
+    assert not list(tmp_path.rglob("last.ckpt"))  # weights that are not finite are of no use
 
 
 def test_weights_that_are_not_finite_to_begin_with_are_not_the_fault_of_the_rate(own):

@@ -16,11 +16,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import train
+from bd_lightning import checkpoints
 from bd_lightning.cli.folders import short
 from bd_lightning.cli.resumed import carry_over
 from bd_lightning.modules import BellmanDiffusion
 from callbacks.checkpoints import uninterrupted
 from conftest import ROOT
+from small_run import launch
 
 EPOCH, EVERY, STEPS = 6, 4, 16  # batches of an epoch, steps between validations, steps
 WORDS = [
@@ -336,3 +338,16 @@ def test_two_processes_resume_alike(root):
     done = start(root, "two-killed", f"ckpt_path={last}", "callbacks.killer=null", "callbacks.last.every=2", *both)
     assert done.returncode == 0, done.stdout + done.stderr
     assert_same(folder(root, "two"), folder(root, "two-killed"))
+
+
+def test_weights_that_are_not_finite_overwrite_no_checkpoint(tmp_path, caplog):
+    """Nobody else looks: the diagnostics that would have stopped the run are left out."""
+    words = ["callbacks.diagnostics=null", "callbacks.report=null", "callbacks.last.every=2", "run_id=a"]
+    assert launch(tmp_path / "root", *words) == 0
+    last = tmp_path / "root" / "bellman-diffusion" / "a" / "checkpoints" / "last.ckpt"
+    words = ["callbacks.ema=null", "model.lr=1e30", "trainer.gradient_clip_val=0", "steps=12", f"ckpt_path={last}"]
+    with caplog.at_level("INFO"):
+        assert launch(tmp_path / "root", *words) == 2
+    kept = checkpoints.read(last)
+    assert all(value.isfinite().all() for value in kept["state_dict"].values()) and kept["global_step"] < 12
+    assert "weights are not finite at step 12: last.ckpt stays as it is" in caplog.text

@@ -14,7 +14,7 @@ from bd_lightning.modules import returns as learners
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
 
-from benchmarks import common, returns, returns_tables
+from benchmarks import common, returns, returns_peer, returns_tables
 from benchmarks import returns_linearity as linearity
 from benchmarks import returns_training as benchmark
 from benchmarks.rows import Rows
@@ -62,13 +62,22 @@ def test_the_other_experiments_learn_and_a_broken_target_does_not(experiment, st
     monkeypatch.setattr(
         learners, "bellman_target", lambda rep, y, r, discount, policy: whole(rep, y, r, 0 * discount, policy)
     )
-    assert benchmark.learn(words, [0], 300, 300)["returns"][0][-1] < level
+    assert benchmark.learn(words, [0], steps, steps)["returns"][0][-1] < level
 
 
 def command(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["returns.py", *words])
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     common.run(returns.main)
+
+
+def test_a_script_that_fails_is_one_sentence(tmp_path):
+    script = tmp_path / "c51.py"
+    script.write_text("raise SystemExit('no tyro here')")
+    with pytest.raises(UserError, match="c51.py failed by .*, give --python one that .*; it said: no tyro here"):
+        returns_peer.cleanrl(0, script, sys.executable)
+    with pytest.raises(UserError, match="c51.py has no network and update as cleanrl's c51.py has them"):
+        returns_peer.same_update(script)
 
 
 def test_a_night_is_rehearsed_and_not_repeated(tmp_path, monkeypatch, capsys):

@@ -220,15 +220,17 @@ class ReturnLearner(DistributionalLearner):
         """The loss of the representation against its Bellman target."""
         observation, action, reward, discount, following = batch
         with torch.no_grad():
-            y = self.outputs(self.target_network, following.reshape(-1, *self.shape)).unflatten(0, reward.shape)
-        target = self.backup(y, reward, discount)
+            after = self.outputs(self.target_network, following.reshape(-1, *self.shape)).unflatten(0, reward.shape)
+        target = self.backup(after, reward, discount)
         y = self.outputs(self.network, observation)
         loss = td_loss(self.representation, y, action, target)
         with torch.no_grad():
-            w = self.representation.read(y)
-            longest = reward.reshape(len(w), -1)[:, -1], discount.reshape(len(w), -1)[:, -1]
-            outside = self.representation.outside(w[range(len(w)), action], *longest).mean()
-            value = self.representation.mean(w).amax(1).mean()
+            size = len(reward)  # of transitions of 1 to n steps, the longest
+            w = self.representation.read(after.reshape(size, -1, *after.shape[-2:])[:, -1])
+            w = self.representation.mixture(self.policy(self.representation, w), w)
+            longest = reward.reshape(size, -1)[:, -1], discount.reshape(size, -1)[:, -1]
+            outside = self.representation.outside(w, *longest).mean()
+            value = self.representation.mean(self.representation.read(y)).amax(1).mean()
         return {"loss": loss.mean(), "outside": outside, "value": value}, {}
 
 

@@ -80,6 +80,7 @@ def mixed(parts: Sequence[tuple[float, Outcomes]]) -> Outcomes:
 
     Pairs that one of them has no outcomes of are left to the others.
     """
+    parts = [(share, outcomes) for share, outcomes in parts if share]
     first = parts[0][1]
     known = sum(share * outcomes.known.float() for share, outcomes in parts).flatten()  # type: ignore[union-attr]
     shares = [share * outcomes.share / known[outcomes.pair] for share, outcomes in parts]

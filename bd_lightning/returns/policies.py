@@ -98,9 +98,10 @@ class Spread(Preference):
     def __call__(self, representation: Representation, w: Tensor) -> Tensor:
         """Mean and spread, by quadrature of the distribution function."""
         x = representation.grid(POINTS)
-        f, step = representation.cdf(w, x), x[1] - x[0]
-        mean = x[-1] - (f[..., 1:] + f[..., :-1]).sum(-1) * step / 2
-        square = x[-1] ** 2 - (x[1:] * f[..., 1:] + x[:-1] * f[..., :-1]).sum(-1) * step
+        below = x[-1] - x  # from the upper end, for ranges that lie far from 0
+        f, step = representation.cdf(w, x), below[0] / (len(x) - 1)
+        mean = (f[..., 1:] + f[..., :-1]).sum(-1) * step / 2
+        square = (below[1:] * f[..., 1:] + below[:-1] * f[..., :-1]).sum(-1) * step
         return representation.mean(w) + self.weight * (square - mean.square()).clamp_min(0).sqrt()
 
 

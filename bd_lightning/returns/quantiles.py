@@ -70,7 +70,7 @@ class Quantiles(Representation):
         return out.float().mean(1)
 
     def fields(self, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Each quantile as a hat of twice the spacing, and its slope."""
+        """Each quantile as a hat of twice the spacing, and its slope; wider than what `cdf` spreads."""
         u = (x - w[..., None]) / self.spacing
         hat = (1 - u.abs()).clamp_min(0)
         return hat.mean(-2) / self.spacing, (-u.sign() * (hat > 0)).mean(-2) / self.spacing**2

@@ -275,7 +275,7 @@ class Categorical(LinearRepresentation):
         return -(target * y.log_softmax(-1)).sum(-1)
 
     def fields(self, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Linear interpolation of the probabilities over the spacing, and its slope."""
+        """Linear interpolation of the probabilities over the spacing, and its slope; wider than what `cdf` spreads."""
         u = (x - self.x[:, None]) / self.spacing
         hat = (1 - u.abs()).clamp_min(0)
         return product(w, hat) / self.spacing, product(w, -u.sign() * (hat > 0)) / self.spacing**2

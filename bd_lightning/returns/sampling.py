@@ -31,17 +31,17 @@ def sample_by_sde(
 
     The added width falls from twice the range of returns to a tenth of h. At the kernel's own width, from a uniform
     start, the same dynamics stand still in the tails, where both fields vanish. The first arguments are as those of
-    `sample_by_inverse_cdf`; `levels` is the number of widths.
+    `sample_by_inverse_cdf`; `levels` is the number of widths. Each distribution has noise of its own.
 
     Raises:
         UserError: if the representation has no fields.
     """
     width, draws = representation.v_max - representation.v_min, []
-    for row in w:
+    for k, row in enumerate(w):
         origin = float(representation.mean(row))
         fields = representation.field_pair(row, origin)
         dynamics = MultistepDynamics(levels=levels, relaxation=1.0, sigma_max=2 * width, sigma_min=fields.h / 10)
-        draws.append(origin + dynamics(fields, SampleNoise(indices, (1,), seed, w.device))[:, 0])
+        draws.append(origin + dynamics(fields, SampleNoise(indices, (1,), seed + 1_000_000 * k, w.device))[:, 0])
     return torch.stack(draws, 1)
 
 

@@ -100,6 +100,10 @@ def test_preferences_of_gaussians():
     assert MeanReturn()(rep, w)[0].tolist() == pytest.approx([1.0, 1.2], abs=1e-3)
     assert UpperQuantile(0.9)(rep, w)[0].tolist() == pytest.approx([1 + 1.2816 * 0.3, 1.2 + 1.2816], abs=0.02)
     assert Spread(-0.5)(rep, w)[0].tolist() == pytest.approx([0.85, 0.7], abs=0.02)
+    for far in (0.0, 1e3, 1e4):
+        away = GaussianFields(far, far + 1)
+        one = away.read(normal_cdf((away.points - far - 0.5) / 0.1) - away.start)
+        assert float(Spread()(away, one) - away.mean(one)) == pytest.approx(0.1, abs=0.01)
     shortfall = math.exp(-(1.2816**2) / 2) / math.sqrt(2 * math.pi) / 0.1
     assert CVaR(0.1)(rep, w)[0].tolist() == pytest.approx([1 - 0.3 * shortfall, 1.2 - shortfall], abs=0.02)
     assert Policy(MeanReturn(), 0.2)(rep, w)[0].tolist() == pytest.approx([0.1, 0.9])
@@ -209,6 +213,8 @@ def test_outcomes_are_remembered_and_unknown_pairs_stay():
     both = mixed([(0.3, seen), (0.7, tabulated(chain(0.5), GAMMA))])
     totals = torch.zeros(8).index_add(0, both.pair, both.share)
     assert torch.allclose(totals, torch.ones(8))
+    alone = mixed([(1.0, seen), (0.0, tabulated(chain(0.5), GAMMA))])  # nothing is known of the other pairs then
+    assert torch.equal(alone.known, seen.known) and alone.share.isfinite().all()
     alone = both.share[both.pair == 3]
     assert alone.tolist() == [1.0]  # state 1, action 1: the table's
 

@@ -209,7 +209,7 @@ def test_wasserstein_of_shifted_samples():
     assert wasserstein1(x, normal_cdf(x), samples).tolist() == pytest.approx([0.0, 0.3, 1.0], abs=0.015)
 
 
-def test_categorical_density_integrates_to_its_distribution_function():
+def test_categorical_densities_have_mass_one_and_their_slopes():
     rep = Categorical(-2, 3, atoms=11)
     w = torch.rand(11, generator=torch.Generator().manual_seed(0)).softmax(0)
     x = torch.linspace(-3, 4, 70_001)
@@ -218,6 +218,7 @@ def test_categorical_density_integrates_to_its_distribution_function():
     assert float((x * s).sum() * (x[1] - x[0])) == pytest.approx(float(rep.mean(w)), abs=2e-3)
     slope = (s[2:] - s[:-2]) / (x[2] - x[0])
     assert float((slope - g[1:-1]).abs().median()) < 1e-2
+    assert float((rep.cdf(w, x)[1:] - rep.cdf(w, x)[:-1]).sum()) == pytest.approx(1, abs=1e-5)
 
 
 def test_sde_with_an_annealed_width_draws_the_returns():
@@ -226,7 +227,8 @@ def test_sde_with_an_annealed_width_draws_the_returns():
     w = 0.3 * fitted(rep, 2.0, 0.4) + 0.7 * fitted(rep, 7.0, 0.6)
     grid, n = rep.grid(), 2000
     cdf = rep.cdf(w, grid)
-    annealed = sample_by_sde(rep, w[None], range(n))[:, 0]
+    annealed, other = sample_by_sde(rep, torch.stack([w, w]), range(n)).T
+    assert abs(float(torch.corrcoef(torch.stack([annealed, other]))[0, 1])) < 0.1  # noise of its own for each
     assert float((annealed < 4.5).float().mean()) == pytest.approx(0.3, abs=0.03)
     assert float(wasserstein1(grid, cdf, annealed)) < 0.15
     inverse = quantile(grid, cdf, torch.rand(n, generator=torch.Generator().manual_seed(0)))
