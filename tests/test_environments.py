@@ -122,6 +122,9 @@ def test_a_test_says_what_its_threshold_is_and_calls_are_of_other_samplers(tmp_p
     for threshold, told in ((-1, "-1 was reached"), (2, "2 was not reached")):
         assert train.main(["test", f"ckpt_path={last}", f"callbacks.returns.threshold={threshold}"]) == 0
         assert told in capsys.readouterr().out
+    own, *tests = [json.loads(path.read_text())[-1] for path in sorted(tmp_path.rglob("returns.json"))]
+    assert "seed 1" in own["protocol"].split(", ")[-1] and len(tests) == 2
+    assert all(row["protocol"].endswith("seed 10001") for row in tests)  # not the episodes that chose the best
     assert train.main(["test", f"ckpt_path={last}", "calls=[5]"]) == 2
     assert "calls are network calls of samplers of noise levels, and ReturnLearner has none" in capsys.readouterr().err
 
