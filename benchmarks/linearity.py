@@ -26,10 +26,11 @@ test images of those classes, 0.5 where nothing of the images is remembered; "of
 the classes that stay. Models are trained by --seeds seeds; the table has means ± sd over them. A finished row is kept
 in OUT/rows.jsonl with its settings and not computed again; with --only PATTERN requests whose names the pattern is not
 found in are left out, with the models that they alone need, and with --model all that need more than one model, which
-is then this one, of whatever images. --cost prints the processor time of ten experts instead (set OMP_NUM_THREADS=1).
-The classifier is the one that FID takes its features from; its accuracy is printed, and so is the L1 that it finds
-between real test images and their labels. With --figure it draws samples of some requests, and beside FILE, as FILE
-with the suffix .gif, the way from one class to another by their weights, always from the same seeds.
+is then this one, of whatever images; several are added up, experts of a class each, say. --cost prints the processor
+time of ten experts instead (set OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its
+accuracy is printed, and so is the L1 that it finds between real test images and their labels. With --figure it draws
+samples of some requests, and beside FILE, as FILE with the suffix .gif, the way from one class to another by their
+weights, always from the same seeds.
 """
 
 import re
@@ -206,7 +207,7 @@ def main() -> None:
     parser.add_argument("--steps", type=common.count, default=8000)
     parser.add_argument("--seeds", type=common.count, default=1, help="trainings of each model; samples have seed 1")
     parser.add_argument("--autoencoder")
-    parser.add_argument("--model")
+    parser.add_argument("--model", nargs="+", help="trained by model=relative")
     parser.add_argument("--only", type=arguments.pattern, default=re.compile(""))
     parser.add_argument("--figure", type=arguments.picture(".png", ".jpg"))
     parser.add_argument("--cost", action="store_true")

@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -53,20 +53,23 @@ class Models(dict[str, Any]):
     Attributes:
         names: names of the classes.
         data: the data that they learn, with the images that they stand for.
-        known: what a model that was given is known by, its weights.
+        known: what the models that were given are known by, their weights.
+        given: their fields with the names of the classes of each.
     """
 
     def __init__(self, options: argparse.Namespace, seed: int) -> None:
         self.options, self.seed, self.names, self.code, self.known = options, seed, DIGITS, "", None
+        self.given: list[tuple[Any, Sequence[str], float]] = []
         if options.model:
-            self["all"], stored = checkpoints.load(options.model, RelativeDensities)
-            self.names = facts.read(stored["facts"]).class_names
-            config = stored["data"]
-            self.known = digest(options.model)
+            loaded = [checkpoints.load(path, RelativeDensities) for path in options.model]
+            self.given = [(one.fields, facts.read(stored["facts"]).class_names, 1.0) for one, stored in loaded]
+            self["all"], self.names = loaded[0][0], [name for _, names, _ in self.given for name in names]
+            config = replaced(loaded[0][1]["data"], "keep", None) if len(loaded) > 1 else loaded[0][1]["data"]
+            self.known = " ".join(map(digest, options.model))
         else:
             self.code = checkpoint(options, 0, "autoencoder", "experiment=autoencoder")
             config = common.compose("experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}")["data"]
-        self.data = build.instantiate(rooted(config, str(options.data)), "data")
+        self.data = build.instantiate(replaced(config, "root", str(options.data)), "data")
 
     def __missing__(self, name: str) -> Generator:
         if name in ("whole", "tuned"):
@@ -98,11 +101,11 @@ def lasting(steps: int) -> list[str]:
     return [f"steps={steps}", f"eval_every={steps}"]
 
 
-def rooted(node: Any, root: str) -> Any:
-    """A node of the config with the data elsewhere."""
+def replaced(node: Any, key: str, value: Any) -> Any:
+    """A node of the config with another value of a key, wherever it stands: where the data lie, say."""
     if not isinstance(node, Mapping):
         return node
-    return {key: root if key == "root" else rooted(value, root) for key, value in node.items()}
+    return {name: value if name == key else replaced(found, key, value) for name, found in node.items()}
 
 
 def requests(found: Models) -> dict[str, Callable[[], tuple[FieldPair, Tensor]]]:
@@ -114,7 +117,8 @@ def requests(found: Models) -> dict[str, Callable[[], tuple[FieldPair, Tensor]]]
         return combine(parts(), dict(zip(names, weights.tolist()))), weights
 
     def without(one_class: str) -> tuple[Mixture, Tensor]:
-        left = found["all"].fields.shares * torch.tensor([name != one_class for name in names])
+        shares = torch.cat([fields.shares for fields, _, _ in one()])
+        left = shares * torch.tensor([name != one_class for name in names])
         return combine(one(), remove=[one_class]), left / left.sum()
 
     def low(fields: Callable[[], FieldPair]) -> tuple[FieldPair, Tensor]:
@@ -137,7 +141,7 @@ def requests(found: Models) -> dict[str, Callable[[], tuple[FieldPair, Tensor]]]
         return batched(mixture), wanted
 
     def one() -> list[Any]:
-        return [(found["all"].fields, names, 1.0)]
+        return found.given or [(found["all"].fields, names, 1.0)]
 
     def both() -> list[Any]:
         return [(found[name].fields, digits, 1.0) for name, digits in HALVES.items()]

@@ -11,11 +11,23 @@ import torch
 
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import MultistepDynamics
+from bd_lightning.fields import combine
 from bd_lightning.modules import RelativeDensities
 from bd_lightning.networks import MLP
-from benchmarks import arguments, common, fields, images, images_costs, linearity, trace, trace_learning
+from benchmarks import (
+    arguments,
+    common,
+    fields,
+    images,
+    images_costs,
+    linearity,
+    linearity_requests,
+    trace,
+    trace_learning,
+)
 from benchmarks.rows import Rows
 from callbacks import ClassifierFeatures
+from small_run import launch
 
 FLOW, OURS = "flow matching", images.DEFAULT
 COST = {"step": 1.0, "milliseconds": 1.0, "sampling": 1.0, "memory": 1.0}
@@ -358,6 +370,27 @@ def test_what_is_remembered_is_nearer_to_training_images_than_to_test_images():
     assert linearity.nearer(test, train, test) == 0.0
     assert linearity.nearer(other, train, test) == pytest.approx(0.5, abs=0.08)  # four standard errors
     assert linearity.nearer(other, train, test[:30]) < 0.75  # 30 of either: of 300 and 30 it is 0.9
+
+
+def test_experts_that_are_given_are_added_up(tmp_path):
+    """Their names one after the other, on all the data: with equal weights and as asked for."""
+    words = ["model=relative", "model.network.width=16", "model.network.depth=1", "model.sampler=ode"]
+    for digit in (3, 8):
+        assert launch(tmp_path / "root", *words, f"data.keep=[{digit}]", f"run_id=of{digit}") == 0
+    paths = [str(tmp_path / "root" / "bellman-diffusion" / f"of{k}" / "checkpoints" / "last.ckpt") for k in (3, 8)]
+    models = linearity_requests.Models(SimpleNamespace(model=paths, data=tmp_path / "data"), 0)
+    assert list(models.names) == ["3", "8"] and models.data.keep is None
+    asked = linearity_requests.requests(models)
+    assert sorted(asked) == [*(f"weighting {k}" for k in range(10)), "without 8"]
+    mixture, wanted = asked["weighting 0"]()
+    assert len(mixture.terms) == 2 and float(wanted.sum()) == pytest.approx(1)
+    rest, left = asked["without 8"]()
+    assert left.tolist() == [1.0, 0.0]
+    x, sigma = torch.randn(4, 1, 8, 8), torch.ones(4)
+    shares = torch.cat(mixture.posterior(x, sigma), 1)
+    assert shares.shape == (4, 2) and torch.allclose(shares.sum(1), torch.ones(4), atol=1e-5)
+    alone = models.given[0][0]
+    assert torch.allclose(rest.score(x, sigma), combine([(alone, ["3"], 1.0)]).score(x, sigma), atol=1e-5)
 
 
 def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys):
