@@ -1,6 +1,6 @@
 """Fields of return distributions against C51 and QR-DQN: environment steps to a threshold, distance to true returns.
 
-    uv run --group games benchmarks/returns.py night [--jobs 2] [--out runs/returns]     everything below but peers and examples
+    uv run --group games benchmarks/returns.py night [--jobs 2] [--out runs/returns]   all below but peers and examples
     uv run --group games benchmarks/returns.py night --smoke       a rehearsal of it, in OUT/smoke
     uv run --group games benchmarks/returns.py control [--envs …] [--rates …] [--seeds …] [--jobs 2] [--out …]
     uv run benchmarks/returns.py linear [--examples …] [--seeds 5] [--jobs 2] [--out runs/returns]
