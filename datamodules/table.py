@@ -105,6 +105,11 @@ class Table(DataModule):
                     raise DataError(f"{self.place}: no column '{name}', named in data.{key}.{suggest(name, known)}")
         chosen = [name for name in (known if columns is None else columns) if name not in (drop or ())]
         _refuse_duplicates("data.columns", chosen)
+        if "" in chosen:
+            raise DataError(
+                f"{self.place}: column {known.index('') + 1} has no name, as the index that pandas writes has none: "
+                "give it one, write the table with index=False, or choose data.columns"
+            )
         if not chosen:
             raise DataError(f"{self.place}: no columns are left; change data.columns or data.drop")
         return chosen

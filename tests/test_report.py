@@ -146,6 +146,8 @@ def test_runs_of_one_protocol_are_compared_without_a_warning(tmp_path):
     velocity = replace(runs[1], config={**runs[1].config, "model": {"parametrisation": "velocity"}})
     told = "losses do not compare, the parametrisation differs: a: factored, b: velocity"
     assert told in report.compare_text([runs[0], velocity])
+    tables = [replace(run, config={"data": {"_target_": "T", "file": f"{run.name}/t.csv"}}) for run in runs]
+    assert "losses do not compare, the file differs: a: a/t.csv, b: b/t.csv" in report.compare_text(tables)
 
 
 def test_long_curves_are_thinned_and_smoothed_and_keep_their_level():

@@ -148,8 +148,9 @@ def combine(
     if not total > ROUNDING * size:
         shown = 0.0 if abs(total) <= ROUNDING * size else total
         raise UserError(f"the weights of the mixture sum to {shown:.3g}; they must sum to a positive number")
+    whole = all(names for names, *_ in parts)  # else what a class has in a source without names is not known
     for name, part in asked.items():
-        if part < -0.01 * total:
+        if whole and part < -0.01 * total:
             warnings.warn(
                 f"class '{name}' has the negative share {part / total:.3g}: that is not a density; its positive "
                 "part is sampled",

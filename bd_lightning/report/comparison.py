@@ -16,6 +16,8 @@ IGNORED = ("format", "root", "data.root", "run_id", "ckpt_path", "trust", "n", "
 """Keys of configs that say nothing about how runs differ."""
 WHOSE_LOSSES = (
     ("data._target_", "data", None),
+    ("data.file", "file", None),
+    ("data.dataset", "data set", None),
     ("model.objective._target_", "objective", None),
     ("model.parametrisation", "parametrisation", "factored"),
 )
@@ -37,7 +39,8 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     for key, what, usual in WHOSE_LOSSES:
         values = {run.name: flat(run.config).get(key, usual) for run in runs}
         if len(set(map(str, values.values()))) > 1:
-            told = ", ".join(f"{run}: {str(value).rpartition('.')[2]}" for run, value in values.items())
+            short = (lambda value: value.rpartition(".")[2]) if key.endswith("_target_") else str
+            told = ", ".join(f"{run}: {short(str(value))}" for run, value in values.items())
             sentences.append(f"losses do not compare, the {what} differs: {told}")
     return sentences
 

@@ -1,6 +1,7 @@
 """Sums of fields, the shares of named classes in them, and many experts."""
 
 import math
+import warnings
 
 import pytest
 import torch
@@ -74,6 +75,9 @@ def test_classes_by_name(points):
     with pytest.warns(UserWarning, match="class 'd' has the negative share"):
         taken = combine([(SOURCE, names, 1.0), (high, names[1:], -0.6)])
     assert [(w < 0).any().item() for _, w in taken.terms] == [False, True]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        combine([(AnalyticSource(PARTS[:1], [1.0], 1.1), names, 2.0), (SOURCE, names, -1.0)])  # what b has is not known
     for bad, sentence in (
         ({"mix": {"e": 1.0}}, "no class 'e': the classes are a, b, c, d"),
         ({"mix": {"a": -1.0}}, "the weights of the mixture sum to -1; they must sum to a positive number"),

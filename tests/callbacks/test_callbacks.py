@@ -350,3 +350,12 @@ def test_records_are_json_whatever_the_numbers(tmp_path):
 
     rows = json.loads((tmp_path / "a.json").read_text(), parse_constant=refuse)
     assert [row["val/w2"] for row in rows] == [None, None, 1.5]
+
+
+def test_a_row_takes_the_place_of_its_own_alone(tmp_path):
+    """Of the same step and sampler: a row of another sampler stays, whether there is a protocol or not."""
+    trainer = SimpleNamespace(default_root_dir=str(tmp_path))
+    for drawn, value in (("sde", 1.0), ("ode", 2.0), ("sde", 3.0)):
+        append_record(trainer, "a.json", {"step": 4, "drawn": drawn, "val/own": value})
+    rows = json.loads((tmp_path / "a.json").read_text())
+    assert [(row["drawn"], row["val/own"]) for row in rows] == [("ode", 2.0), ("sde", 3.0)]

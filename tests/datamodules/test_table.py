@@ -223,6 +223,12 @@ def test_unknown_columns(tmp_path):
     assert "no column 'hight', named in data.drop. Did you mean 'height'?" in refusal(path, drop=["hight"])
 
 
+def test_the_index_that_pandas_writes_is_no_column(tmp_path):
+    frame().to_csv(tmp_path / "t.csv")
+    assert "t.csv: column 1 has no name, as the index that pandas writes" in refusal(tmp_path / "t.csv")
+    assert table(tmp_path / "t.csv", drop=[""]).columns == list(frame().columns)
+
+
 def test_header(tmp_path):
     rows = "".join(f"{i}.5,{i * i}\n" for i in range(20))
     assert "first line holds numbers" in refusal(write(tmp_path / "t.csv", rows))
