@@ -1,5 +1,6 @@
 """Trained models that another one learns from: their weights as its first ones, or their flow as its target."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,6 +37,14 @@ class Teacher:
         """Move the models."""
         for model in (self.model, *self.others):
             model.to(device)
+
+    def digest(self) -> str:
+        """What its weights are known by."""
+        found = hashlib.sha256()
+        for model in (self.model, *self.others):
+            for value in model.state_dict().values():
+                found.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def fields(self, label: Tensor | None = None) -> FieldPair:
         """What is learned from: the mixture, or the fields of classes (B,)."""

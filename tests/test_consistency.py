@@ -166,7 +166,7 @@ def test_a_student_has_losses_while_it_is_trained_alone(root, teacher, tuned):
     assert "loss" not in (folder / "metrics.csv").read_text() and "val/fid" in (folder / "metrics.csv").read_text()
 
 
-def test_a_distilled_model_resumes_and_draws_without_its_teacher(root, relative, tmp_path):
+def test_a_distilled_model_resumes_and_draws_without_its_teacher(root, relative, tmp_path, capsys):
     copy = tmp_path / "teacher.ckpt"
     copy.write_bytes(relative.read_bytes())
     words = ["model=distilled", f"model.teacher={copy}", "model.mix={3: 0.7, 8: 0.3}", "model.energy=1", "eval_every=2"]
@@ -176,6 +176,10 @@ def test_a_distilled_model_resumes_and_draws_without_its_teacher(root, relative,
     straight = fit(root, "distilled", *words, "steps=4")
     states = [torch.load(one, weights_only=True)["state_dict"] for one in (half, straight)]
     assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+    copy.write_bytes(fit(root, "other", "model=relative", "steps=4", "eval_every=4", "seed=1").read_bytes())
+    assert train.main([f"ckpt_path={half}", "steps=6"]) == 2
+    told = f"{copy} (or what is merged with it) has other weights than those that this model has learned from"
+    assert told in capsys.readouterr().err and torch.load(half, weights_only=True)["global_step"] == 4
     copy.unlink()
     assert train.main(["predict", f"ckpt_path={straight}", "n=5"]) == 0
     assert train.main(["test", f"ckpt_path={straight}"]) == 0

@@ -109,6 +109,7 @@ class FewStepGenerator(Generator):
         self.teacher_guidance = guidance
         self.sigma_max = max(one.start_scale for one in self.samplers.values())
         self.frozen: tuple[Any, ...] = ()
+        self.taught_by = ""
 
     def prepare(self, fresh: bool, facts: Facts) -> None:
         """Take the weights of `init`, if the run is new, and load the teacher.
@@ -122,6 +123,7 @@ class FewStepGenerator(Generator):
         super().prepare(fresh, facts)
         if self.teacher_path is not None:
             self.frozen = (teachers.load(self, self.teacher_path, facts, self.teacher_guidance, **self.asked_of),)
+            self.taught_by = self.frozen[0].digest()
 
     def check_init(self, other: Generator, path: str, theirs: Facts, mine: Facts) -> None:
         """Refuse weights of other noise levels too, where training is along a flow of the same data."""
@@ -138,9 +140,22 @@ class FewStepGenerator(Generator):
         labels, names = self.asked_of["labels"] or [], facts.class_names
         self.learned = [names.index(class_name(label, names)) for label in labels] or None
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store what the teacher is known by."""
+        checkpoint["teacher"] = self.taught_by
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take note of the classes that were learned."""
+        """Take note of the classes that were learned.
+
+        Raises:
+            UserError: if the run goes on from what another teacher has taught.
+        """
         super().on_load_checkpoint(checkpoint)
+        if self.taught_by and self.taught_by != checkpoint.get("teacher", self.taught_by):
+            raise UserError(
+                f"{self.teacher_path} (or what is merged with it) has other weights than those that this model has "
+                "learned from: give the checkpoint of then as model.teacher, or begin a new run with model.init"
+            )
         self.know(read_facts(checkpoint["hyper_parameters"]["facts"]))
 
     def describe_part(self) -> str:
