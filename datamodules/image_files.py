@@ -14,6 +14,8 @@ from datamodules.splits import DataError
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 ENDS = {"PNG": b"IEND", "JPEG": b"\xff\xd9"}
 """What a file of a format ends with."""
+GRIDS = ("grid.png", "given.png")
+"""Files of a folder of samples that show many of them at once."""
 _TURNS = dict(enumerate((
     Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
     Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
@@ -25,7 +27,8 @@ def find(place: Path, seen: set[str]) -> Iterator[Path]:
     """Paths of the image files under a folder, in order of their names.
 
     Folders and files may be links. One that leads to a folder seen before, such as one around it, is passed over, so
-    that no image is found twice. Hidden files are passed over: macOS puts `._name.png`, which is none, beside an image.
+    that no image is found twice. Hidden files are passed over: macOS puts `._name.png`, which is none, beside an image;
+    and so are the grids that `predict` lays beside what it has drawn.
 
     Args:
         place: the folder.
@@ -37,8 +40,9 @@ def find(place: Path, seen: set[str]) -> Iterator[Path]:
             continue
         seen.add(os.path.realpath(parent))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        grids = GRIDS if "settings.json" in names else ()
         for name in sorted(names):
-            if name.lower().endswith(EXTENSIONS) and not name.startswith("."):
+            if name.lower().endswith(EXTENSIONS) and not name.startswith(".") and name not in grids:
                 yield Path(parent, name)
 
 

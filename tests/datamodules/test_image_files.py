@@ -66,6 +66,16 @@ def test_pixels_without_a_known_scale_are_refused(dtype, what, tmp_path):
         ImageFolder("f", size=8)
 
 
+def test_samples_that_were_drawn_are_read_without_their_grid(tmp_path):
+    folder = tmp_path / "predict-ode-seed0"
+    folder.mkdir()
+    for name in ("00000.png", "grid.png"):
+        Image.new("L", (8, 8)).save(folder / name)
+    assert [path.name for path in find(folder, set())] == ["00000.png", "grid.png"]  # of people's own
+    (folder / "settings.json").write_text("{}")
+    assert [path.name for path in find(folder, set())] == ["00000.png"]
+
+
 def test_links_are_followed_once(tmp_path):
     root = write_folder(tmp_path / "f", splits=("train", "test"))
     for name, target in (("train/cat/loop", root), ("train/dog/up", root / "train"), ("train/cat/held", root / "test")):
