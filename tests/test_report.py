@@ -147,7 +147,9 @@ def test_runs_of_one_protocol_are_compared_without_a_warning(tmp_path):
     told = "losses do not compare, the parametrisation differs: a: factored, b: velocity"
     assert told in report.compare_text([runs[0], velocity])
     tables = [replace(run, config={"data": {"_target_": "T", "file": f"{run.name}/t.csv"}}) for run in runs]
-    assert "losses do not compare, the file differs: a: a/t.csv, b: b/t.csv" in report.compare_text(tables)
+    assert "losses do not compare, the data differ: data.file" in report.compare_text(tables)
+    tables[1].config["data"] = {"_target_": "T", "file": "t.csv", "batch_size": 3}  # an export's, read in other batches
+    assert "losses" not in report.compare_text(tables)
 
 
 def test_long_curves_are_thinned_and_smoothed_and_keep_their_level():

@@ -15,13 +15,8 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from bd_lightning.checks import UserError
 from bd_lightning.cli.plan import Plan
 from bd_lightning.facts import Facts
-from bd_lightning.report.comparison import flat
+from bd_lightning.report.comparison import LOADING, flat
 
-LOADING = {
-    *("root", "batch_size", "total_batch_size", "eval_batch_size", "num_workers", "pin_memory", "download"),
-    *("cache", "ckpt_path"),
-}
-"""Arguments of data sets that change no sample; an autoencoder's codes are told by the facts."""
 SCORED = ("callbacks.metrics.", "model.sampler", "model.guidance")
 """Beginnings of the keys, beside those of data, that scores depend on."""
 

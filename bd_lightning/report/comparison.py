@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
+from pathlib import PurePath
 from typing import Any
 
 from bd_lightning.report.curves import COLOURS, Line, chart, number
@@ -16,12 +17,15 @@ IGNORED = ("format", "root", "data.root", "run_id", "ckpt_path", "trust", "n", "
 """Keys of configs that say nothing about how runs differ."""
 WHOSE_LOSSES = (
     ("data._target_", "data", None),
-    ("data.file", "file", None),
-    ("data.dataset", "data set", None),
     ("model.objective._target_", "objective", None),
     ("model.parametrisation", "parametrisation", "factored"),
 )
 """Keys that losses depend on, what that is, and what it is where it is not said."""
+LOADING = {
+    *("root", "batch_size", "total_batch_size", "eval_batch_size", "num_workers", "pin_memory", "download"),
+    *("cache", "ckpt_path"),
+}
+"""Arguments of data sets that change no sample; an autoencoder's codes are told by the facts."""
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -39,10 +43,23 @@ def warnings(runs: Sequence[Run]) -> list[str]:
     for key, what, usual in WHOSE_LOSSES:
         values = {run.name: flat(run.config).get(key, usual) for run in runs}
         if len(set(map(str, values.values()))) > 1:
-            short = (lambda value: value.rpartition(".")[2]) if key.endswith("_target_") else str
-            told = ", ".join(f"{run}: {short(str(value))}" for run, value in values.items())
+            told = ", ".join(f"{run}: {str(value).rpartition('.')[2]}" for run, value in values.items())
             sentences.append(f"losses do not compare, the {what} differs: {told}")
+    if len({str(run.config.get("data", {}).get("_target_")) for run in runs}) == 1 and (keys := _data_keys(runs)):
+        sentences.append(f"losses do not compare, the data differ: {', '.join(keys)}")
     return sentences
+
+
+def _data_keys(runs: Sequence[Run]) -> list[str]:
+    """Keys of data that runs differ in, but for loading; an exported folder has names for paths."""
+    configs = [flat({"data": run.config.get("data") or {}}) for run in runs]
+    found = []
+    for key in dict.fromkeys(key for config in configs for key in config):
+        values = {str(config.get(key)) for config in configs}
+        names = {name for value in values if (name := PurePath(value).name) != value}
+        if key.rpartition(".")[2] not in LOADING and len(values - names) > 1:
+            found.append(key)
+    return found
 
 
 def _what_differs(protocol: str, others: Any) -> str:
