@@ -148,7 +148,7 @@ def test_an_artifact_is_fetched_once_and_read_from_the_cache_afterwards(model, a
     folder = Path(addresses.local(address))
     assert folder.name == "v0" and folder.is_relative_to(tmp_path)
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert names == {"README.md", "config.yaml", "model.safetensors"}
+    assert names == {"README.md", "config.yaml", "model.safetensors", "samples.png"}
     with pytest.raises(UserError, match="wandb://me/project/other:v0 does not exist, or is private"):
         addresses.local("wandb://me/project/other:v0")
     addresses._wandb.cache_clear()
