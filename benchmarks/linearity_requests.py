@@ -65,7 +65,8 @@ class Models(dict[str, Any]):
             self.given = [(one.fields, facts.read(stored["facts"]).class_names, 1.0) for one, stored in loaded]
             self["all"], self.names = loaded[0][0], [name for _, names, _ in self.given for name in names]
             config = replaced(loaded[0][1]["data"], "keep", None) if len(loaded) > 1 else loaded[0][1]["data"]
-            self.known = " ".join(map(digest, options.model))
+            known = [digest(path) for path in options.model]
+            self.known = known[0] if len(known) == 1 else hashlib.sha256(" ".join(known).encode()).hexdigest()
         else:
             self.code = checkpoint(options, 0, "autoencoder", "experiment=autoencoder")
             config = common.compose("experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}")["data"]
