@@ -45,16 +45,17 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         if len(set(map(str, values.values()))) > 1:
             told = ", ".join(f"{run}: {str(value).rpartition('.')[2]}" for run, value in values.items())
             sentences.append(f"losses do not compare, the {what} differs: {told}")
-    if len({str(run.config.get("data", {}).get("_target_")) for run in runs}) == 1 and (keys := _data_keys(runs)):
+    keys = _data_keys(runs)
+    if keys and "data._target_" not in keys:  # which was said
         sentences.append(f"losses do not compare, the data differ: {', '.join(keys)}")
     return sentences
 
 
 def _data_keys(runs: Sequence[Run]) -> list[str]:
     """Keys of data that runs differ in, but for loading; an exported folder has names for paths."""
-    configs = [flat({"data": run.config.get("data") or {}}) for run in runs]
+    configs = [flat(run.config) for run in runs]
     found = []
-    for key in dict.fromkeys(key for config in configs for key in config):
+    for key in dict.fromkeys(key for config in configs for key in config if key.startswith("data.")):
         values = {str(config.get(key)) for config in configs}
         names = {name for value in values if (name := PurePath(value).name) != value}
         if key.rpartition(".")[2] not in LOADING and len(values - names) > 1:
