@@ -63,7 +63,7 @@ def write(
     metadata |= {"codes": codes} if codes else {}
     try:
         stored = _stored(module, precision)
-        weights = _safetensors().torch.save(stored, metadata | {"sha256": _checksum(stored)})
+        weights = _safetensors().torch.save(stored, metadata | {"sha256": checksum(stored)})
         words = OmegaConf.to_yaml(OmegaConf.create(dict(config))).encode()
         for name, content in ((WEIGHTS, weights), (CONFIG, words)):
             with (folder / name).open("wb") as file:
@@ -92,8 +92,8 @@ def _stored(module: nn.Module, precision: str) -> dict[str, Tensor]:
     return stored
 
 
-def _checksum(weights: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names and values, in the order of the names, in hexadecimal."""
+def checksum(weights: Mapping[str, Tensor]) -> str:
+    """SHA-256 of names and values, on the CPU, in the order of the names, in hexadecimal."""
     found = hashlib.sha256()
     for name in sorted(weights):
         found.update(f"{name} {weights[name].dtype} {list(weights[name].shape)}".encode())
@@ -156,7 +156,7 @@ def read(folder: str | Path) -> dict[str, Any]:
         with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
             metadata = file.metadata() or {}
             weights = {name: file.get_tensor(name) for name in file.keys()}
-        if "sha256" in metadata and metadata["sha256"] != _checksum(weights):  # earlier versions wrote none
+        if "sha256" in metadata and metadata["sha256"] != checksum(weights):  # earlier versions wrote none
             raise ValueError("bytes have changed: its checksum is another one")
     except Exception as error:  # the package's own kinds
         raise UserError(f"{folder / WEIGHTS} is damaged, or was cut off ({_said(error)}): fetch it again") from error

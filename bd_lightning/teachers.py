@@ -1,6 +1,5 @@
 """Trained models that another one learns from: their weights as its first ones, or their flow as its target."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from bd_lightning import checkpoints, combinations
 from bd_lightning import facts as facts_of
 from bd_lightning.checks import UserError
 from bd_lightning.divergences import bcast
+from bd_lightning.exported import checksum
 from bd_lightning.facts import Facts
 from bd_lightning.fields import FieldPair, Guidance
 from bd_lightning.modules.generator import Generator
@@ -39,12 +39,10 @@ class Teacher:
             model.to(device)
 
     def digest(self) -> str:
-        """What its weights are known by."""
-        found = hashlib.sha256()
-        for model in (self.model, *self.others):
-            for value in model.state_dict().values():
-                found.update(value.cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return found.hexdigest()
+        """What the weights of all its models are known by."""
+        parts = [model.state_dict() for model in (self.model, *self.others)]
+        named = {f"{i}.{name}": value for i, part in enumerate(parts) for name, value in part.items()}
+        return checksum({name: value.cpu() for name, value in named.items()})
 
     def fields(self, label: Tensor | None = None) -> FieldPair:
         """What is learned from: the mixture, or the fields of classes (B,)."""

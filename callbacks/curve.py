@@ -62,14 +62,14 @@ class CallsCurve(L.Callback):
         if trainer.is_global_zero:
             self.write(trainer, rows)
 
-    def write(self, trainer: L.Trainer, known: list[dict[str, Any]]) -> None:
+    def write(self, trainer: L.Trainer, rows: list[dict[str, Any]]) -> None:
         """Write the table and the figure of the rows, and log the lines."""
         folder, metrics = run_folder(trainer), self.judge.metrics
-        table = markdown(known, metrics)
-        protocols = "\n\n".join(dict.fromkeys(row["protocol"] for row in known))
+        table = markdown(rows, metrics)
+        protocols = "\n\n".join(dict.fromkeys(row["protocol"] for row in rows))
         (folder / "calls.md").write_text(f"{table}\n\n{protocols}\n")
         rank_zero_info(table)
-        lines = {metric.name: curves(known, metric.name) for metric in metrics}
+        lines = {metric.name: curves(rows, metric.name) for metric in metrics}
         lines = {name: found for name, found in lines.items() if found}
         if lines:
             caption = "against network calls"

@@ -1,5 +1,6 @@
 """What a model of returns does: episodes under its greedy policy, and pictures of the distributions it has learned."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from bd_lightning.checks import UserError, positive
+from bd_lightning.checks import UserError, in_range, positive
 from callbacks.evaluation import Evaluation, Metric
 from callbacks.pictures import publish_animation, publish_image
 from callbacks.records import append_record, run_folder, step_of
@@ -73,6 +74,7 @@ class EpisodeReturns(Evaluation):
 
     def __init__(self, episodes: int = 50, num_envs: int = 10, threshold: float | None = None, seed: int = 1) -> None:
         positive(episodes=episodes, num_envs=num_envs)
+        in_range(0, math.inf, seed=seed)
         if episodes % num_envs:
             raise ValueError(f"episodes must be a multiple of num_envs, got {episodes} and {num_envs}")
         self.episodes, self.num_envs, self.threshold, self.seed = episodes, num_envs, threshold, seed

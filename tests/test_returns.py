@@ -186,6 +186,7 @@ MISTAKES = [
     ("model.uniform_policy=2.0", "uniform_policy must lie between 0 and 1"),
     ("model.sampler=ode", "sampler must be one of inverse_cdf, sde; got 'ode'"),
     ("model.representation.nodes=4", "nodes must lie between 8"),
+    ("callbacks.returns.seed=-1", "seed must lie between 0 and inf, got -1"),
     ("callbacks.returns.episodes=7", "episodes must be a multiple of num_envs"),
     ("data.max_steps=0", "max_steps must be positive, got 0"),
     (

@@ -109,7 +109,7 @@ def combine(
 
     Returns:
         The mixture. With a warning where a class would have a negative share, so that the sum is not a density: what is
-        sampled then is its positive part.
+        sampled then is its positive part. Where a source knows no classes it is not known whether one would.
 
     Raises:
         UserError: for unknown classes, for classes asked of a source that knows none, and for weights that are not

@@ -23,9 +23,9 @@ WHOSE_LOSSES = (
 """Keys that losses depend on, what that is, and what it is where it is not said."""
 LOADING = {
     *("root", "batch_size", "total_batch_size", "eval_batch_size", "num_workers", "pin_memory", "download"),
-    *("cache", "ckpt_path"),
+    *("cache", "ckpt_path", "seed"),
 }
-"""Arguments of data sets that change no sample; an autoencoder's codes are told by the facts."""
+"""Arguments of data sets that change no held-out sample; an autoencoder's codes are told by the facts."""
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
