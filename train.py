@@ -12,7 +12,7 @@ from bd_lightning.cli.quiet import quiet
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 0, or 2 with one sentence, after a mistake or a divergence."""
+    """Run a command line; returns the exit status: 0, 2 with one sentence after a mistake or a divergence, 130."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(), end="")
@@ -27,6 +27,9 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped", file=sys.stderr)
+        return 128 + signal.SIGINT
     finally:
         build.trusted.set(())  # what one command line trusts, nothing after it does
     return 0

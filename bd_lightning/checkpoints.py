@@ -36,22 +36,30 @@ class WholeCheckpoints(TorchCheckpointIO):
         Raises:
             SavingFailed: if the disk is full, or the file cannot be written; what was at `path` is still there.
         """
-        path = Path(path)
-        part = path.with_name(f"{path.name}.part")  # one name: what a killed process leaves is overwritten
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except (OSError, RuntimeError) as error:  # torch turns some failures to write into a RuntimeError
-            part.unlink(missing_ok=True)
-            kept = "the one that was there before is intact" if path.is_file() else "there is none yet"
-            raise SavingFailed(
-                f"cannot write the checkpoint {path} ({reason_of(error)}), {kept}: make room, then resume "
-                "or start again"
-            ) from error
+        save(checkpoint, Path(path), "part")  # one name: what a killed process leaves is overwritten
+
+
+def save(checkpoint: Mapping[str, Any], path: Path, ending: str) -> None:
+    """Write a checkpoint to `path`.`ending`, and move it to its place.
+
+    Raises:
+        SavingFailed: if the disk is full, or the file cannot be written; what was at `path` is still there.
+    """
+    part = path.with_name(f"{path.name}.{ending}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with part.open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except (OSError, RuntimeError) as error:  # torch turns some failures to write into a RuntimeError
+        kept = "the one that was there before is intact" if path.is_file() else "there is none yet"
+        raise SavingFailed(
+            f"cannot write the checkpoint {path} ({reason_of(error)}), {kept}: make room, then resume or start again"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -144,6 +152,8 @@ def misfit(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
         shapes = [list(getattr(one, "shape", ())) for one in (theirs.get(name), value)]
         if name in theirs and shapes[0] != shapes[1]:
             different.append(f"{name} has the shape {shapes[0]}, the model's {shapes[1]}")
+        elif name in theirs and theirs[name].is_floating_point() != value.is_floating_point():
+            different.append(f"{name} is of {theirs[name].dtype}, the model's of {value.dtype}")
     different += [f"{name} is missing" for name in mine if name not in theirs]
     different += [f"{name} is not one of the model's" for name in theirs if name not in mine]
     more = f", and {len(different) - 1} more" if len(different) > 1 else ""
@@ -158,10 +168,11 @@ def restore(module: Module, checkpoint: Mapping[str, Any], path: str | Path) -> 
     """
     try:
         module.on_load_checkpoint(dict(checkpoint))
+        if reason := misfit(checkpoint["state_dict"], module.state_dict()):
+            raise ValueError(reason)
         module.load_state_dict(checkpoint["state_dict"])
     except (RuntimeError, KeyError, TypeError, ValueError, AttributeError) as error:  # of other shapes, names or types
-        weights = checkpoint["state_dict"]
-        reason = misfit(weights, module.state_dict()) or " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(f"the weights in {path} do not fit the model: leave model as it was ({reason})") from error
 
 

@@ -7,6 +7,7 @@ autoencoder's weights.
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -88,7 +89,8 @@ class TrainedLatents(LatentSpace):
         try:
             self.module, stored = checkpoints.load(ckpt_path, Autoencoder)
         except UserError as error:
-            raise ValueError(f"{error}; train an autoencoder first, with experiment=autoencoder") from error
+            first = "" if Path(ckpt_path).exists() else "; train an autoencoder first, with experiment=autoencoder"
+            raise ValueError(f"{error}{first}") from error
         self.image_shape = tuple(stored["facts"]["shape"])
         self.data_name = stored["facts"].get("name")
         self.key, self.codes = ["trained", addresses.digest(ckpt_path)], self.module.codes_of(ckpt_path)

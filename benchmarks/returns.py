@@ -2,18 +2,19 @@
 
     uv run --group games benchmarks/returns.py night [--jobs 2] [--out runs/returns]   all below but peers and examples
     uv run --group games benchmarks/returns.py night --smoke       a rehearsal of it, in OUT/smoke
-    uv run --group games benchmarks/returns.py control [--envs …] [--rates …] [--seeds …] [--jobs 2] [--out …]
+    uv run --group games benchmarks/returns.py control [--envs …] [--only …] [--rates …] [--seeds …] [--out …]
     uv run benchmarks/returns.py linear [--examples …] [--seeds 5] [--jobs 2] [--out runs/returns]
     uv run benchmarks/returns.py evaluate [--seeds 5] [--jobs 2] [--out runs/returns]
     uv run --group benchmarks benchmarks/returns.py peer [--script FOLDER/c51.py] [--python …] [--out runs/returns]
     uv run benchmarks/returns.py examples
     uv run benchmarks/returns.py table [--out runs/returns] [--figure docs/returns.png]
 
-`control` trains `train.py experiment=rl_… model=returns|c51|qr_dqn`, at the common rate of 2.5e-4 and at the rate that
-took each method the fewest steps on other seeds: all are tried with the same rates, and with more by factors of two
-while the best is the smallest or largest (with --rates, with these alone). Seeds of one job are trained at once, with
-one batched product for each layer; the steps are those of train.py, and `tests/test_returns_benchmark.py` compares the
-two. `linear` is what linearity gives in control (`benchmarks/returns_linearity.py`).
+`control` trains `train.py experiment=rl_… model=returns|returns_positive|c51|qr_dqn` (--only some of them), at the
+common rate of 2.5e-4 and at the rate that took each method the fewest steps on other seeds: all are tried with the same
+rates, and with more by factors of two while the best is the smallest or largest (with --rates, with these alone). Seeds
+of one job are trained at once, with one batched product for each layer; the steps are those of train.py, and
+`tests/test_returns_benchmark.py` compares the two. `linear` is what linearity gives in control
+(`benchmarks/returns_linearity.py`).
 
 `evaluate` learns the returns of Markov reward processes and measures the 1-Wasserstein distance to 20,000 simulated
 returns of each state, the mean over states, in units of the mean standard deviation of a state's return.
@@ -126,14 +127,14 @@ def evaluation_jobs(seeds: range, smoke: bool) -> list[tuple]:
         ("evaluate", (rewards, gamma, learner, seeds, rate, steps, simulated))
         for gamma in gammas
         for rewards in ("continuous", "discrete")
-        for learner in ("fields", "c51", "qr_dqn")
+        for learner in ("fields", "positive fields", "c51", "qr_dqn")
         for rate in ((1e-3, 3e-3) if (rewards, gamma) == ("continuous", longest) else (1e-3,))
     ]
-    others = list(LEARNERS)[3:]
+    others = list(LEARNERS)[4:]
     return jobs + [("evaluate", ("continuous", longest, other, seeds, 1e-3, steps, simulated)) for other in others]
 
 
-def control(setting: Setting, path: Path, do: Work) -> None:
+def control(setting: Setting, path: Path, do: Work, methods: Iterable[str] = METHODS) -> None:
     """Common rate, tuning on other seeds, tuned rates."""
 
     def row(method: str, rate: float, first: int) -> list[tuple]:
@@ -141,15 +142,15 @@ def control(setting: Setting, path: Path, do: Work) -> None:
         chunks = setting.chunks(first, count)
         return [("control", (setting.name, method, rate, c, setting.steps, setting.eval_every)) for c in chunks]
 
-    jobs = [job for rate in setting.rates for method in METHODS for job in row(method, rate, TUNING_SEEDS)]
+    jobs = [job for rate in setting.rates for method in methods for job in row(method, rate, TUNING_SEEDS)]
     while jobs:
         carry_out(jobs, path, do)
         with sound(path):
-            found = {method: best_rate(finished(path), setting, method) for method in METHODS}
+            found = {method: best_rate(finished(path), setting, method) for method in methods}
         more = {method: beyond(*best, setting) for method, best in found.items()}
         jobs = [job for method, rate in more.items() if rate is not None for job in row(method, rate, TUNING_SEEDS)]
     rates = {method: dict.fromkeys((best, COMMON_RATE)) for method, (best, _) in found.items()}
-    carry_out([job for m in METHODS for rate in rates[m] for job in row(m, rate, SEEDS)], path, do)
+    carry_out([job for m in methods for rate in rates[m] for job in row(m, rate, SEEDS)], path, do)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -158,7 +159,8 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         UserError: in one sentence.
     """
-    for name, known in (("envs", list(ENVS)), ("examples", list(returns_linearity.EXAMPLES))):
+    known_of = {"envs": list(ENVS), "examples": list(returns_linearity.EXAMPLES), "only": list(METHODS)}
+    for name, known in known_of.items():
         for one in getattr(options, name):
             if one not in known:
                 raise UserError(f"--{name}: there is no {one!r}.{suggest(one, known)}")
@@ -201,6 +203,7 @@ def main() -> None:
     known = list(returns_linearity.EXAMPLES)
     words.add_argument("--examples", nargs="+", default=known, help=f"linear: which of {', '.join(known)}")
     words.add_argument("--rates", nargs="+", type=float, help="control: the rates that all methods are tried with")
+    words.add_argument("--only", nargs="+", default=list(METHODS), help=f"control: which of {', '.join(METHODS)}")
     words.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
     words.add_argument(
         "--seeds", type=int, help="seeds from 0 on; 5, but for control, where experiments have their own"
@@ -242,7 +245,7 @@ def carry_out_parts(options: argparse.Namespace, settings: list[Setting], seeds:
         carry_out(evaluation_jobs(seeds, options.smoke), options.out / "evaluate.jsonl", do)
     if options.part in ("night", "control"):
         for setting in settings:
-            control(setting, options.out / "control.jsonl", do)
+            control(setting, options.out / "control.jsonl", do, dict.fromkeys(options.only))
     if options.part == "peer":
         names = list(PEERS) if options.script else [name for name in PEERS if "cleanrl" not in name]
         jobs = [("peer", (name, seed, str(options.script), options.python)) for seed in seeds for name in names]

@@ -63,6 +63,7 @@ class RewardProcess:
 FIELDS = "bd_lightning.returns.GaussianFields"
 LEARNERS: dict[str, dict[str, Any]] = {
     "fields": {"_target_": FIELDS, "nodes": 52, "bandwidth": 0.7},
+    "positive fields": {"_target_": "bd_lightning.returns.PositiveFields", "nodes": 52, "bandwidth": 0.7},
     "c51": {"_target_": "bd_lightning.returns.Categorical", "atoms": 51},
     "qr_dqn": {"_target_": "bd_lightning.returns.Quantiles", "quantiles": 51},
     "fields, density": {"_target_": FIELDS, "nodes": 51, "learn": "density"},

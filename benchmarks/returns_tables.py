@@ -13,8 +13,10 @@ from bd_lightning.checks import UserError
 from benchmarks.returns_training import reached
 from benchmarks.rows import Rows, sound
 
-METHODS = {"returns": "fields", "c51": "C51", "qr_dqn": "QR-DQN"}
-"""Methods, as train.py's `model`, and their names in tables; the first is compared with the best of the others."""
+METHODS = {"returns": "fields", "returns_positive": "positive fields", "c51": "C51", "qr_dqn": "QR-DQN"}
+"""Methods, as train.py's `model`, and their names in tables."""
+OURS = ("returns", "returns_positive")
+"""Those of which the best is compared with the best of the others."""
 SEEDS, TUNING_SEEDS = 0, 100
 """First seeds of the runs that are reported, and of those that choose rates."""
 COMMON_RATE = 2.5e-4
@@ -185,9 +187,8 @@ def ratio(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[
 def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
     """Print steps to thresholds, at the common rate and at each method's own; returns what curves are drawn of."""
     drawn: list[tuple] = []
-    print(
-        "| experiment | threshold | rates | " + " | ".join(METHODS.values()) + " | best baseline / fields (95 %) | ms |"
-    )
+    names = " | ".join(METHODS.values())
+    print(f"| experiment | threshold | rates | {names} | baseline / fields, the best of each (95 %) | ms |")
     print("|---|---|---|" + "---|" * len(METHODS) + "---|---|")
     for setting in settings:
         if not any(row["env"] == setting.name for row in rows):
@@ -199,7 +200,7 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
         for rates in choices:
             found = {m: gathered(rows, setting, m, rate, SEEDS) for m, rate in rates.items()}
             these = {m: row for m, row in found.items() if row is not None}
-            if len(these) < 2 or next(iter(METHODS)) not in these:
+            if len(these) < 2 or not these.keys() & set(OURS):
                 continue
             drawn.append((setting, rates, these))
             for threshold in setting.thresholds:
@@ -218,11 +219,12 @@ def line(env: str, threshold: float, rates: dict[str, float], rows: dict[str, Ro
         counted[method] = [min(steps, most) for steps in found]
         there += sum(f < math.inf for f in found)
         cells.append(f"{np.mean(counted[method]):,.0f}, {sum(f < math.inf for f in found)}/{len(found)}")
-    ours, *others = counted.values()
-    compared = "–"  # where no run of any method got there
-    if there:
-        value, low, high = ratio(ours, min(others, key=np.mean))
-        compared = f"{value:.2f} ({low:.2f} to {high:.2f})" if len(ours) > 1 else f"{value:.2f} (one seed)"
+    ours, others = ([s for m, s in counted.items() if (m in OURS) == own] for own in (True, False))
+    compared = "–"  # where no run of any method got there, or no baseline was run
+    if there and others:
+        best = min(ours, key=np.mean)
+        value, low, high = ratio(best, min(others, key=np.mean))
+        compared = f"{value:.2f} ({low:.2f} to {high:.2f})" if len(best) > 1 else f"{value:.2f} (one seed)"
     shown = ", ".join(f"{rates[m]:g}" for m in rows)
     costs = ", ".join(f"{row['milliseconds']:.2f}" for row in rows.values())
     return f"| {env} | {threshold:g} | {shown} | {' | '.join(cells)} | {compared} | {costs} |"

@@ -93,7 +93,7 @@ class PowerAverages(AveragedWeights):
 
     def due(self, step: int, last: int) -> bool:
         """Whether a snapshot is kept at a step of a run."""
-        return step == last or step % max(1, last // self.snapshots) == 0
+        return step * self.snapshots // last > (step - 1) * self.snapshots // last
 
     def keep(self, folder: Path, step: int, pl_module: L.LightningModule) -> None:
         """Write a snapshot."""

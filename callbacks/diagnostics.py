@@ -83,7 +83,7 @@ class TrainingDiagnostics(L.Callback):
         self.batch = batch
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Remember the loss. Gradients are looked at instead: they are averaged, so that all ranks decide alike."""
+        """Remember the loss."""
         self.loss = loss.detach()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
@@ -97,6 +97,8 @@ class TrainingDiagnostics(L.Callback):
         if scaled or self.faults is None:
             return
         bad = ~torch.isfinite(norm + self.loss)
+        if trainer.world_size > 1:  # a loss is its rank's own, and may be infinite where gradients are not
+            bad = trainer.strategy.reduce(bad.float(), reduce_op="max") > 0
         step = torch.full((), trainer.global_step, device=bad.device)
         self._note(trainer, bad, {"batch": self.batch, "step": step, "loss": self.loss, "norm": norm})
         self.faults = self.faults + bad
@@ -133,8 +135,10 @@ class TrainingDiagnostics(L.Callback):
         step, loss, norm = int(self.fault["step"]), self.fault["loss"], self.fault["norm"]
         path = run_folder(trainer) / f"nonfinite-batch-rank{trainer.global_rank}.pt"
         torch.save({"batch": self.fault["batch"], "step": step, "loss": loss}, path)
-        what, value = ("the gradient's norm", norm) if loss.isfinite() else ("the loss", loss)
-        what = f"{what} is {value.item():g} at step {step}"
+        what = f"the loss is {loss.item():g}" if not loss.isfinite() else f"the gradient's norm is {norm.item():g}"
+        if (loss + norm).isfinite():
+            what = "the loss on another device is not finite"
+        what = f"{what} at step {step}"
         if self.nonfinite == "stop":
             look = "Look for broken data, or lower model.lr or set trainer.gradient_clip_val"
             if step == 0:  # no rate has had a say
@@ -156,7 +160,7 @@ class TrainingDiagnostics(L.Callback):
     ) -> None:
         """Count the batch and, at a logging step, log."""
         now = time.perf_counter()
-        self.samples += len(outputs.get("sigma", batch[0])) * trainer.world_size
+        self.samples += len(batch[0]) * trainer.world_size
         self.seconds += now - self.last
         self.last = now
         due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]

@@ -137,7 +137,8 @@ class EpisodeReturns(Evaluation):
         returns, cut = play(self.envs, data.shape, policy, self.episodes, seed)
         if cut.any() and data.cap is not None:
             self._tell_of_cuts(data)
-        mean, error = float(returns.mean()), float(returns.std(ddof=1) / len(returns) ** 0.5)
+        one = len(returns) == 1  # of which there is no error to be told
+        mean, error = float(returns.mean()), float(returns.std(ddof=1 - one) / len(returns) ** 0.5)
         steps = data.experience.steps * trainer.world_size if data.experience is not None else 0
         values = {"return": mean, "return_error": error} | ({"env_steps": float(steps)} if steps else {})
         pl_module.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)

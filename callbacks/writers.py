@@ -2,7 +2,8 @@
 
 import csv
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,16 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from callbacks.pictures import grid_image
 from datamodules.images import to_uint8
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Writes a file; what could not be written to the end, as on a full disk, does not stay."""
+    try:
+        yield
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 class SampleWriter(BasePredictionWriter):
@@ -84,7 +95,9 @@ class ImageWriter(SampleWriter):
     def write(self, indices, x):
         for index, image in zip(indices, to_uint8(self.decode(x) if self.decode else x)):
             array = image.permute(1, 2, 0).squeeze(-1).numpy()
-            Image.fromarray(array).save(self.folder / f"{index:06d}.png")
+            path = self.folder / f"{index:06d}.png"
+            with whole(path):
+                Image.fromarray(array).save(path)
 
     def finish(self, n, pl_module):
         images = [pil_to_tensor(Image.open(self.folder / f"{i:06d}.png")) for i in range(min(self.grid, n))]
@@ -121,7 +134,8 @@ class TableWriter(SampleWriter):
             x = x * torch.tensor(self.scale, dtype=torch.float64)
         if self.center is not None:
             x = x + torch.tensor(self.center, dtype=torch.float64)
-        with (self.folder / f"part-{indices[0]:08d}.csv").open("w", newline="") as file:
+        path = self.folder / f"part-{indices[0]:08d}.csv"
+        with whole(path), path.open("w", newline="") as file:
             csv.writer(file).writerows([i, *row] for i, row in zip(indices, x.tolist()))
 
     def finish(self, n, pl_module):

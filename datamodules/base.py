@@ -119,6 +119,8 @@ class DataModule(Data):
         positive(batch_size=batch_size, eval_batch_size=eval_batch_size, total_batch_size=total_batch_size or 1)
         if batch_size < 2:
             raise ValueError("batch_size must be at least 2: the kernel estimate averages over pairs")
+        if eval_batch_size < 2:
+            raise ValueError("eval_batch_size must be at least 2: losses on other splits average over pairs too")
         in_range(0, 256, num_workers=num_workers)
         self.root = root
         self.batch_size, self.eval_batch_size, self.total_batch_size = batch_size, eval_batch_size, total_batch_size
@@ -209,8 +211,9 @@ class DataModule(Data):
         try:
             if not len(rows) and split == "train":  # said with what fills a batch
                 return
-            if not len(rows):
-                raise DataError(f"{place} is empty: give it some samples, two at least")
+            if len(rows) < 2 and split != "train":  # losses compare samples with each other
+                count = len(rows) or "no"
+                raise DataError(f"{place} has {count} sample{'s' * (not len(rows))}: give it two at least")
             if isinstance(rows, Tensor):
                 raise TypeError("no labels")
             x, label = rows[0]

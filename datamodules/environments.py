@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from bd_lightning.checks import UserError, in_range, positive
 from bd_lightning.facts import PROBES, EnvironmentFacts
 from datamodules.base import Data
-from datamodules.experience import Experience, LambdaExperience, Transitions, encode
+from datamodules.experience import Experience, LambdaExperience, Transitions, encode, seeds
 from datamodules.splits import DataError
 
 LONGEST = 1000
@@ -286,7 +286,10 @@ class Environment(Data):
         """The endless stream of batches, of which each is collected when it is asked for."""
         model: Any = self.trainer.lightning_module  # type: ignore[union-attr]
         rank = self.trainer.global_rank  # type: ignore[union-attr]
-        self.experience = self.open(self.seed + 1000 * rank).bind(model.explore)
+        seed = self.seed + 1000 * rank
+        if self.steps:  # a resumed run does not meet again what it began with
+            (seed,) = seeds(1, seed, self.steps)
+        self.experience = self.open(seed).bind(model.explore)
         if self.steps:  # resumed: ε goes on from there, after a new warm-up
             self.experience.steps, self.experience.warmup = self.steps, self.steps + self.experience.warmup
             self.experience.epsilon = (self.resumed_epsilon, self.experience.epsilon[1])

@@ -79,8 +79,8 @@ class ImageFolder(ImageDataModule):
 
     If the folder has `train` and `test` (or `val`) inside, these are the splits, and a missing one is cut from `train`
     (for validation) or is the other held-out one. Otherwise `val_fraction` of all images is held out, for validation
-    and test alike. Splits depend on file names only. Hidden files are passed over; links are followed, every
-    folder once; photographs are turned upright as their EXIF data say.
+    and test alike. Splits depend on the names of all files alone, of broken ones too. Hidden files are passed over;
+    links are followed, every folder once; photographs are turned upright as their EXIF data say.
 
     The images of a split are decoded and resized once, to a file under <data.root>/.cache that is named by the files,
     their sizes and times, and the size of the images; every process maps it into its memory.
@@ -135,18 +135,24 @@ class ImageFolder(ImageDataModule):
         held_out = [split for split in ("val", "test") if places["train"] and places[split]]
         scanned = {split: self._scan(places[split] or train, seen) for split in (*held_out, "train")}
         self.max_broken = max_broken
-        self.files = self._readable(scanned, max_broken)
-        files = self.files["train"]
-        if "val" not in held_out and not val_fraction:
-            self.files["val"] = [files[i] for i in random_subset(len(files), SEEN)]
-            self.train_on_all("data.val_fraction=0", *held_out)
-        elif "val" not in held_out:
+        files = scanned["train"]
+        if (
+            "val" not in held_out and val_fraction
+        ):  # before broken files are left out: one more does not change the rest
             order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
-            if len(files) == 1:
-                raise DataError(f"one image is not enough: {folder} has no others to hold out for validation")
-            cut = max(1, round(val_fraction * len(files)))
-            self.files["val"] = [files[i] for i in sorted(order[:cut])]
-            self.files["train"] = [files[i] for i in sorted(order[cut:])]
+            if 0 < len(files) < 4:
+                raise DataError(
+                    f"{len(files)} images in {folder} are not enough: two to learn from and two to hold out for "
+                    "validation are the least"
+                )
+            cut = max(2, round(val_fraction * len(files)))
+            scanned["val"] = [files[i] for i in sorted(order[:cut])]
+            scanned["train"] = [files[i] for i in sorted(order[cut:])]
+        self.files = self._readable(scanned, max_broken)
+        if "val" not in self.files:
+            whole = self.files["train"]
+            self.files["val"] = [whole[i] for i in random_subset(len(whole), SEEN)]
+            self.train_on_all("data.val_fraction=0", *held_out)
         self.files.setdefault("test", self.files["val"])
         for split, found in self.files.items():
             if not found:

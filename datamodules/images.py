@@ -14,7 +14,7 @@ from torch import Tensor
 from bd_lightning.checks import in_range
 from bd_lightning.modules.base import batch_seed
 from datamodules.base import DataModule
-from datamodules.splits import DataError, Rows
+from datamodules.splits import DataError, Rows, run_seed
 from datamodules.subsets import random_subset
 
 FLIPS = 1_000_003  # keeps mirroring apart from the noise of the fields
@@ -112,23 +112,36 @@ class ImageDataModule(DataModule):
         self.all_by, self.reference_split, self.unseen = setting, "train", (*held_out, "val")[0]
         self.trained_on = frozenset({"train", "val", "test"}) - set(held_out)
 
-    def setup(self, stage: str | None = None) -> None:
-        """Load the splits of a stage; say so if validation has seen its images.
+    def refuse_unheeded(self) -> None:
+        """Refuse `keep` of classes that were not known when it was read.
 
         Raises:
-            DataError: if `keep` asks for classes that were not known when it was read.
+            DataError: saying what to call.
         """
         if self.keep is not None and not self.shares:
             raise DataError(
                 f"keep={self.keep} was not obeyed: {type(self).__name__} has no classes, or names them after "
                 "ImageDataModule.__init__; set class_names before it, or call choose_classes() after"
             )
-        super().setup(stage)
-        if stage == "fit" and self.all_by:
+
+    def say_seen(self, count: int) -> None:
+        """Say so if losses are validated on `count` training images."""
+        if self.all_by:
             rank_zero_info(
-                f"{self.all_by}: all {len(self.split('train'))} images are trained on; validation takes "
-                f"{len(self.split('val'))} of them, and FID compares with the training set"
+                f"{self.all_by}: all images are trained on; validation takes {count} of them, and FID compares with "
+                "the training set"
             )
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the splits of a stage; say so if validation has seen its images.
+
+        Raises:
+            DataError: if `keep` asks for classes that were not known when it was read.
+        """
+        self.refuse_unheeded()
+        super().setup(stage)
+        if stage == "fit":
+            self.say_seen(len(self.split("val")))
 
     @abstractmethod
     def read_split(self, split: str) -> Any:
@@ -142,6 +155,9 @@ class ImageDataModule(DataModule):
         rows = self.read_split(split)
         if all(share == 1 for share in self.shares.values()):
             return rows
+        if split == "val" and self.called(split) == "train":  # some of those that are trained on
+            whole = self.split("train")
+            return whole.take(torch.tensor(random_subset(len(whole), SEEN)))
         try:
             chosen, labels, take = [], rows.labels, rows.take
         except AttributeError as error:
@@ -164,6 +180,6 @@ class ImageDataModule(DataModule):
         if not (self.flip and self.trainer and self.trainer.training):
             return batch
         x, labels = batch
-        generator = torch.Generator().manual_seed(batch_seed(self.trainer, FLIPS))
+        generator = torch.Generator().manual_seed(batch_seed(self.trainer, FLIPS, run_seed()))
         mirrored = (torch.rand((len(x), 1, 1, 1), generator=generator) < 0.5).to(x.device, non_blocking=True)
         return torch.where(mirrored, x.flip(-1), x), labels

@@ -74,6 +74,17 @@ class Latents(DataModule):
         """Download the images."""
         self.images.prepare_data()
 
+    def setup(self, stage: str | None = None) -> None:
+        """Load the codes of a stage; say so if validation has seen its images.
+
+        Raises:
+            DataError: as for the images.
+        """
+        self.images.refuse_unheeded()
+        super().setup(stage)
+        if stage == "fit":
+            self.images.say_seen(len(self.split("val")))
+
     def decode(self, x):
         images = self.autoencoder.decode(x)
         return images.mean(1, keepdim=True) if self.images.shape[0] == 1 else images

@@ -19,6 +19,9 @@ class Synthetic(DataModule):
         held_out: number of validation samples, and of test samples.
         data_seed: seed of the samples.
         options: arguments of `DataModule`.
+
+    Attributes:
+        sigma_data: root mean square of the samples, about zero, where the models' base Gaussian is.
     """
 
     density: Density

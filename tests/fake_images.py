@@ -79,14 +79,14 @@ class Halves(ImageFeatures):
         return images.float().flatten(2).unflatten(2, (2, -1)).mean((1, 3))
 
 
-def evaluated(data, folder, monkeypatch, samples, stage="validate", **options):
-    """The record of a validation, or of a test, of given samples."""
+def evaluated(data, folder, monkeypatch, samples, stage="validate", kept=400, **options):
+    """The record of a validation, or of a test, of given samples, with `kept` real images for precision and recall."""
 
     def given(trainer, model, n, batch_size, seed, sampler):
         yield from samples[:n].split(batch_size)
 
     monkeypatch.setattr("callbacks.metrics.draw", given)
-    monkeypatch.setattr("callbacks.references.KEPT", 400)
+    monkeypatch.setattr("callbacks.references.KEPT", kept)
     trainer, model = fake_trainer(data, Drawn(), folder), Drawn()
     metrics = ImageMetrics(Halves(), n=min(400, len(samples)), kid_subset=100, **options)
     metrics.setup(trainer, model, stage)

@@ -221,3 +221,11 @@ def test_what_half_precision_cannot_hold_is_kept_whole(tmp_path):
     stored = averages.combined(averages.snapshots(tmp_path), [1.0])
     assert torch.equal(stored["weight"].float(), weights["weight"])
     assert torch.equal(stored["bias"].half(), weights["bias"].half())
+
+
+@pytest.mark.parametrize("steps", [5, 31, 32, 4000])
+def test_no_more_snapshots_than_asked_for(steps):
+    average = PowerAverages(snapshots=16)
+    kept = [step for step in range(1, steps + 1) if average.due(step, steps)]
+    assert len(kept) == min(16, steps) and kept[-1] == steps
+    assert max(b - a for a, b in zip(kept, kept[1:])) <= -(-steps // 16)

@@ -145,6 +145,8 @@ def test_exploration_fades_as_fast_in_a_run_that_goes_on():
         gone = min(1000, gone + more)
         assert data.experience.exploration == pytest.approx(1 - 0.95 * gone / 1000)
         data = begun(data.state_dict())
+    first, second = begun({}).experience, data.experience
+    assert (first.observation != second.observation).all() and first.random.random() != second.random.random()
     longer = begun({"steps": 500, "epsilon": 0.5, "left": 0.5}, decay=4000)  # the share that is left, of another length
     assert longer.experience.decay == 2000 and longer.experience.exploration == 0.5
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import bd_lightning
@@ -45,7 +46,7 @@ def test_an_exported_folder_draws_what_its_checkpoint_draws(run, exported, tmp_p
     ]  # fmt: skip
     checkpoint = run / "checkpoints" / "last.ckpt"
     words = ["n=6", "seed=3", f"root={tmp_path / 'out'}", "run_id=drawn", *QUIET]
-    assert train.main(["predict", f"ckpt_path={checkpoint}", *words]) == 0
+    assert train.main(["predict", f"ckpt_path={checkpoint}", "n=6", "seed=3", *QUIET]) == 0
     assert train.main(["predict", f"ckpt_path={exported}", *words]) == 0
     ours, theirs = run / "predict-ode-seed3", tmp_path / "out" / "bellman-diffusion" / "drawn" / "predict-ode-seed3"
     assert len(pictures(ours)) == 7 and pictures(ours) == pictures(theirs)
@@ -233,6 +234,8 @@ def test_an_autoencoder_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
 def test_the_model_of_this_repository_draws_classes_in_codes():
     folder = Path(__file__).resolve().parents[1] / "pretrained" / "mnist"
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 6e6
+    for path in folder.rglob("*.safetensors"):  # a changed byte is refused
+        assert len(safe_open(path, "pt").metadata()["sha256"]) == 64
     model = bd_lightning.load(folder)
     images = model.sample(20, labels=[0, 1])
     assert torch.equal(model.sample(2, labels=1), model.sample(2, labels=[1, 1]))

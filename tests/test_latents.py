@@ -13,6 +13,7 @@ from bd_lightning import facts
 from bd_lightning.latents import DiffusersLatents, LatentSpace, TrainedLatents
 from bd_lightning.modules import Autoencoder
 from datamodules import Digits, Latents
+from datamodules.splits import DataError
 from tiny_data import write_mnist
 
 FEATURES = ["callbacks.metrics.features.steps=60", "trainer=cpu"]
@@ -47,6 +48,32 @@ def test_reconstructions_resemble_their_images(root, autoencoder):
     error = (space.decode(space.encode(images)) - images).square().mean()
     spread = (images - images.mean(0)).square().mean()
     assert error < 0.25 * spread
+
+
+def test_a_damaged_autoencoder_is_not_one_to_train(tmp_path):
+    for content, first in ((None, True), (b"half", False)):
+        if content is not None:
+            (tmp_path / "ae.ckpt").write_bytes(content)
+        with pytest.raises(ValueError, match="checkpoint") as refused:
+            TrainedLatents(str(tmp_path / "ae.ckpt"))
+        assert ("train an autoencoder first" in str(refused.value)) == first
+
+
+def test_codes_say_what_images_would(autoencoder, tmp_path, caplog):
+    class Late(Digits):
+        class_names = ()
+
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.class_names = Digits.class_names
+
+    space = TrainedLatents(str(autoencoder))
+    with pytest.raises(DataError, match="keep=.*was not obeyed: Late has no classes"):
+        Latents(Late(keep=[3]), space, any_data=True, root=str(tmp_path)).setup("fit")
+    images = Digits()
+    images.train_on_all("data.images.val_size=0")
+    Latents(images, space, root=str(tmp_path)).setup("fit")
+    assert "data.images.val_size=0: all images are trained on; validation takes" in caplog.text
 
 
 def test_each_image_is_reconstructed_once(root, autoencoder, capsys):

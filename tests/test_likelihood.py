@@ -207,3 +207,17 @@ def test_a_network_of_diffusers_from_the_command_line(tmp_path):
     words = [word for word in WORDS if not word.startswith(("model.network", "model="))]
     assert train.main([*words, network, "data.batch_size=16", f"root={tmp_path}", "run_id=one", *QUICK]) == 0
     assert command("predict", tmp_path / "bellman-diffusion" / "one", "n=2") == 0
+
+
+def test_bytes_are_spread_over_their_cells(monkeypatch):
+    """Evenly; what is no bytes stays where it is."""
+    seen = []
+    monkeypatch.setattr("callbacks.likelihood.flow_log_density", lambda fields, x, *rest: seen.append(x) or x.sum())
+    fields = SimpleNamespace(conditioned=lambda told: SimpleNamespace(), sigma_data=1.0)
+    module = SimpleNamespace(device=torch.device("cpu"), fields=fields)
+    x = torch.randn(50, 1, 8, 8)
+    for cell in (0.5, None):
+        FlowLikelihood().densities(module, x, torch.arange(50), cell)
+    moved = (seen[0] - x) / 0.5
+    assert moved.abs().max() <= 0.5 and moved.std() == pytest.approx(12**-0.5, rel=0.05)
+    assert abs(float(moved.mean())) < 0.02 and torch.equal(seen[1], x)

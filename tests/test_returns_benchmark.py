@@ -237,7 +237,22 @@ def test_no_ratio_where_no_run_got_there():
         method: {"env_steps": [10, 20], "returns": [[0.0, 1.0]], "milliseconds": 1.0} for method in ("returns", "c51")
     }
     rates = dict.fromkeys(rows, 1e-3)
-    assert "20, 0/1 | 20, 0/1 | – | – | 1.00, 1.00 |" in returns_tables.line("e", 2.0, rates, rows, 20)
+    assert "20, 0/1 | – | 20, 0/1 | – | – | 1.00, 1.00 |" in returns_tables.line("e", 2.0, rates, rows, 20)
     assert "| 1.00 (one seed) |" in returns_tables.line("e", 0.0, rates, rows, 20)
     rows = {method: {**row, "returns": row["returns"] * 2} for method, row in rows.items()}
     assert "| 1.00 (1.00 to 1.00) |" in returns_tables.line("e", 0.0, rates, rows, 20)
+
+
+def test_the_best_of_either_side_is_compared():
+    rows = {
+        method: {
+            "env_steps": list(range(1, 11)),
+            "returns": [[0.0] * (at - 1) + [1.0] * (11 - at)],
+            "milliseconds": 1.0,
+        }
+        for method, at in {"returns": 4, "returns_positive": 2, "c51": 6, "qr_dqn": 3}.items()
+    }
+    said = returns_tables.line("e", 1.0, dict.fromkeys(rows, 1e-3), rows, 10)
+    assert "| 4, 1/1 | 2, 1/1 | 6, 1/1 | 3, 1/1 | 1.50 (one seed) |" in said
+    ours = {method: row for method, row in rows.items() if method in returns_tables.OURS}
+    assert "| – | – | – |" in returns_tables.line("e", 1.0, dict.fromkeys(ours, 1e-3), ours, 10)

@@ -18,6 +18,7 @@ from bd_lightning.cli.plan import settings_of
 from bd_lightning.cli.resumed import data_keys
 from bd_lightning.dynamics import noise
 from callbacks.records import append_record
+from callbacks.writers import ImageWriter, TableWriter
 from conftest import ROOT
 from small_run import WORDS, contents, launch, refused
 
@@ -348,3 +349,78 @@ def test_keys_of_data_that_are_not_as_in_training(before, now, keys):
     plan = SimpleNamespace(checkpoint={"hyper_parameters": {"data": before}}, config={"data": now})
     assert data_keys(plan) == keys
     assert data_keys(SimpleNamespace(checkpoint=None, config={"data": now})) == []
+
+
+def test_another_root_is_heeded(run, tmp_path, capsys):
+    """For all that writes; the run that it starts from stays as it is."""
+    last, other, before = run / "checkpoints" / "last.ckpt", tmp_path / "other", contents(run)
+    words = [f"ckpt_path={last}", f"root={other}", "run_id=b", "trainer.enable_progress_bar=false"]
+    assert train.main([*words, "steps=6"]) == 0
+    assert checkpoints.read(other / "bellman-diffusion" / "b" / "checkpoints" / "last.ckpt")["global_step"] == 6
+    assert train.main(["predict", f"ckpt_path={last}", f"root={other}", "run_id=drawn", "n=2"]) == 0
+    assert len(list((other / "bellman-diffusion" / "drawn").rglob("0*.png"))) == 2
+    assert contents(run) == before
+    assert train.main(["predict", f"ckpt_path={last}", f"root={run.parents[1]}", "n=2"]) == 0  # its own
+    assert list(run.glob("predict-*"))
+
+
+def test_best_is_not_overwritten_by_another_choice(run, capsys):
+    root, last = run.parents[1], run / "checkpoints" / "last.ckpt"
+    best = "callbacks.best={_target_: lightning.pytorch.callbacks.ModelCheckpoint, filename: best, monitor: val/loss, "
+    best += "enable_version_counter: false}"
+    assert launch(root, f"ckpt_path={last}", "steps=6", best) == 0
+    for word in ("callbacks.best.monitor=val/scalar", "callbacks.best.mode=max"):
+        said = refused(root, capsys, f"ckpt_path={last}", "steps=8", best, word)
+        assert "the run chose its best.ckpt by" in said and "give run_id=" in said
+    words = [f"ckpt_path={last}", "steps=8", best, "callbacks.best.mode=max", "run_id=other"]
+    assert launch(root, *words) == 0
+    assert (root / "bellman-diffusion" / "other" / "checkpoints" / "best.ckpt").is_file()
+
+
+def test_what_a_config_leaves_out_is_no_none(run, capsys):
+    assert launch(run.parents[1], f"ckpt_path={run}/checkpoints/last.ckpt", "steps=6", "data.pin_memory=true") == 0
+    assert "data.pin_memory=True (was left out)" in capsys.readouterr().out
+
+
+def test_an_interrupt_outside_training_is_one_word(run, capsys, monkeypatch):
+    def stopped(plan):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bd_lightning.cli.predict.run", stopped)
+    assert train.main(["predict", f"ckpt_path={run}/checkpoints/last.ckpt", "n=2"]) == 130
+    assert capsys.readouterr().err == "\nstopped\n"
+
+
+def test_weights_of_another_kind_of_number_are_refused(run, capsys):
+    path = run / "checkpoints" / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["state_dict"] = {name: value.to(torch.int8) for name, value in checkpoint["state_dict"].items()}
+    torch.save(checkpoint, path)
+    assert train.main(["predict", f"ckpt_path={path}", "n=2"]) == 2
+    assert "is of torch.int8, the model's of torch.float32" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [OSError, SystemExit])
+def test_a_checkpoint_that_is_not_written_leaves_no_part(error, tmp_path, monkeypatch):
+    def failing(content, file):
+        file.write(b"half")
+        raise error(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", failing)
+    with pytest.raises(checkpoints.SavingFailed if error is OSError else SystemExit):
+        checkpoints.WholeCheckpoints().save_checkpoint({}, tmp_path / "a.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", ["images", "rows"])
+def test_a_sample_that_is_not_written_leaves_no_file(kind, tmp_path, monkeypatch):
+    def failing(*args, **options):
+        if kind == "images":
+            Path(args[1]).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    writer = ImageWriter(tmp_path) if kind == "images" else TableWriter(tmp_path)
+    monkeypatch.setattr("PIL.Image.Image.save" if kind == "images" else "csv.writer", failing)
+    with pytest.raises(OSError, match="No space"):
+        writer.write([0], torch.zeros(1, 1, 4, 4) if kind == "images" else torch.zeros(1, 2))
+    assert not list(tmp_path.iterdir())

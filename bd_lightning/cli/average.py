@@ -38,9 +38,7 @@ def run(plan: Plan) -> None:
         path = folder / "checkpoints" / f"length-{length:g}.ckpt"
         with writing(folder):
             made = checkpoint(plan.checkpoint, parts, found)
-            own = path.with_name(f"{path.name}-{os.getpid()}")  # each of several processes writes it
-            checkpoints.WholeCheckpoints().save_checkpoint(made, own)
-            own.replace(path)
+            checkpoints.save(made, path, f"{os.getpid()}.part")  # each of several processes writes it
         step = made["global_step"]
         print(f"{short(path)}: at step {step}, of {kept(parts)} snapshots, weights over time to {found.error:.2%}")
         if plan.config["score"]:

@@ -72,6 +72,7 @@ def _run(plan: Plan, run_dir: Path) -> None:
     if plan.command == "fit":
         resumed.refuse_other_beginning(plan)
         resumed.refuse_other_accumulation(plan)
+        resumed.refuse_other_choice(plan)
     else:
         data.remark = resumed.other_data(plan)
     model = objects.model(plan, data.facts)

@@ -63,14 +63,16 @@ def choose_run_id(given: str | None) -> str:
     return run_id
 
 
-def run_folder(config: Mapping[str, Any], training: bool) -> Path:
+def run_folder(config: Mapping[str, Any], training: bool, root: str | None = None) -> Path:
     """The run folder that a checkpoint lies in, or that of the run id.
 
-    Training that goes on from a checkpoint under another run id leaves the checkpoint's run as it is.
+    Training that goes on from a checkpoint under another run id leaves the checkpoint's run as it is, and so does all
+    that is asked for under another `root`.
     """
     if config["ckpt_path"] and not Path(config["ckpt_path"]).is_dir():
         folder = folder_of(config["ckpt_path"])
         branches = training and config["run_id"] not in (None, folder.name)
+        branches |= root is not None and Path(root).resolve() not in folder.parents
         if (folder / "config.yaml").is_file() and not branches:
             return folder
     return new_folder(config)

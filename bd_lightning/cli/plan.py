@@ -93,7 +93,8 @@ def resolve(argv: Sequence[str]) -> Plan:
     elif request.command != "fit":
         raise UserError(f"{request.command} needs ckpt_path=<run folder>/checkpoints/best.ckpt")
     repeated, config["ckpt_path"] = config["ckpt_path"] == "last", path
-    if path and folders.folder_of(path) != folders.run_folder(config, request.command == "fit"):
+    training, root = request.command == "fit", request.value("root")
+    if path and folders.folder_of(path) != folders.run_folder(config, training, root):
         config["root"] = asked["root"]  # a stored config does not say where a new folder goes
     build.check(config)
     if config["merge"]:
@@ -104,8 +105,8 @@ def resolve(argv: Sequence[str]) -> Plan:
             f"'steps' must be a multiple of 'eval_every', so that the run ends with a validation and a checkpoint; "
             f"got {config['steps']} and {config['eval_every']}"
         )
-    run_dir = folders.run_folder(config, request.command == "fit")
-    new = request.command == "fit" and not repeated and (not path or folders.folder_of(path) != run_dir)
+    run_dir = folders.run_folder(config, training, root)
+    new = training and not repeated and (not path or folders.folder_of(path) != run_dir)
     if new:
         folders.refuse_existing(run_dir)
     links.refuse_links(run_dir)

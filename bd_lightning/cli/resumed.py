@@ -145,6 +145,26 @@ def refuse_other_beginning(plan: Plan) -> None:
         )
 
 
+def refuse_other_choice(plan: Plan) -> None:
+    """Refuse that a run goes on in its folder and chooses a checkpoint by something else, which would overwrite it.
+
+    Raises:
+        UserError: naming the key.
+    """
+    if plan.checkpoint is None or plan.new:
+        return
+    before, now = (node["callbacks"] or {} for node in (plan.checkpoint["hyper_parameters"], plan.config))
+    for name, node in now.items():
+        was = before.get(name) or {}
+        for key in ("monitor", "mode") if node and "monitor" in was else ():
+            if was.get(key) != node.get(key):
+                raise UserError(
+                    f"'callbacks.{name}.{key}' is {node.get(key)}, and the run chose its {name}.ckpt by "
+                    f"{was.get(key, 'the default')}, which the first validation would overwrite: leave it as it was, "
+                    "or give run_id=… for another run that goes on from here"
+                )
+
+
 def data_keys(plan: Plan) -> list[str]:
     """The keys of data that are not as in the checkpoint, but for loading; an export has names for paths."""
     if plan.checkpoint is None:
@@ -163,6 +183,10 @@ def other_data(plan: Plan) -> str:
     return f"data not as in training ({keys}): what is held out here may have been trained on" if keys else ""
 
 
+LEFT_OUT = "left out"
+"""What is said of a key that a config does not have: its class knows the default."""
+
+
 def changed(plan: Plan) -> str:
     """What a resumed run has otherwise than its checkpoint, in a sentence; empty for nothing."""
     if plan.checkpoint is None:
@@ -170,7 +194,9 @@ def changed(plan: Plan) -> str:
     before, now = flat(plan.checkpoint["hyper_parameters"]), flat(plan.config)
     keys = [key for key in now | before if key.partition(".")[0] in ("data", "model", "trainer", "callbacks", "seed")]
     found = [
-        f"{key}={now.get(key)} (was {before.get(key)})" for key in keys if str(before.get(key)) != str(now.get(key))
+        f"{key}={now.get(key, LEFT_OUT)} (was {before.get(key, LEFT_OUT)})"
+        for key in keys
+        if str(before.get(key)) != str(now.get(key))
     ]
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     scored = any(one.startswith(SCORED) for one in found)

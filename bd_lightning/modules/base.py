@@ -19,13 +19,13 @@ from bd_lightning.optimizers import AdamW, Optimizer
 LR_POWERS = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}
 
 
-def batch_seed(trainer: L.Trainer, seed: int = 0) -> int:
-    """A seed for the randomness of the training batch at hand, from (seed, rank, epoch, place in the epoch) alone.
+def batch_seed(trainer: L.Trainer, *seeds: int) -> int:
+    """A seed for the randomness of the training batch at hand, from (seeds, rank, epoch, place in the epoch) alone.
 
     So a resumed run meets the noise that it would have met, and no state of a generator has to be kept.
     """
     epoch, batch = trainer.fit_loop.epoch_progress.current, trainer.fit_loop.epoch_loop.batch_progress.current
-    place = (seed, trainer.global_rank, epoch.processed, batch.ready)  # type: ignore[attr-defined]
+    place = (*seeds, trainer.global_rank, epoch.processed, batch.ready)  # type: ignore[attr-defined]
     return int(np.random.SeedSequence(place).generate_state(1)[0])
 
 
@@ -240,7 +240,9 @@ class Module(L.LightningModule):
     def _evaluate(self, stage: str, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         if len(batch[0]) == 1:  # what is left over of a split: one point has no partners for a kernel estimate
             return None
-        generator = torch.Generator(self.device).manual_seed(batch_idx)
+        trainer = self.trainer
+        place = batch_idx * trainer.world_size + trainer.global_rank
+        generator = torch.Generator(self.device).manual_seed(place)
         with torch.inference_mode(False), torch.no_grad():
             return self._step(stage, batch, generator)
 

@@ -16,6 +16,11 @@ n ~ N(0, 1). What is learned, by squared error, is a linear functional of it at 
 - "density": s at the nodes. In ∫(s − t)² the operator expands by 1/√γ; errors of mass are not contracted at all, unless
   the weights are shifted back to mass one (`mass`, linear) or their positive part is rescaled (`positive`, not linear).
 
+`PositiveFields` has weights w > 0 by softmax, so that s and g are fields of a density whatever a network says. Learned
+is s itself, by maximum likelihood: −∫ t log s for the target t above, which is positive where w is; over all densities
+it is least at s = t (Gibbs). Of nodes far from all returns the weights, and their errors, vanish. Those of weights of
+any sign add up in the values Σ_j w_j x_j over the whole range, and a wide one drowns small differences of actions.
+
 `Categorical` is C51: probabilities of fixed atoms, whose target is projected onto the atoms, learned by cross entropy.
 `Quantiles` is QR-DQN: quantiles at fixed levels, which move without projection; their mixtures are not linear.
 
@@ -30,7 +35,13 @@ from bd_lightning.returns.fields import ReturnFields, normal, normal_cdf
 from bd_lightning.returns.networks import Convolutions, Features, FieldNetworks, Flat, trunk
 from bd_lightning.returns.policies import CVaR, MeanReturn, Policy, Preference, Spread, UpperQuantile, mixed_policy
 from bd_lightning.returns.quantiles import Quantiles
-from bd_lightning.returns.representation import Categorical, GaussianFields, LinearRepresentation, Representation
+from bd_lightning.returns.representation import (
+    Categorical,
+    GaussianFields,
+    LinearRepresentation,
+    PositiveFields,
+    Representation,
+)
 from bd_lightning.returns.risk import conditional_value_at_risk, monotone, quantile, ruin, wasserstein1
 from bd_lightning.returns.sampling import SAMPLERS, sample_by_inverse_cdf, sample_by_sde
 from bd_lightning.returns.target import bellman_target, lambda_shares, td_loss
@@ -47,6 +58,7 @@ __all__ = [
     "LinearRepresentation",
     "MeanReturn",
     "Policy",
+    "PositiveFields",
     "Preference",
     "Quantiles",
     "Representation",

@@ -138,10 +138,8 @@ class LinearRepresentation(Representation):
         return (w.clamp_min(0) * out).sum(1) / w.clamp_min(0).sum(1)
 
 
-class GaussianFields(LinearRepresentation):
-    """Fields as sums of Gaussians over fixed nodes; see the text of `bd_lightning.returns`.
-
-    Outputs are deviations from the uniform distribution over [v_min, v_max], with which learning therefore starts.
+class GaussianNodes(LinearRepresentation):
+    """Base: fields as sums of Gaussians over fixed nodes; see the text of `bd_lightning.returns`.
 
     Args:
         v_min: smallest return that is expected.
@@ -150,6 +148,46 @@ class GaussianFields(LinearRepresentation):
         bandwidth: h in units of the distance between nodes. Narrow ones blur returns less; above 1 the interpolation is
             badly conditioned.
         padding: nodes on either side outside [v_min, v_max].
+    """
+
+    gram: Tensor
+
+    def __init__(self, v_min: float, v_max: float, nodes: int, bandwidth: float, padding: int) -> None:
+        super().__init__(v_min, v_max)
+        in_range(0.3, 1.5, bandwidth=bandwidth)
+        in_range(0, 1000, padding=padding)
+        in_range(2 * padding + 2, 10_000, nodes=nodes)
+        self.spacing = (v_max - v_min) / (nodes - 2 * padding - 1)
+        self.h = bandwidth * self.spacing
+        x = v_min + self.spacing * (torch.arange(nodes, dtype=torch.float64) - padding)
+        self._keep(x=x, gram=normal(x[:, None] - x, self.h**2) * self.spacing)
+
+    def fields(self, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Both in closed form."""
+        u = x - self.x[:, None]
+        k = normal(u, self.h**2)
+        return product(w, k), product(w, -u / self.h**2 * k)
+
+    def field_pair(self, w: Tensor, origin: float = 0.0) -> ReturnFields:
+        """At noise level σ the components have the variance h² + σ²."""
+        return ReturnFields(self.x, self.h, w, origin)
+
+    def cdf(self, w: Tensor, x: Tensor) -> Tensor:
+        """In closed form; not quite monotone where s is negative."""
+        return product(w, normal_cdf((x - self.x[:, None]) / self.h))
+
+
+class GaussianFields(GaussianNodes):
+    """Fields with weights of any sign, which networks give linearly: all of the Bellman equation is linear in outputs.
+
+    Outputs are deviations from the uniform distribution over [v_min, v_max], with which learning therefore starts.
+
+    Args:
+        v_min: as for `GaussianNodes`.
+        v_max: as for `GaussianNodes`.
+        nodes: as for `GaussianNodes`.
+        bandwidth: as for `GaussianNodes`.
+        padding: as for `GaussianNodes`.
         learn: "cumulative" or "density".
         mass: shift the weights of "density" to mass one, equally at all nodes.
         positive: replace s by its positive part, rescaled to mass one, in values and targets.
@@ -158,7 +196,6 @@ class GaussianFields(LinearRepresentation):
     changeable = ("mass", "positive")
     points: Tensor
     back: Tensor
-    gram: Tensor
     inverse: Tensor
     uniform: Tensor
     start: Tensor
@@ -174,18 +211,13 @@ class GaussianFields(LinearRepresentation):
         mass: bool = True,
         positive: bool = False,
     ) -> None:
-        super().__init__(v_min, v_max)
+        super().__init__(v_min, v_max, nodes, bandwidth, padding)
         one_of(("cumulative", "density"), learn=learn)
-        in_range(0.3, 1.5, bandwidth=bandwidth)
-        in_range(0, 1000, padding=padding)
-        in_range(2 * padding + 2, 10_000, nodes=nodes)
         self.learn, self.mass, self.positive = learn, mass, positive
-        self.spacing = (v_max - v_min) / (nodes - 2 * padding - 1)
-        self.h = bandwidth * self.spacing
         x = v_min + self.spacing * (torch.arange(nodes, dtype=torch.float64) - padding)
         inside = torch.zeros(nodes, dtype=torch.float64)
         inside[padding : nodes - padding] = 1 / (nodes - 2 * padding)
-        gram = normal(x[:, None] - x, self.h**2) * self.spacing
+        gram = normal(x[:, None] - x, self.h**2) * self.spacing  # in double precision, to be inverted
         if learn == "density":
             points = x
             back = torch.linalg.inv(gram)
@@ -195,7 +227,7 @@ class GaussianFields(LinearRepresentation):
             steps = steps - steps.roll(1, 0)
             back = steps @ torch.linalg.inv(normal_cdf((points[:, None] - x) / self.h) @ steps)
         self.outputs = len(points)
-        self._keep(x=x, points=points, back=back, gram=gram, inverse=torch.linalg.inv(gram), uniform=inside)
+        self._keep(points=points, back=back, inverse=torch.linalg.inv(gram), uniform=inside)
         self._keep(start=self._functional(points[:, None] - x) @ inside)
 
     def _functional(self, u: Tensor) -> Tensor:
@@ -224,19 +256,38 @@ class GaussianFields(LinearRepresentation):
         """Squared error, summed over collocation points."""
         return (y - target).square().sum(-1)
 
-    def fields(self, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Both in closed form."""
-        u = x - self.x[:, None]
-        k = normal(u, self.h**2)
-        return product(w, k), product(w, -u / self.h**2 * k)
 
-    def field_pair(self, w: Tensor, origin: float = 0.0) -> ReturnFields:
-        """At noise level σ the components have the variance h² + σ²."""
-        return ReturnFields(self.x, self.h, w, origin)
+class PositiveFields(GaussianNodes):
+    """Fields with positive weights of sum one, by softmax, learned by likelihood; see `bd_lightning.returns`.
 
-    def cdf(self, w: Tensor, x: Tensor) -> Tensor:
-        """In closed form; not quite monotone where s is negative."""
-        return product(w, normal_cdf((x - self.x[:, None]) / self.h))
+    Backups, mixtures and values are linear in the weights, which are no linear function of outputs. Returns beyond the
+    range are moved to its ends, as those of `Categorical` are.
+
+    Args:
+        v_min: as for `GaussianNodes`.
+        v_max: as for `GaussianNodes`.
+        nodes: as for `GaussianNodes`.
+        bandwidth: as for `GaussianNodes`.
+        padding: as for `GaussianNodes`.
+    """
+
+    def __init__(self, v_min: float, v_max: float, nodes: int = 52, bandwidth: float = 0.7, padding: int = 3) -> None:
+        super().__init__(v_min, v_max, nodes, bandwidth, padding)
+        self.outputs = nodes
+
+    def read(self, y: Tensor) -> Tensor:
+        """Weights (*, N), all positive."""
+        return y.softmax(-1)
+
+    def matrix(self, reward: Tensor, discount: Tensor) -> Tensor:
+        """Push-forward and re-smoothing, exactly: s at the nodes, in units of one over their distance."""
+        moved = (reward[:, None] + discount[:, None] * self.x).clamp(self.v_min, self.v_max)
+        return normal(self.x[:, None] - moved[:, None, :], self.h**2) * self.spacing
+
+    def loss(self, y: Tensor, target: Tensor) -> Tensor:
+        """Cross entropy −∫ t log s of densities, by quadrature over the nodes."""
+        s = product(y.softmax(-1), self.gram)
+        return -(target * s.clamp_min(torch.finfo(s.dtype).tiny).log()).sum(-1)
 
 
 class Categorical(LinearRepresentation):

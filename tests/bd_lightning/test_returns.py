@@ -10,6 +10,7 @@ from bd_lightning.returns import (
     Categorical,
     GaussianFields,
     Policy,
+    PositiveFields,
     bellman_target,
     conditional_value_at_risk,
     mixed_policy,
@@ -101,7 +102,7 @@ def test_positive_part_is_not_linear_and_has_mass_one():
     assert not torch.allclose(rep.read(y.mean(0)), w.mean(0), atol=1e-3)
 
 
-@pytest.mark.parametrize("kind", [GaussianFields, Categorical])
+@pytest.mark.parametrize("kind", [GaussianFields, PositiveFields, Categorical])
 def test_values_are_not_rounded_where_networks_have_half_precision(kind):
     rep = kind(0.0, 1.0)
     y, step = 0.01 * torch.randn(5, rep.outputs, generator=torch.Generator().manual_seed(0)), torch.linspace(0, 1, 5)
@@ -123,6 +124,55 @@ def test_mass_is_one_whatever_the_network_says():
         assert torch.allclose(w.sum(1), torch.ones(50), atol=1e-3)
     free = GaussianFields(-3, 3, learn="density", mass=False)
     assert (free.read(torch.ones(1, free.outputs)).sum(1) - 1).abs() > 0.5
+
+
+def test_positive_fields_are_backed_up_exactly():
+    """The target is the density of r + γ(G + hn), its width restored; what leaves the range stays at its ends."""
+    rep = PositiveFields(-4, 6, nodes=60)
+    w = rep.read(torch.randn(3, rep.outputs, generator=torch.Generator().manual_seed(1)))
+    reward, discount = torch.tensor([0.5, -0.3, 30.0]), torch.tensor([0.9, 0.0, 0.5])
+    target = rep.target(w, reward, discount) / rep.spacing
+    assert torch.allclose(target.sum(1) * rep.spacing, torch.ones(3), atol=5e-4)
+    moved = (reward[:, None] + discount[:, None] * rep.x).clamp(-4, 6)
+    density = torch.distributions.Normal(moved[:, None], rep.h).log_prob(rep.x[:, None]).exp()
+    torch.testing.assert_close(target, (density * w[:, None]).sum(-1), atol=1e-5, rtol=1e-4)
+    assert float((target[2] * rep.x).sum() * rep.spacing) == pytest.approx(6, abs=1e-3)
+    mixed = rep.mixture(torch.tensor([0.2, 0.5, 0.3]), w)
+    torch.testing.assert_close(rep.fields(mixed, rep.x)[1], torch.tensor([0.2, 0.5, 0.3]) @ rep.fields(w, rep.x)[1])
+
+
+def test_the_likelihood_is_greatest_at_the_target():
+    """Where the target is one of the fields: elsewhere it is the nearest in Kullback and Leibler's sense."""
+    rep = PositiveFields(-4, 6, nodes=60)
+    y = torch.zeros(rep.outputs)
+    y[20:30] = 9.0
+    target = rep.target(rep.read(y[None]), torch.tensor([2 * rep.spacing]), torch.tensor([1.0]))[0]
+    shifted = y.roll(2).requires_grad_()
+    loss = rep.loss(shifted, target)
+    loss.backward()
+    assert shifted.grad.abs().max() < 1e-3 < rep.loss(y, target) - loss
+    entropy = -(target * (target.clamp_min(1e-30)).log()).sum()
+    assert float(loss - entropy) == pytest.approx(0, abs=2e-3)
+
+
+def test_positive_fields_learn_the_returns_of_a_chain():
+    """0 → 0 or 1 with equal chances, reward 0.4; 1 → end, reward −0.5; γ = 0.8: means 1/3 and −0.5."""
+    rep = PositiveFields(-3, 4, nodes=60)
+    y = torch.zeros(2, rep.outputs, requires_grad=True)
+    optimizer = torch.optim.Adam([y], 0.1)
+    for _ in range(600):
+        with torch.no_grad():
+            w = rep.read(y)
+            after = torch.stack([w.mean(0), w[1]])
+            target = rep.target(after, torch.tensor([0.4, -0.5]), torch.tensor([0.8, 0.0]))
+        optimizer.zero_grad()
+        rep.loss(y, target).sum().backward()
+        optimizer.step()
+    with torch.no_grad():
+        means = rep.mean(rep.read(y))
+        torch.testing.assert_close(means, torch.tensor([1 / 3, -0.5]), atol=0.02, rtol=0)
+        s = rep.fields(rep.read(y)[1], rep.x)[0]
+    assert float((s - torch.distributions.Normal(-0.5, rep.h).log_prob(rep.x).exp()).abs().max()) < 0.1 * float(s.max())
 
 
 def two_states(rep, w, backups):

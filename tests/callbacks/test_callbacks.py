@@ -260,12 +260,22 @@ def logged(folder, cache, diagnostics, steps, every) -> list[dict[str, str]]:
 
 
 def test_diagnostics(tmp_path, cache):
+    class Watching(FieldDiagnostics):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(outputs)
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
     torch.manual_seed(3)
-    rows = logged(tmp_path, cache, FieldDiagnostics(edges=(0.1, 1.0)), 8, 4)
+    seen: list[dict] = []
+    rows = logged(tmp_path, cache, Watching(edges=(0.1, 1.0)), 8, 4)
     rows = [row for row in rows if row["field/s_near_zero"]]
     assert len(rows) == 2
-    for name in ("below-0.1", "0.1-1", "above-1"):
-        assert float(rows[0][f"field/gradient_loss_sigma_{name}"]) > 0
+    sigma = torch.cat([outputs["sigma"] for outputs in seen[:4]])
+    for term in ("gradient", "scalar"):
+        losses = torch.cat([outputs[term] for outputs in seen[:4]])
+        for name, low, high in (("below-0.1", 0, 0.1), ("0.1-1", 0.1, 1), ("above-1", 1, torch.inf)):
+            mean = losses[(sigma >= low) & (sigma < high)].mean()
+            assert float(rows[0][f"field/{term}_loss_sigma_{name}"]) == pytest.approx(float(mean), rel=1e-4)
     assert float(rows[0]["field/s_near_zero"]) == 0 and float(rows[0]["train/samples_per_second"]) > 0
     assert float(rows[0]["train/gradient_norm"]) > 0
 
@@ -359,3 +369,38 @@ def test_a_row_takes_the_place_of_its_own_alone(tmp_path):
         append_record(trainer, "a.json", {"step": 4, "drawn": drawn, "val/own": value})
     rows = json.loads((tmp_path / "a.json").read_text())
     assert [(row["drawn"], row["val/own"]) for row in rows] == [("ode", 2.0), ("sde", 3.0)]
+
+
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_ranks_decide_alike_about_a_loss_of_one(tmp_path, nonfinite):
+    """An infinite loss may have gradients that are finite: this rank's own loss is sound, the other's is not."""
+    module, left_out = build(), []
+    diagnostics = FieldDiagnostics(nonfinite=nonfinite)
+    strategy = SimpleNamespace(reduce=lambda bad, reduce_op: {"max": torch.ones_like(bad)}[reduce_op])
+    trainer = SimpleNamespace(
+        global_step=3, log_every_n_steps=50, precision_plugin=None, world_size=2, strategy=strategy, global_rank=0,
+        default_root_dir=str(tmp_path), loggers=[],
+    )  # fmt: skip
+    module.optimizer = SimpleNamespace(unless=lambda optimizer, bad: left_out.append(bool(bad)))
+    for parameter in module.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    diagnostics.on_train_start(trainer, module)
+    diagnostics.batch, diagnostics.loss = [torch.zeros(2)], torch.tensor(1.0)
+    if nonfinite == "stop":
+        with pytest.raises(NonFiniteLoss, match="the loss on another device is not finite at step 3"):
+            diagnostics.on_before_optimizer_step(trainer, module, None)
+    else:
+        diagnostics.on_before_optimizer_step(trainer, module, None)
+        assert diagnostics.skipped == 1
+    assert left_out == [True]
+
+
+def test_validation_noise_is_each_ranks_own():
+    module, seeds = build(), []
+    module._step = lambda stage, batch, generator: seeds.append(generator.initial_seed())
+    batch = (torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long))
+    for rank in range(2):
+        module._trainer = SimpleNamespace(world_size=2, global_rank=rank)
+        for index in range(2):
+            module.validation_step(batch, index)
+    assert len(set(seeds)) == 4

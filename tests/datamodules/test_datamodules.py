@@ -8,7 +8,7 @@ from bd_lightning import facts
 from bd_lightning.facts import SampleFacts
 from datamodules import CIFAR10, MNIST, Digits, ImageFolder, SampleRequests, to_uint8
 from datamodules.images import to_unit
-from datamodules.splits import DataError
+from datamodules.splits import DataError, ShuffledShare
 from datamodules.subsets import random_subset
 from tiny_data import write_cifar, write_folder, write_mnist
 
@@ -247,3 +247,37 @@ def test_keep_in_a_folder(tmp_path):
 def test_mistakes_in_keep(keep, sentence):
     with pytest.raises(ValueError, match=sentence):
         Digits(keep=keep)
+
+
+def at(rank: int, **attributes) -> SimpleNamespace:
+    """A trainer at its first batch, as far as randomness looks at it."""
+    progress = SimpleNamespace(processed=0, ready=0)
+    loop = SimpleNamespace(
+        epoch_progress=SimpleNamespace(current=progress),
+        epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(current=progress)),
+    )
+    return SimpleNamespace(training=True, global_rank=rank, fit_loop=loop, **attributes)
+
+
+def test_runs_of_other_seeds_mirror_other_images(monkeypatch):
+    data, batch = Digits(flip=True), (torch.randn(64, 1, 8, 8), torch.zeros(64, dtype=torch.long))
+
+    def mirrored(seed, rank):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        data.trainer = at(rank)
+        return (data.on_before_batch_transfer(batch, 0)[0] != batch[0]).flatten(1).any(1).tolist()
+
+    first = mirrored(0, 0)
+    assert mirrored(0, 0) == first and 16 < sum(first) < 48
+    assert mirrored(1, 0) != first != mirrored(0, 1)
+
+
+def test_orders_of_neighbouring_seeds_are_no_shifts_of_each_other(monkeypatch):
+    orders = []
+    for seed in range(3):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
+        sampler = ShuffledShare(range(40), 1, 0, lambda: 0, 1)
+        for epoch in range(3):
+            sampler.set_epoch(epoch)
+            orders.append(tuple(sampler))
+    assert len(set(orders)) == 9

@@ -165,7 +165,7 @@ def test_training_on_all_images_of_a_folder(splits, tmp_path, caplog, monkeypatc
         data.setup("fit")
     assert len(data.files["train"]) == 24 and len(data.files["val"]) == 5
     assert set(data.files["val"]) < set(data.files["train"])
-    assert "data.val_fraction=0: all 24 images are trained on; validation takes 5 of them" in caplog.text
+    assert "data.val_fraction=0: all images are trained on; validation takes 5 of them" in caplog.text
     assert (data.reference_split, data.unseen) == ("train", "test" if "test" in splits else "val")
     assert (data.files["test"] == data.files["val"]) == ("test" not in splits)
     some = ImageFolder(str(root), size=8, root=str(tmp_path), batch_size=4)
@@ -184,7 +184,7 @@ def test_a_run_on_all_images(tmp_path, caplog):
     words += [f"root={tmp_path / 'runs'}", f"data.root={tmp_path}", "run_id=x"]
     with caplog.at_level("INFO"):
         assert train.main(words) == 0
-    assert "all 40 images are trained on" in caplog.text
+    assert "all images are trained on" in caplog.text
 
 
 def test_what_protocols_say_of_images_that_are_all_trained_on(tmp_path, caplog):

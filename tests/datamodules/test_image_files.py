@@ -114,7 +114,7 @@ def test_broken_files_are_named_together_or_left_out(tmp_path, capsys):
 
 def test_one_image_is_one_sentence(tmp_path):
     Image.new("RGB", (20, 16)).save(tmp_path / "only.png")
-    with pytest.raises(DataError, match="one image is not enough"):
+    with pytest.raises(DataError, match="1 images in .* are not enough: two to learn from"):
         ImageFolder(str(tmp_path), size=8)
 
 
@@ -160,7 +160,7 @@ def test_any_folder_is_read_or_refused_in_a_sentence(seed, tmp_path):
                 assert x.shape == data.shape and x.isfinite().all() and 0 <= label <= len(data.class_names)
         assert sum(len(files) for files in data.files.values()) > 0 and torch.is_tensor(x)
     except DataError as error:
-        known = ("one image is not enough", "no images for the", "in none of the class folders")
+        known = ("are not enough: two", "no images for the", "in none of the class folders")
         assert any(words in str(error) for words in known) and "\n" not in str(error)
     list(find(root, set()))
 
@@ -206,3 +206,33 @@ def test_damage_inside_is_named_when_it_is_met(workers, tmp_path, capsys):
     if "to resume" in said.out:  # it was not in the first batch
         words += ["ckpt_path=last"]
     assert train.main([*words, "run_id=x" if "to resume" in said.out else "run_id=y", "data.max_broken=0.01"]) == 0
+
+
+def test_a_file_that_breaks_moves_no_other_image(tmp_path):
+    """Not even between runs of one folder: what was trained on never comes into validation."""
+    root = write_folder(tmp_path / "f", n=60)
+    before = ImageFolder(str(root), size=8, val_fraction=0.2)
+    (lost, _), *_ = before.files["train"]
+    lost.write_text("broken")
+    after = ImageFolder(str(root), size=8, val_fraction=0.2, max_broken=0.1)
+    assert after.files["val"] == before.files["val"]
+    assert after.files["train"] == before.files["train"][1:]
+
+
+def test_validation_takes_what_is_trained_on(tmp_path):
+    """Of a class that is thinned the rows that are left, not others of it."""
+    root = write_folder(tmp_path / "f", n=40)
+    data = ImageFolder(str(root), size=8, val_fraction=0, keep={"cat": 0.2}, cache=False, batch_size=8)
+    trained, seen = ({path for path, _ in data.split(split).files} for split in ("train", "val"))
+    assert seen <= trained and len([path for path in trained if path.parent.name == "cat"]) == 8
+
+
+def test_splits_of_one_image_are_refused(tmp_path):
+    """Losses are means over pairs; without any there is nothing for a monitor to watch."""
+    root = write_folder(tmp_path / "f", splits=("train", "val"))
+    for path in sorted((root / "val").rglob("*.png"))[1:]:
+        path.unlink()
+    with pytest.raises(DataError, match="the val split has 1 sample: give it two at least"):
+        ImageFolder(str(root), size=8).split("val")
+    with pytest.raises(ValueError, match="eval_batch_size must be at least 2"):
+        ImageFolder(str(root), size=8, eval_batch_size=1)
