@@ -51,11 +51,10 @@ def main() -> None:
         start = time.perf_counter()
         ways["decoded once"].prepare_data()
         once = time.perf_counter() - start
-        loaders = {name: data.train_dataloader() for name, data in ways.items()}
         turns = Turns(ways)
         for _ in range(3):
             for name in turns.next():
-                batches = iter(itertools.islice(itertools.cycle(loaders[name]), options.batches + 1))
+                batches = iter(itertools.islice(common.batches(ways[name], 0), options.batches + 1))
                 next(batches)  # workers start
                 with turns.clock(name):
                     for _ in batches:

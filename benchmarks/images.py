@@ -289,6 +289,10 @@ def check(options: argparse.Namespace) -> None:
     common.averaging(config)
     for name in [name for name in OURS if name in options.only] or [DEFAULT] if options.only else OURS:
         common.compose(*words_of(name, words))
+        given = dict(word.split("=", 1) for word in options.words)
+        for key, own in (word.split("=", 1) for word in OURS[name]):
+            if given.get(key, own) != own:
+                print(f"{name} keeps its own {key}={own}: {key}={given[key]} is not for it", file=sys.stderr)
 
 
 def words_of(name: str, words: Sequence[str]) -> list[str]:

@@ -27,6 +27,7 @@ import lightning as L
 import torch
 
 import train
+from bd_lightning.checks import UserError, suggest
 from bd_lightning.modules import BellmanDiffusion
 from benchmarks import common
 from benchmarks.common import now
@@ -218,6 +219,9 @@ def main() -> None:
     parser.add_argument("--data-root", default="data")
     parser.add_argument("experiments", nargs="*", default=list(EXPERIMENTS))
     options = parser.parse_args()
+    for name in options.experiments:
+        if name not in EXPERIMENTS:
+            raise UserError(f"there is no experiment {name!r} here.{suggest(name, EXPERIMENTS)}")
     options.data_root = str(Path(options.data_root).resolve())
     load = f"load {os.getloadavg()[0]:.1f}"
     print(f"torch {torch.__version__}, {os.cpu_count()} cores, {load}, {time.strftime('%Y-%m-%d')}")

@@ -5,6 +5,7 @@ import math
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,14 @@ import torch
 from bd_lightning.checks import UserError
 from bd_lightning.kernels import ClosedFormSlices
 from bd_lightning.modules.base import learning_rate
-from benchmarks import common, copies, kernels, mode_weights, peers, returns_tables
+from benchmarks import common, copies, decoding, images, kernels, mode_weights, peers, returns_tables
 from benchmarks.rows import Rows, mean_sd, table
+from datamodules.folder import FolderImages
+from tiny_data import write_folder
 
 NAMES = (
     "copies",
+    "decoding",
     "few_steps",
     "fields",
     "gpu",
@@ -392,3 +396,26 @@ def test_the_mobility_of_a_config_is_a_table(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         kernels.main()
     assert "settings go with --mobility" in capsys.readouterr().err
+
+
+def test_batches_of_later_epochs_are_decoded_too(tmp_path, monkeypatch, capsys):
+    """They came from memory, beyond the first epoch."""
+    folder, decoded, own = write_folder(tmp_path / "f", n=140, size=(8, 8)), [], FolderImages.decode
+    monkeypatch.setattr(FolderImages, "decode", lambda self, index: decoded.append(index) or own(self, index))
+    monkeypatch.setattr(sys, "argv", ["decoding.py", str(folder), "--size", "8", "--batches", "4"])
+    decoding.main()
+    assert len(decoded) >= 280 + 3 * (4 + 1) * 128 and "280 images to 8×8" in capsys.readouterr().out
+
+
+def test_an_experiment_that_is_not_measured_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "digit"])
+    with pytest.raises(UserError, match="there is no experiment 'digit' here. Did you mean 'digits'"):
+        importlib.import_module("benchmarks.scaling").main()
+
+
+def test_settings_of_a_method_are_not_taken_for_those_of_the_command_line(capsys):
+    words = ["data=digits", "model.lr=1e-3"]
+    for names, said in ((["Bellman Diffusion"], ""), (["Bellman Diffusion, AdamW"], "keeps its own model.lr=3.0e-3")):
+        images.check(SimpleNamespace(experiment="mnist_small", words=words, only=names))
+        err = capsys.readouterr().err
+        assert said in err if said else not err
