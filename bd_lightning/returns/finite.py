@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bd_lightning.checks import UserError
 from bd_lightning.returns.policies import Policy
 from bd_lightning.returns.representation import GaussianFields
 
@@ -93,7 +94,12 @@ def backup(representation: GaussianFields, outcomes: Outcomes, w: Tensor, policy
     """The Bellman operator T in field space: weights (S, A, N) of weights (S, A, N); pairs without outcomes stay.
 
     The policy is that of the argument w.
+
+    Raises:
+        UserError: for another representation, whose outputs are no linear function of weights.
     """
+    if not isinstance(representation, GaussianFields):
+        raise UserError(f"exact backups need GaussianFields (model=returns), not {type(representation).__name__}")
     following = representation.mixture(policy(representation, w), w)[outcomes.following]
     targets = outcomes.share[:, None] * representation.target(following, outcomes.reward, outcomes.discount)
     pairs = outcomes.states * outcomes.actions

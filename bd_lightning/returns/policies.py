@@ -75,6 +75,8 @@ class UpperQuantile(Preference):
 
     def __post_init__(self) -> None:
         in_range(0, 1, level=self.level)
+        if self.level in (0, 1):  # the ends of the range for all actions
+            raise ValueError(f"level must lie between 0 and 1, got {self.level:g}")
 
     def __call__(self, representation: Representation, w: Tensor) -> Tensor:
         """The quantile of each distribution."""
@@ -94,6 +96,9 @@ class Spread(Preference):
     """
 
     weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        in_range(-1e6, 1e6, weight=self.weight)
 
     def __call__(self, representation: Representation, w: Tensor) -> Tensor:
         """Mean and spread, by quadrature of the distribution function."""

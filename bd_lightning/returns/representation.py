@@ -97,7 +97,7 @@ class Representation(nn.Module, ABC):
         Raises:
             UserError: if the representation has none.
         """
-        raise UserError("the sde needs fields: sample with model.sampler=inverse_cdf, or train GaussianFields")
+        raise UserError("the sde needs fields: sample with model.sampler=inverse_cdf, or train fields (model=returns)")
 
     def grid(self, points: int = 2001) -> Tensor:
         """Points (Q,) that reach well beyond [v_min, v_max], for quadratures and inverse functions.
@@ -267,26 +267,31 @@ class PositiveFields(GaussianNodes):
         v_min: as for `GaussianNodes`.
         v_max: as for `GaussianNodes`.
         nodes: as for `GaussianNodes`.
-        bandwidth: as for `GaussianNodes`.
+        bandwidth: as for `GaussianNodes`; 0.6 at least.
         padding: as for `GaussianNodes`.
     """
 
+    shares: Tensor
+
     def __init__(self, v_min: float, v_max: float, nodes: int = 52, bandwidth: float = 0.7, padding: int = 3) -> None:
         super().__init__(v_min, v_max, nodes, bandwidth, padding)
+        in_range(0.6, 1.5, bandwidth=bandwidth)  # sums over the nodes stand for integrals
         self.outputs = nodes
+        self._keep(shares=self.gram / self.gram.sum(1, keepdim=True))
 
     def read(self, y: Tensor) -> Tensor:
         """Weights (*, N), all positive."""
         return y.softmax(-1)
 
     def matrix(self, reward: Tensor, discount: Tensor) -> Tensor:
-        """Push-forward and re-smoothing, exactly: s at the nodes, in units of one over their distance."""
+        """Push-forward and re-smoothing, exactly: shares of s at the nodes."""
         moved = (reward[:, None] + discount[:, None] * self.x).clamp(self.v_min, self.v_max)
-        return normal(self.x[:, None] - moved[:, None, :], self.h**2) * self.spacing
+        k = normal(self.x[:, None] - moved[:, None, :], self.h**2)
+        return k / k.sum(1, keepdim=True)
 
     def loss(self, y: Tensor, target: Tensor) -> Tensor:
-        """Cross entropy −∫ t log s of densities, by quadrature over the nodes."""
-        s = product(y.softmax(-1), self.gram)
+        """Cross entropy −∫ t log s of densities, by their shares at the nodes."""
+        s = product(y.softmax(-1), self.shares)
         return -(target * s.clamp_min(torch.finfo(s.dtype).tiny).log()).sum(-1)
 
 

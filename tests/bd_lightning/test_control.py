@@ -165,6 +165,8 @@ def fixed_point(rep, outcomes, w=None, backups=150):
     w = rep.read(torch.zeros(4, 2, rep.outputs)) if w is None else w
     for _ in range(backups):
         w = backup(rep, outcomes, w, Policy(GoOn()))
+    with pytest.raises(UserError, match="exact backups need GaussianFields .*, not Categorical"):
+        backup(Categorical(-3, 3), outcomes, w, Policy(GoOn()))
     return w
 
 

@@ -11,6 +11,8 @@ from bd_lightning.returns import (
     GaussianFields,
     Policy,
     PositiveFields,
+    Spread,
+    UpperQuantile,
     bellman_target,
     conditional_value_at_risk,
     mixed_policy,
@@ -132,11 +134,18 @@ def test_positive_fields_are_backed_up_exactly():
     w = rep.read(torch.randn(3, rep.outputs, generator=torch.Generator().manual_seed(1)))
     reward, discount = torch.tensor([0.5, -0.3, 30.0]), torch.tensor([0.9, 0.0, 0.5])
     target = rep.target(w, reward, discount) / rep.spacing
-    assert torch.allclose(target.sum(1) * rep.spacing, torch.ones(3), atol=5e-4)
+    assert torch.allclose(target.sum(1) * rep.spacing, torch.ones(3))
     moved = (reward[:, None] + discount[:, None] * rep.x).clamp(-4, 6)
     density = torch.distributions.Normal(moved[:, None], rep.h).log_prob(rep.x[:, None]).exp()
-    torch.testing.assert_close(target, (density * w[:, None]).sum(-1), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(target, (density * w[:, None]).sum(-1), atol=1e-4, rtol=1e-3)
     assert float((target[2] * rep.x).sum() * rep.spacing) == pytest.approx(6, abs=1e-3)
+    for padding in (0, 3):  # at the ends exactly, whatever the padding
+        short = PositiveFields(-4, 6, nodes=60, bandwidth=1.0, padding=padding)
+        w = short.read(torch.zeros(1, short.outputs))
+        for far, node in ((-9.0, padding), (30.0, -1 - padding)):
+            end = short.target(w, torch.tensor([far]), torch.tensor([0.5]))[0]
+            torch.testing.assert_close(end, short.shares[node], atol=1e-6, rtol=1e-3)
+    w = rep.read(torch.randn(3, rep.outputs))
     mixed = rep.mixture(torch.tensor([0.2, 0.5, 0.3]), w)
     torch.testing.assert_close(rep.fields(mixed, rep.x)[1], torch.tensor([0.2, 0.5, 0.3]) @ rep.fields(w, rep.x)[1])
 
@@ -306,6 +315,9 @@ def test_mass_outside_the_range_is_counted():
         (lambda: GaussianFields(0, 1, learn="score"), "learn must be one of cumulative, density; got 'score'"),
         (lambda: GaussianFields(0, 1, nodes=6), "nodes must lie between 8"),
         (lambda: GaussianFields(0, 1, bandwidth=4.0), "bandwidth must lie between 0.3 and 1.5"),
+        (lambda: PositiveFields(0, 1, bandwidth=0.5), "bandwidth must lie between 0.6 and 1.5"),
+        (lambda: UpperQuantile(1.0), "level must lie between 0 and 1, got 1"),
+        (lambda: Spread(float("nan")), "weight must lie between"),
         (lambda: Categorical(0, 1, atoms=1), "atoms must lie between 2"),
     ],
 )
