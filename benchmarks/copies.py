@@ -153,7 +153,7 @@ def main() -> None:
     print(table(["scale", "before", "transition", "drawn to a duplicate, %", "copies, %", "FID"], lines))
     print(
         f"\nof test images {chance:.1%} are nearest to a duplicate, and the ratio test finds "
-        f"{rows[0]['copies_held_out']:.1%}"
+        f"{found[0]['copies_held_out']:.1%}"
     )
 
 

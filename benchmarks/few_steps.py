@@ -216,7 +216,7 @@ def main() -> None:
     for path in options.ddpm:
         _, stored = checkpoints.load(options.checkpoints[0], Generator)  # type: ignore[type-abstract]
         peer = Peer(path, stored, options.calls)
-        results[path] = compare(path, peer, list(peer.samplers), judge, rows, options)
+        results[path] = compare(path, peer, list(peer.samplers), judge, rows, options, judged_by=repr(first))
     with sound(rows.path):
         report(results, judge, options)
     if options.time:
@@ -249,15 +249,22 @@ def check(options: argparse.Namespace) -> None:
 
 
 def compare(
-    path: str, model: Any, names: Sequence[str], judge: Any, rows: Rows, options: argparse.Namespace
+    path: str,
+    model: Any,
+    names: Sequence[str],
+    judge: Any,
+    rows: Rows,
+    options: argparse.Namespace,
+    **more: str,
 ) -> list[dict[str, Any]]:
-    """The rows of some samplers of a model; what is missing is judged."""
+    """The rows of some samplers of a model; what is missing is judged. `more` tells rows apart that weights do not."""
     weights, results = sum(float(p.double().abs().sum()) for p in model.parameters()), []
     for name in names:
         for seed in range(1, options.seeds + 1):
             key = {"path": path, "rule": name.partition("@")[0], "calls": model.samplers[name].calls, "seed": seed}
             key |= {"sigma_min": options.sigma_min, "split": options.split, "n": options.n}
             key |= {"weights": f"{weights:.9g}", "asked": options.asked and str(sorted(options.asked.items()))}
+            key |= more
             found = rows.where(**key)
             if not found:
                 found = [rows.say(**key, **judge(model, name, options.n, seed))]

@@ -122,15 +122,20 @@ def collect(batches: Iterator[tuple[Tensor, Tensor]], n: int) -> Iterator[Tensor
 def main() -> None:
     """Run and print the table."""
     parser = common.parser(__doc__)
-    parser.add_argument("--steps", type=common.count, default=1000)
-    parser.add_argument("--seeds", type=common.count, default=3)
-    parser.add_argument("--samples", type=common.count, default=1500)
+    parser.add_argument("--steps", type=common.count, help="1000 if left out")
+    parser.add_argument("--seeds", type=common.count, help="3 if left out")
+    parser.add_argument("--samples", type=common.count, help="1500 if left out")
     parser.add_argument("--mobility", type=common.count, metavar="N", help="train nothing, measure m with N partners")
     parser.add_argument("words", nargs="*", help="with --mobility: settings of the config, as in train.py")
     options = parser.parse_intermixed_args()
+    given = {name: getattr(options, name) for name in ("steps", "seeds", "samples")}
     if options.mobility:
+        if unread := [f"--{name}" for name, value in given.items() if value is not None]:
+            parser.error(f"--mobility trains nothing: leave {', '.join(unread)} out")
         mobility(options.words, options.mobility)
         return
+    for name, usual in (("steps", 1000), ("seeds", 3), ("samples", 1500)):
+        setattr(options, name, given[name] or usual)
     if options.words:
         parser.error("settings go with --mobility; the training is the default config's")
     data = common.make_data(common.compose())

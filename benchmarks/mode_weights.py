@@ -151,6 +151,8 @@ def main() -> None:
     parser.add_argument("--checkpoint")
     options = parser.parse_args()
     density = common.compose("data=gaussians_2d")["data"]["density"]
+    if options.checkpoint and options.figure:
+        parser.error("--figure shows samplers of the exact fields: leave --checkpoint out")
     if options.checkpoint:
         trained(options.checkpoint, options.chains, density)
         return

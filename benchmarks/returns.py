@@ -24,7 +24,8 @@ it compares the returns of the training episodes.
 
 A line of OUT/*.jsonl is a finished job with all its rows, which is not done again, so that the command can be stopped
 and repeated; a job that was cut short leaves nothing and is done anew. At most `--jobs` processes work at once, each
-with one thread; with one it is this one. `table` takes the same --envs, --rates, --seeds and --smoke as the runs.
+with one thread; with one it is this one. `table` takes the same --envs, --rates, --seeds and --smoke as the
+runs of `control`.
 """
 
 import argparse
@@ -211,6 +212,8 @@ def main() -> None:
     words.add_argument("--out", type=Path, default=Path("runs/returns"))
     words.add_argument("--figure", type=arguments.picture(".png", ".jpg", ".pdf", ".svg"))
     options = words.parse_args()
+    if options.figure and options.part not in ("night", "table"):
+        words.error(f"{options.part} draws no --figure: table does")
     check(options)
     os.environ["OMP_NUM_THREADS"] = "1"
     if options.smoke:

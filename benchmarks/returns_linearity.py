@@ -78,8 +78,8 @@ def expected_updates(policy: str, seeds: range, steps: int) -> Found:
             w = training.runs.weights()
             for row, own in zip(numbers, w):
                 gap = rep.cdf((own - exact)[alive], x).abs().sum(1) * (x[1] - x[0])
-                row[f"W1, {k} steps"] = 1000 * float(gap.mean())
-                row[f"error of values, {k} steps"] = 1000 * float((rep.mean(own) - rep.mean(exact))[alive].abs().mean())
+                row[f"W1, {k} steps"] = float(gap.mean())
+                row[f"error of values, {k} steps"] = float((rep.mean(own) - rep.mean(exact))[alive].abs().mean())
     for seed, row in zip(seeds, numbers):
         yield policy, seed, row
 
@@ -126,9 +126,12 @@ def exploration(way: str, seeds: range, steps: int) -> Found:
 
 
 def chance(outcomes: Outcomes, action: Tensor, reward: float, start: int) -> float:
-    """Probability that a policy with actions (S,) ever gets a reward this low, which ends an episode; exactly."""
-    hit = (outcomes.reward <= reward).float()
-    counted = replace(outcomes, reward=hit, discount=0.9999 * (outcomes.discount > 0).float())
+    """Probability that a policy with actions (S,) gets a reward this low, which ends an episode, in 10⁸ steps or so.
+
+    A step is survived with 1 − 10⁻⁸, without which there is no answer for a policy that may stay for ever.
+    """
+    hit = (outcomes.reward <= reward).double()
+    counted = replace(outcomes, reward=hit, discount=(1 - 1e-8) * (outcomes.discount > 0).double())
     return value_of(counted, action, start)
 
 

@@ -157,7 +157,7 @@ def measure(problem: Problem, kernel: str, level: float, draws: int) -> dict[str
     for way in list(WAYS)[1:]:
         if way == "exact" and problem.model.dim > 32:
             continue
-        fewer = max(20, draws // 8) if way == "exact" and problem.model.dim > 8 else draws
+        fewer = min(draws, max(20, draws // 8)) if way == "exact" and problem.model.dim > 8 else draws
         found[way] = spread(problem.gradients(way, level, fewer)) / base
     a = best(*problem.parts(level, draws))
     return {**found, "a": a} | ({"c": level * math.sqrt(1 / a - 1)} if 0 < a < 1 else {})

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +14,7 @@ from bd_lightning.checks import UserError
 from bd_lightning.dynamics import MultistepDynamics
 from bd_lightning.fields import combine
 from bd_lightning.modules import RelativeDensities
-from bd_lightning.networks import MLP
+from bd_lightning.networks import MLP, UNet
 from benchmarks import (
     arguments,
     common,
@@ -28,6 +29,7 @@ from benchmarks import (
 from benchmarks.rows import Rows
 from callbacks import ClassifierFeatures
 from small_run import launch
+from tiny_data import write_autoencoder
 
 FLOW, OURS = "flow matching", images.DEFAULT
 COST = {"step": 1.0, "milliseconds": 1.0, "sampling": 1.0, "memory": 1.0}
@@ -98,9 +100,47 @@ def test_a_score_that_is_missing_is_computed_from_the_kept_weights(pictures, mon
     assert [(row["name"], row["sampler"]) for row in added] == [(OURS, "ode"), ("no averaging", "ode")]
     whole = scores(bench.rows())
     assert len(whole) == 3 and bench(*words)[0] == []
+    averaged, raw = (next(one["fid"] for one in whole if one["name"] == name and one["sampler"] == "ode")
+                     for name in (OURS, "no averaging"))  # fmt: skip
+    assert averaged != raw
     (bench.folder / "rows.jsonl").unlink()
     assert scores(bench(*words)[0]) == whole
     assert [row["n"] for row in bench(*words, "--n", "16")[0]] == [16] * 3  # another score of the same training
+
+
+def test_scores_on_the_way_change_no_training(pictures):
+    weights = []
+    for curve in ("0", "12", "8"):  # as many as are scored in the end draw subsets for KID
+        bench, words = pictures("--only", OURS, "--n-curve", curve)
+        bench(*words)
+        kept = [path for path in sorted(bench.folder.glob("*.pt")) if "averaging" not in path.name]
+        weights.append(torch.load(kept[0], weights_only=True))
+        shutil.rmtree(bench.folder)
+    for other in weights[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in weights[0].items())
+
+
+def test_what_is_trained_is_what_rows_say(pictures, monkeypatch):
+    """Habits are switched, and --bf16 is the precision of every pass, also where samples are drawn."""
+    recipes, halves, own, forward = [], set(), images.Training.__init__, UNet.forward
+
+    def watched(self, *args, **options):
+        halves.add(torch.is_autocast_enabled("cpu"))
+        return forward(self, *args, **options)
+
+    monkeypatch.setattr(
+        images.Training, "__init__", lambda self, model, recipe: (recipes.append(recipe), own(self, model, recipe))[1]
+    )
+    monkeypatch.setattr(UNet, "forward", watched)
+    for more, half in (([], False), (["--bf16"], True)):
+        bench, words = pictures("--only", OURS, "--only", "no clipping", "--only", "no warm-up", *more)
+        bench(*words)
+        default, *switched = recipes
+        assert default.clip and default.warmup_steps and default.bf16 == half
+        assert switched == [replace(default, clip=None), replace(default, warmup_steps=0)]
+        assert halves == {half}
+        recipes.clear()
+        halves.clear()
 
 
 def test_a_curve_that_was_interrupted_counts_once(pictures):
@@ -217,16 +257,21 @@ def test_speeds_are_measured_once(tmp_path, monkeypatch, capsys):
 
     class Nothing(contextlib.nullcontext):
         def imap_unordered(self, task, tasks):
+            asked.append(tasks)
             return []
 
         def __enter__(self):
             return self
 
+    asked: list[list] = []
     bench = Bench(fields, tmp_path, monkeypatch, capsys)
     added, said = bench()
     assert [row["kind"] for row in added] == ["speed"] and said.count("| 0.50 |") == len(fields.NAMES)
     monkeypatch.setattr(fields, "speeds", lambda: pytest.fail("measured again"))
     assert bench() == ([], said)
+    target, name, seed, steps = asked[0][0]
+    Rows(bench.folder / "rows.jsonl").add(target=target, name=name, seed=seed, steps=steps + 1)
+    assert bench() == ([], said) and asked[-1] == asked[0]  # of another length
 
 
 def test_words_of_problems():
@@ -420,10 +465,13 @@ def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys
     shutil.copytree(given[1], tmp_path / "moved")
     bench("--autoencoder", str(tmp_path / "moved"), "--n", "30", "--only", "union$")
     assert asked == [30, 30, 40, 30]  # the same codes
+    other = write_autoencoder(tmp_path / "other.ckpt", (1, 28, 28), "MNIST", (32,))
+    bench("--autoencoder", str(other), "--n", "30", "--only", "union$")
+    assert asked == [30, 30, 40, 30, 30]
     for word, sentence in (("(", "is no regular expression, missing )"), ("wieghting", "--only finds none of ")):
         with pytest.raises(SystemExit) as stop:
             bench(*given, "--only", word)
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match=r"No space left on device\): add this row there by hand: \{.*\"l1\": 5"):
+    with pytest.raises(UserError, match=r"No space left on device\): add this row there by hand: \{.*\"l1\": 6"):
         bench(*given, "--n", "50", "--only", "union$")

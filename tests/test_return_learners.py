@@ -6,7 +6,8 @@ import torch
 
 from bd_lightning.checks import UserError
 from bd_lightning.modules import FreeReturnLearner, ReturnLearner
-from bd_lightning.returns import Categorical, GaussianFields, UpperQuantile, normal_cdf
+from bd_lightning.modules.base import told
+from bd_lightning.returns import Categorical, Flat, GaussianFields, MeanReturn, UpperQuantile, normal_cdf
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
 
@@ -87,3 +88,34 @@ def test_sde_of_categorical_returns_is_refused():
     model = ReturnLearner((4,), 2, Categorical(0, 1), sampler="sde")
     with pytest.raises(UserError, match="the sde needs fields"):
         model.sample(model.weights(torch.zeros(1, 4))[0], range(3))
+
+
+def test_mistakes_in_preferences_and_features_of_ones_own_are_one_sentence():
+    class Whole(MeanReturn):
+        def __call__(self, representation, w):
+            return w
+
+    class Lost(MeanReturn):
+        def __call__(self, representation, w):
+            return representation.mean(w) * torch.nan
+
+    seen = np.zeros((3, 16), np.float32)
+    for preference, sentence in ((Whole(), r"scores of the shape \[3, 4, 52\], not one of each action, \[3, 4\]"),
+                                 (Lost(), "Lost gives scores that are no numbers")):  # fmt: skip
+        model = ReturnLearner((16,), 4, GaussianFields(0, 1), preference=preference)
+        with pytest.raises(UserError, match=sentence):
+            model.greedy(seen)
+
+    class Short(Flat):
+        def __call__(self, shape):
+            return [torch.nn.Linear(16, 7)], 9
+
+    with pytest.raises(ValueError, match=r"Short says 9 features, and its layers give \[7\]"):
+        ReturnLearner((16,), 4, GaussianFields(0, 1), features=Short())
+
+
+def test_what_is_told_of_an_object_is_not_its_address():
+    class Mine:
+        pass
+
+    assert told(Mine()) == "Mine" and told(MeanReturn()) == "MeanReturn()"

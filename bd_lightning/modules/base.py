@@ -283,4 +283,6 @@ def told(node: Any) -> str:
         return f"{type(node).__name__}({values})"
     if isinstance(node, Sequence) and not isinstance(node, str):
         return f"({', '.join(map(told, node))})"
+    if type(node).__repr__ is object.__repr__:  # which would tell where it lies in memory
+        return type(node).__name__
     return repr(float(node)) if isinstance(node, (int, float)) and not isinstance(node, bool) else str(node)

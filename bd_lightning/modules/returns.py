@@ -127,8 +127,24 @@ class DistributionalLearner(Module):
 
     @torch.no_grad()
     def _best(self, preference: Preference, observation: np.ndarray) -> np.ndarray:
+        """The best actions by a preference.
+
+        Raises:
+            UserError: if it gives other scores than one number for each action.
+        """
         w = self.weights(torch.from_numpy(observation).to(self.device))
-        return preference(self.representation, w).argmax(1).cpu().numpy()
+        scores = preference(self.representation, w)
+        if scores.shape != w.shape[:2]:
+            raise UserError(
+                f"{type(preference).__name__} gives scores of the shape {list(scores.shape)}, not one of each action, "
+                f"{list(w.shape[:2])}"
+            )
+        if scores.isnan().any():
+            raise UserError(
+                f"{type(preference).__name__} gives scores that are no numbers: the network's weights are not finite, "
+                "or its arguments have no meaning"
+            )
+        return scores.argmax(1).cpu().numpy()
 
     def greedy(self, observation: np.ndarray) -> np.ndarray:
         """Best actions (B,) at observations (B, *shape)."""
@@ -201,6 +217,9 @@ class ReturnLearner(DistributionalLearner):
     ) -> None:
         super().__init__(shape, actions, representation, **options)
         layers, width = features(self.shape)
+        found = nn.Sequential(*layers)(torch.zeros(1, math.prod(self.shape))).shape
+        if found != (1, width):
+            raise ValueError(f"{type(features).__name__} says {width} features, and its layers give {list(found[1:])}")
         self.learn_with(nn.Sequential(*layers, *trunk(width, hidden, actions * representation.outputs)))
 
     def outputs(self, network: nn.Module, observation: Tensor) -> Tensor:

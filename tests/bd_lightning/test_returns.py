@@ -184,6 +184,19 @@ def test_positive_fields_learn_the_returns_of_a_chain():
     assert float((s - torch.distributions.Normal(-0.5, rep.h).log_prob(rep.x).exp()).abs().max()) < 0.1 * float(s.max())
 
 
+def test_means_of_positive_fields_are_off_by_a_tenth_of_a_node_at_most():
+    """One state, a constant reward, γ = 0.97: the positive field nearest to a target, by EM, again and again."""
+    rep = PositiveFields(0, 2)
+    w = rep.read(torch.zeros(1, rep.outputs)).double()
+    gram, reward = rep.shares.double(), torch.tensor([0.031])
+    for _ in range(250):
+        target = rep.target(w.float(), reward, torch.tensor([0.97])).double()
+        for _ in range(60):
+            w = w * ((target / (w @ gram)) @ gram.T)
+    mean = float(rep.mean(w.float()))
+    assert 0.0 < abs(mean - 0.031 / 0.03) < 0.15 * rep.spacing
+
+
 def two_states(rep, w, backups):
     """Backups of a chain 0 → 0 or 1 with equal chances, reward 0.4; 1 → end, reward −0.5; γ = 0.8."""
     for _ in range(backups):
@@ -315,6 +328,7 @@ def test_mass_outside_the_range_is_counted():
         (lambda: GaussianFields(0, 1, learn="score"), "learn must be one of cumulative, density; got 'score'"),
         (lambda: GaussianFields(0, 1, nodes=6), "nodes must lie between 8"),
         (lambda: GaussianFields(0, 1, bandwidth=4.0), "bandwidth must lie between 0.3 and 1.5"),
+        (lambda: GaussianFields(0, 1, learn="density", bandwidth=0.4), "bandwidth must lie between 0.5 and 1.5"),
         (lambda: PositiveFields(0, 1, bandwidth=0.5), "bandwidth must lie between 0.6 and 1.5"),
         (lambda: UpperQuantile(1.0), "level must lie between 0 and 1, got 1"),
         (lambda: Spread(float("nan")), "weight must lie between"),
