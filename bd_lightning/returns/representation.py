@@ -97,9 +97,7 @@ class Representation(nn.Module, ABC):
         Raises:
             UserError: if the representation has none.
         """
-        raise UserError(
-            "the sde needs fields: sample with model.sampler=inverse_cdf, or train model=returns or returns_positive"
-        )
+        raise UserError("the sde needs fields: sample with model.sampler=inverse_cdf, or train model=returns")
 
     def grid(self, points: int = 2001) -> Tensor:
         """Points (Q,) that reach well beyond [v_min, v_max], for quadratures and inverse functions.
@@ -263,10 +261,10 @@ class GaussianFields(GaussianNodes):
 class PositiveFields(GaussianNodes):
     """Fields with positive weights of sum one, by softmax, learned by likelihood; see `bd_lightning.returns`.
 
-    Mixtures and values are linear in the weights, and so are targets, which are exact; weights are no linear function of
-    outputs. Fields whose Gaussians lie between nodes have no positive weights: the nearest ones, of a constant reward,
-    have means that are off by up to a tenth of the distance between nodes in sum over all backups. Returns beyond the
-    range are moved to its ends, as those of `Categorical` are.
+    Mixtures and values are linear in the weights, and so are targets, which are exact; weights are no linear function
+    of outputs. Fields whose Gaussians lie between nodes have no positive weights: the nearest ones, of a constant
+    reward, have means that are off by up to a tenth of the distance between nodes, in sum over all backups. Returns
+    beyond the range are moved to its ends, as those of `Categorical` are.
 
     Args:
         v_min: as for `GaussianNodes`.

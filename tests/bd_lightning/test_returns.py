@@ -192,7 +192,7 @@ def test_means_of_positive_fields_are_off_by_a_tenth_of_a_node_at_most():
     for _ in range(250):
         target = rep.target(w.float(), reward, torch.tensor([0.97])).double()
         for _ in range(60):
-            w = w * ((target / (w @ gram)) @ gram.T)
+            w = w * ((target / (w @ gram).clamp_min(1e-300)) @ gram.T)
     mean = float(rep.mean(w.float()))
     assert 0.0 < abs(mean - 0.031 / 0.03) < 0.15 * rep.spacing
 
