@@ -280,7 +280,16 @@ class PositiveFields(GaussianNodes):
         super().__init__(v_min, v_max, nodes, bandwidth, padding)
         in_range(0.6, 1.5, bandwidth=bandwidth)  # sums over the nodes stand for integrals
         self.outputs = nodes
-        self._keep(shares=self.gram / self.gram.sum(1, keepdim=True))
+        self._keep(shares=self._shares(self.x[:, None] - self.x).T)
+
+    def _shares(self, u: Tensor) -> Tensor:
+        """Shares (*, N, M) of M Gaussians at nodes that are u away, which sum to one over the nodes.
+
+        Those below 1e-12 are left out: they would be denormal numbers, by which processors calculate slowly.
+        """
+        k = normal(u, self.h**2)
+        k = k / k.sum(-2, keepdim=True)
+        return k * (k > 1e-12)
 
     def read(self, y: Tensor) -> Tensor:
         """Weights (*, N), all positive."""
@@ -289,8 +298,7 @@ class PositiveFields(GaussianNodes):
     def matrix(self, reward: Tensor, discount: Tensor) -> Tensor:
         """Push-forward and re-smoothing, exactly: shares of s at the nodes."""
         moved = (reward[:, None] + discount[:, None] * self.x).clamp(self.v_min, self.v_max)
-        k = normal(self.x[:, None] - moved[:, None, :], self.h**2)
-        return k / k.sum(1, keepdim=True)
+        return self._shares(self.x[:, None] - moved[:, None, :])
 
     def loss(self, y: Tensor, target: Tensor) -> Tensor:
         """Cross entropy −∫ t log s of densities, by their shares at the nodes."""
