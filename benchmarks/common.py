@@ -26,7 +26,6 @@ from bd_lightning.cli import build
 from bd_lightning.cli import config as configs
 from bd_lightning.modules.base import Module, Schedule
 from bd_lightning.optimizers import AdamW, Optimizer
-from datamodules.splits import shuffling
 
 # ---- the command line
 
@@ -124,7 +123,7 @@ def batches(data: Any, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Training batches (x, label) without end, shuffled anew in each epoch, in the order that train.py has them in."""
     for epoch in itertools.count():
         loader = data.train_dataloader()
-        loader.sampler.seed = shuffling(seed)
+        loader.sampler.seed = seed
         loader.sampler.set_epoch(epoch)
         yield from loader
 

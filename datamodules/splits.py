@@ -7,7 +7,6 @@ from functools import singledispatch
 from types import NoneType
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -164,15 +163,11 @@ def run_seed() -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
-def shuffling(seed: int) -> int:
-    """The seed of an order of training samples, to which the epoch is added; of the next run seed it is far away."""
-    return int(np.random.SeedSequence(seed).generate_state(1)[0])
-
-
 class ShuffledShare(DistributedSampler):
     """A rank's share of a shuffled split, in an order that depends on the run's seed and the epoch alone.
 
-    Batch k of all ranks together is the same set of samples on any number of ranks, for the same effective batch.
+    Batch k of all ranks together is the same set of samples on any number of ranks, for the same effective batch. The
+    order is that of seed + epoch: runs of neighbouring seeds meet the same orders, an epoch apart.
 
     Args:
         dataset: the split.
@@ -183,7 +178,7 @@ class ShuffledShare(DistributedSampler):
     """
 
     def __init__(self, dataset: Dataset, world_size: int, rank: int, seen: Callable[[], int], step: int) -> None:
-        super().__init__(dataset, world_size, rank, shuffle=True, seed=shuffling(run_seed()), drop_last=True)
+        super().__init__(dataset, world_size, rank, shuffle=True, seed=run_seed(), drop_last=True)
         self.seen, self.step = seen, step
 
     def __len__(self) -> int:

@@ -71,7 +71,7 @@ def own(tmp_path, monkeypatch, capsys, caplog):
         ("sigma_data = -1", "Rows(x)", "sizes of shape and sigma_data must be positive"),
         ("shape = 2", "Rows(x)", "Own: shape must be whole numbers"),
         ("class_names = 'ab'", "Rows(x)", "class_names a list of names"),
-        ("", "Rows(x[:0] if split == 'val' else x)", "the val split is empty"),
+        ("", "Rows(x[:0] if split == 'val' else x)", "the val split has no samples: give it two at least"),
         (TWO, "Rows(x, torch.arange(200) // 199 * 9)", "the label 9, and there are 2 class_names"),
         (TWO, "Rows(x, -torch.arange(200))", "the label -1, and there are 2 class_names"),
         (TWO, "Rows(x, torch.rand(200))", "labels of torch.float32 and the shape [200]"),

@@ -1,5 +1,7 @@
 """The LightningModule learns fields that are known in closed form."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -249,6 +251,7 @@ def test_compiled_networks_compute_the_same(monkeypatch):
 def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
     module = build()
     module.log_dict = lambda *args, **options: None
+    module._trainer = SimpleNamespace(world_size=1, global_rank=0)
     batch = (square().sample(16).float(), torch.zeros(16))
     state = torch.get_rng_state()
     first, second = (module.validation_step(batch, 3)["loss"] for _ in range(2))

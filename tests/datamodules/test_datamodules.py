@@ -8,7 +8,7 @@ from bd_lightning import facts
 from bd_lightning.facts import SampleFacts
 from datamodules import CIFAR10, MNIST, Digits, ImageFolder, SampleRequests, to_uint8
 from datamodules.images import to_unit
-from datamodules.splits import DataError, ShuffledShare
+from datamodules.splits import DataError
 from datamodules.subsets import random_subset
 from tiny_data import write_cifar, write_folder, write_mnist
 
@@ -270,14 +270,3 @@ def test_runs_of_other_seeds_mirror_other_images(monkeypatch):
     first = mirrored(0, 0)
     assert mirrored(0, 0) == first and 16 < sum(first) < 48
     assert mirrored(1, 0) != first != mirrored(0, 1)
-
-
-def test_orders_of_neighbouring_seeds_are_no_shifts_of_each_other(monkeypatch):
-    orders = []
-    for seed in range(3):
-        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))
-        sampler = ShuffledShare(range(40), 1, 0, lambda: 0, 1)
-        for epoch in range(3):
-            sampler.set_epoch(epoch)
-            orders.append(tuple(sampler))
-    assert len(set(orders)) == 9
