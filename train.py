@@ -12,7 +12,7 @@ from bd_lightning.cli.quiet import quiet
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit status: 0, 2 with one sentence after a mistake or a divergence, 130."""
+    """Run a command line; returns the exit status: 0, 2 after a mistake or divergence, 130 after Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(), end="")

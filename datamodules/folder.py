@@ -136,9 +136,8 @@ class ImageFolder(ImageDataModule):
         scanned = {split: self._scan(places[split] or train, seen) for split in (*held_out, "train")}
         self.max_broken = max_broken
         files = scanned["train"]
-        if (
-            "val" not in held_out and val_fraction
-        ):  # before broken files are left out: one more does not change the rest
+        # cut before broken files are left out, of which one more does not change the rest
+        if "val" not in held_out and val_fraction:
             order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0)).tolist()
             if 0 < len(files) < 4:
                 raise DataError(

@@ -152,12 +152,13 @@ class ImageDataModule(DataModule):
         """
 
     def load_split(self, split):
-        rows = self.read_split(split)
-        if all(share == 1 for share in self.shares.values()):
-            return rows
-        if split == "val" and self.called(split) == "train":  # some of those that are trained on
+        thinned = any(share != 1 for share in self.shares.values())
+        if thinned and split == "val" and self.called(split) == "train":  # some of those that are trained on
             whole = self.split("train")
             return whole.take(torch.tensor(random_subset(len(whole), SEEN)))
+        rows = self.read_split(split)
+        if not thinned:
+            return rows
         try:
             chosen, labels, take = [], rows.labels, rows.take
         except AttributeError as error:

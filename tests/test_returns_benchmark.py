@@ -1,6 +1,7 @@
 """The benchmark of returns: the steps of train.py, and that it is stopped and goes on without loss."""
 
 import dataclasses
+import importlib
 import json
 import sys
 
@@ -11,6 +12,7 @@ import torch
 import train
 from bd_lightning.checks import UserError
 from bd_lightning.modules import returns as learners
+from bd_lightning.returns.finite import Outcomes
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
 
@@ -256,3 +258,27 @@ def test_the_best_of_either_side_is_compared():
     assert "| 4, 1/1 | 2, 1/1 | 6, 1/1 | 3, 1/1 | 1.50 (one seed) |" in said
     ours = {method: row for method, row in rows.items() if method in returns_tables.OURS}
     assert "| – | – | – |" in returns_tables.line("e", 1.0, dict.fromkeys(ours, 1e-3), ours, 10)
+
+
+def test_the_chance_of_ever_falling_is_not_discounted():
+    """Every step falls with one chance in a hundred, and else stays: it falls surely."""
+    outcomes = Outcomes(
+        1, 1, torch.zeros(2, dtype=torch.long), torch.tensor([0.99, 0.01]), torch.tensor([0.0, -1.0]),
+        torch.tensor([0.9, 0.0]), torch.zeros(2, dtype=torch.long),
+    )  # fmt: skip
+    assert linearity.chance(outcomes, torch.zeros(1, dtype=torch.long), -1.0, 0) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "sentence"),
+    [
+        ("returns", "evaluate --figure a.png", "evaluate draws no --figure"),
+        ("mode_weights", "--checkpoint a --figure a.png", "leave --checkpoint out"),
+        ("kernels", "--mobility 9 --seeds 2 --samples 5", "trains nothing: leave --seeds, --samples out"),
+    ],
+)
+def test_arguments_that_are_not_read_are_refused(name, words, sentence, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [f"{name}.py", *words.split()])
+    with pytest.raises(SystemExit) as stop:
+        importlib.import_module(f"benchmarks.{name}").main()
+    assert stop.value.code == 2 and sentence in " ".join(capsys.readouterr().err.split())

@@ -150,8 +150,6 @@ class GaussianNodes(LinearRepresentation):
         padding: nodes on either side outside [v_min, v_max].
     """
 
-    gram: Tensor
-
     def __init__(self, v_min: float, v_max: float, nodes: int, bandwidth: float, padding: int) -> None:
         super().__init__(v_min, v_max)
         in_range(0.3, 1.5, bandwidth=bandwidth)
@@ -160,7 +158,7 @@ class GaussianNodes(LinearRepresentation):
         self.spacing = (v_max - v_min) / (nodes - 2 * padding - 1)
         self.h = bandwidth * self.spacing
         x = v_min + self.spacing * (torch.arange(nodes, dtype=torch.float64) - padding)
-        self._keep(x=x, gram=normal(x[:, None] - x, self.h**2) * self.spacing)
+        self._keep(x=x)
 
     def fields(self, w: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """Both in closed form."""
@@ -196,6 +194,7 @@ class GaussianFields(GaussianNodes):
     changeable = ("mass", "positive")
     points: Tensor
     back: Tensor
+    gram: Tensor
     inverse: Tensor
     uniform: Tensor
     start: Tensor
@@ -228,7 +227,7 @@ class GaussianFields(GaussianNodes):
             steps = steps - steps.roll(1, 0)
             back = steps @ torch.linalg.inv(normal_cdf((points[:, None] - x) / self.h) @ steps)
         self.outputs = len(points)
-        self._keep(points=points, back=back, inverse=torch.linalg.inv(gram), uniform=inside)
+        self._keep(points=points, back=back, gram=gram, inverse=torch.linalg.inv(gram), uniform=inside)
         self._keep(start=self._functional(points[:, None] - x) @ inside)
 
     def _functional(self, u: Tensor) -> Tensor:
