@@ -14,6 +14,7 @@ from small_run import WORDS
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared" / "data"
 
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # where it is set, each process that a test starts compiled torch anew
 torch.set_num_threads(max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
 
 
