@@ -27,8 +27,10 @@ def main(argv: list[str] | None = None) -> int:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\nstopped", file=sys.stderr)
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not isinstance(stop, KeyboardInterrupt) and not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        print("\nstopped", file=sys.stderr)  # by Lightning, too, which makes an exit of it
         return 128 + signal.SIGINT
     finally:
         build.trusted.set(())  # what one command line trusts, nothing after it does

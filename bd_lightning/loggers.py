@@ -5,7 +5,7 @@ import itertools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lightning.pytorch.loggers import CSVLogger, WandbLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
@@ -14,20 +14,24 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from bd_lightning.checks import UserError, plain_name, positive
 
+Mode = Literal["auto", "online", "offline", "disabled"]
+
 
 def read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]] | None:
     """Columns and rows of a metrics.csv, without one that a killed process left half written; None if it is damaged."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            lines = list(csv.reader(file))
+        text = path.read_bytes().decode()
+        lines = list(csv.reader(text.splitlines(keepends=True)))
     except (ValueError, csv.Error):
         return None
     keys = lines[0] if lines else ["step"]
     if "step" not in keys or len(set(keys)) < len(keys):
         return None
-    rows = [dict(zip(keys, line)) for line in lines[1:] if len(line) == len(keys)]
-    whole = [row for row in rows if row["step"].isdecimal()]
-    return None if len(lines) - 1 - len(whole) > 1 else (keys, whole)
+    written = lines[1:] if text.endswith("\n") else lines[1:-1]  # the last line may be cut in its last number
+    whole = [
+        dict(zip(keys, line)) for line in written if len(line) == len(keys) and line[keys.index("step")].isdecimal()
+    ]
+    return None if len(written) > len(whole) + 1 else (keys, whole)
 
 
 def moved_aside(path: Path) -> Path:
@@ -54,9 +58,8 @@ class _AppendingWriter(ExperimentWriter):
             return
         keys, rows = found
         self.metrics_keys = sorted(keys)
-        if self.resumed_at is None:
-            return
-        rows = [row for row in rows if int(row["step"]) < self.resumed_at]
+        if self.resumed_at is not None:
+            rows = [row for row in rows if int(row["step"]) < self.resumed_at]
         part = path.with_name(f"{path.name}.part")
         with part.open("w", newline="") as file:
             writer = csv.DictWriter(file, self.metrics_keys, extrasaction="ignore")
@@ -131,7 +134,7 @@ class WandB(WandbLogger):
         tags: list[str] | None = None,
         notes: str | None = None,
         entity: str | None = None,
-        mode: Literal["auto", "online", "offline", "disabled"] = "auto",
+        mode: Mode = "auto",
         log_model: bool | Literal["all"] = False,
         timeout: float = 20.0,
         summaries: dict[str, Literal["min", "max"]] | None = None,
@@ -153,17 +156,20 @@ class WandB(WandbLogger):
             notes=notes,
             entity=entity,
         )
-        self.mode, self.timeout, self.run_dir, self.summaries = mode, timeout, Path(run_dir), dict(summaries or {})
+        self.mode = os.environ.get("WANDB_MODE") or mode
+        if self.mode not in get_args(Mode):
+            raise ValueError(f"WANDB_MODE must be one of {', '.join(get_args(Mode))}; got {self.mode!r}")
+        self.timeout, self.run_dir, self.summaries = timeout, Path(run_dir), dict(summaries or {})
         self.resumed_at = resumed_at
         self.known = -1  # the last step that W&B has from an earlier part of the run
 
     def _choose_mode(self) -> str:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE") or self.mode
-        if mode == "auto":
-            mode = "online" if wandb.login(prompt=False, verify=False) else "offline"
-        return mode
+        if self.mode != "auto":
+            return self.mode
+        os.environ.pop("WANDB_MODE", None)  # empty, which W&B itself would refuse
+        return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
     def _start(self, mode: Any) -> Any:
         import wandb

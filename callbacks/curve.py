@@ -1,6 +1,5 @@
 """How good samples are against the number of network calls that they take."""
 
-import json
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -13,7 +12,7 @@ from bd_lightning.checks import positive
 from callbacks.drawing import SampleModule, data_of
 from callbacks.evaluation import Evaluation, Metric, remarked
 from callbacks.pictures import publish_lines, publish_picture
-from callbacks.records import run_folder, step_of
+from callbacks.records import append_record, run_folder, step_of
 
 
 class CallsCurve(L.Callback):
@@ -54,11 +53,10 @@ class CallsCurve(L.Callback):
                     row = remarked(found.row, data_of(trainer).remark)
                     values = {m.name: found.values.get(f"test/{m.name}") for m in self.judge.metrics}
                     known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-                    rows.append({"step": step_of(trainer), "sampler": name, "calls": one.calls, **known})
-                    rows[-1]["protocol"] = row.get("protocol", "")
+                    place = {"step": step_of(trainer), "sampler": name, "calls": one.calls}
+                    rows.append(place | known | {"protocol": row.get("protocol", "")})
                     if trainer.is_global_zero:  # at once: a test may be stopped
-                        text = json.dumps(rows, indent=1, allow_nan=False)
-                        (run_folder(trainer) / "calls.json").write_text(text)
+                        append_record(trainer, "calls.json", rows[-1])
         if trainer.is_global_zero:
             self.write(trainer, rows)
 

@@ -23,12 +23,20 @@ def shapes(found: Any) -> list[Any]:
     return [one.shape for one in tree_leaves(found) if isinstance(one, Tensor)]
 
 
+def either(take: Tensor, new: Any, old: Any) -> Any:
+    """`new` where the scalar `take` is true, else `old`: nests of tensors, chosen on the device if they are alike."""
+    if at_hand(take) or shapes(new) != shapes(old):
+        return new if take else old
+    return tree_map(lambda a, b: torch.where(take, a, b) if isinstance(a, Tensor) else a, new, old)
+
+
 class TrainingDiagnostics(L.Callback):
     """Logs, every `trainer.log_every_n_steps` steps: the norm of the gradient before clipping, and samples per second
     over all devices (validation not counted).
 
     A loss or gradient that is not finite changes no weights: on all ranks alike the run stops, or leaves the step out.
-    The batch at fault is kept in the run folder. On a GPU the optimiser is told so on the device, and the host looks at
+    The batch at fault is kept in the run folder, of several that are accumulated the first whose loss is not finite, or
+    the last where gradients alone are not. On a GPU the optimiser is told so on the device, and the host looks at
     logging steps, before validations and before checkpoints; a run that stops changes no weights until then.
 
     Args:
@@ -41,6 +49,7 @@ class TrainingDiagnostics(L.Callback):
         self.logged_step = self.logged_skips = 0
         self.faults: Tensor | None = None  # steps at fault since the host last looked, on the device
         self.fault: dict[str, Any] = {}  # the last of them
+        self.found: dict[str, Any] = {}  # of the batches of a step, the first whose loss is not finite, else the last
         self.shown: set[str] = set()  # what was logged last
         self._clear()
 
@@ -83,8 +92,11 @@ class TrainingDiagnostics(L.Callback):
         self.batch = batch
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
-        """Remember the loss."""
-        self.loss = loss.detach()
+        """Remember the batch and its loss, unless that of an earlier one of the step is not finite."""
+        loss = loss.detach() * trainer.accumulate_grad_batches
+        found, earlier = {"batch": self.batch, "loss": loss, "step": trainer.global_step}, self.found
+        same = earlier.get("step") == trainer.global_step
+        self.found = either(earlier["loss"].isfinite(), found, earlier) if same else found
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         """Log the norm of the gradient; stop at one that is not finite, or leave the step out."""
@@ -96,11 +108,11 @@ class TrainingDiagnostics(L.Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # float16 looks after itself
         if scaled or self.faults is None:
             return
-        bad = ~torch.isfinite(norm + self.loss)
+        bad = ~torch.isfinite(norm + self.found["loss"])
         if trainer.world_size > 1:  # a loss is its rank's own, and may be infinite where gradients are not
             bad = trainer.strategy.reduce(bad.float(), reduce_op="max") > 0
         step = torch.full((), trainer.global_step, device=bad.device)
-        self._note(trainer, bad, {"batch": self.batch, "step": step, "loss": self.loss, "norm": norm})
+        self._note(trainer, bad, self.found | {"step": step, "norm": norm})
         self.faults = self.faults + bad
         cast(Module, pl_module).optimizer.unless(optimizer, bad if self.nonfinite == "skip" else self.faults > 0)
         if due or at_hand(bad):
@@ -113,13 +125,8 @@ class TrainingDiagnostics(L.Callback):
         """Keep what was found at a step if it is the last at fault, or the first where the run stops there."""
         if shapes(self.fault) != shapes(found):
             self._look(trainer)
-        elif at_hand(bad):
-            found = found if bad else self.fault
         else:
-            take = bad if self.nonfinite == "skip" else bad & (self.faults == 0)
-            found = tree_map(
-                lambda new, old: torch.where(take, new, old) if isinstance(new, Tensor) else new, found, self.fault
-            )
+            found = either(bad if self.nonfinite == "skip" else bad & (self.faults == 0), found, self.fault)
         self.fault = found
 
     def _look(self, trainer: L.Trainer) -> None:

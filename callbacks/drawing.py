@@ -56,9 +56,11 @@ class SampleModule(Protocol):
     analytic: Any
 
 
-def manner(pl_module: SampleModule, sampler: str) -> str:
-    """How samples are drawn, for protocols: the sampler, its network calls, guidance."""
-    return f"{sampler}, {pl_module.samplers[sampler].calls} network calls{pl_module.describe()}"
+def manner(pl_module: SampleModule, sampler: str, batch_size: int) -> str:
+    """How samples are drawn, for protocols: the sampler, its network calls, guidance, chains that depend on others."""
+    by = pl_module.samplers[sampler]
+    among = f", {batch_size} chains resampled together" if by.interacting else ""
+    return f"{sampler}, {by.calls} network calls{pl_module.describe()}{among}"
 
 
 SHAPES = {"images": (3, "points"), "vectors": (1, "images")}
@@ -137,8 +139,8 @@ def draw(
 ) -> Iterator[Tensor]:
     """This rank's share of n samples, decoded by the data module, a batch at a time.
 
-    Sample i depends on the seed and on i alone, and goes to rank i modulo the number of ranks. A class-conditional
-    module is asked for class i modulo the number of classes.
+    Sample i depends on the seed and on i alone, unless the sampler lets the chains of a batch interact, and goes to
+    rank i modulo the number of ranks. A class-conditional module is asked for class i modulo the number of classes.
 
     Raises:
         SIGTERMException: at the next step after SIGTERM has arrived, in a run of one process.

@@ -150,13 +150,14 @@ def field_figure(pl_module: SampleModule, density: Density | None, level: float,
     figure = Figure(figsize=(7, 3.4 * len(rows)), dpi=120, layout="constrained")
     side = round(len(x) ** 0.5)
     top = float(rows[-1][1].max())
+    reaches = [float(np.nanmax(np.abs(arrows))) for _, _, arrows in reversed(rows)]  # NaN where p is zero
+    reach = next((one for one in reaches if one > 0), 1.0)
     for (name, field, arrows), (left, right) in zip(rows, figure.subplots(len(rows), 2, squeeze=False)):
         box = (-extent, extent, -extent, extent)
         picture = left.imshow(field.reshape(side, side).T, origin="lower", extent=box, vmin=0, vmax=top)
         figure.colorbar(picture, ax=left, shrink=0.8)
         left.set_title(f"scalar field s, {name}, σ = {level:g}")
         few = np.arange(len(x)).reshape(side, side)[::3, ::3].ravel()
-        reach = float(np.abs(rows[-1][2]).max())
         right.quiver(x[few, 0], x[few, 1], arrows[few, 0], arrows[few, 1], scale=14 * reach)
         right.set(title=f"gradient field g, {name}", aspect="equal", xlim=box[:2], ylim=box[:2])
     return figure
@@ -171,7 +172,9 @@ def sample_figure(x: Tensor, real: Tensor, density: Density | None, extent: floa
     if d == 1:
         figure = Figure(figsize=(4.5, 3), dpi=120, layout="constrained")
         axes = figure.subplots()
-        axes.hist(x[:, 0], bins=100, range=(-extent, extent), density=True, alpha=0.5, label="samples")
+        parts = ([(real, "held out")] if density is None else []) + [(x, "samples")]
+        for values, label in parts:
+            axes.hist(values[:, 0], bins=100, range=(-extent, extent), density=True, alpha=0.5, label=label)
         if density is not None:
             line = torch.linspace(-extent, extent, 1000, dtype=torch.float64)[:, None]
             axes.plot(line[:, 0], density.log_density(line).exp(), "k", lw=1, label="density")

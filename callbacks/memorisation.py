@@ -120,8 +120,8 @@ class Memorisation(Evaluation):
         theirs, _ = nearest_two(held_out, data)
         values = memorisation(ours, theirs, self.ratio)
         protocol = (
-            f"{self.n} samples ({manner(pl_module, sampler)}, seed {self.seed}), {len(held_out)} test images of "
-            f"{data.name}, pixels{', training images mirrored or not' if data.flip else ''}"
+            f"{self.n} samples ({manner(pl_module, sampler, self.batch_size)}, seed {self.seed}), {len(held_out)} test "
+            f"images of {data.name}, pixels{', training images mirrored or not' if data.flip else ''}"
         )
         summary = (
             f"median distance to the nearest training image {values['distance_ratio']:.2f} times that of test images; "

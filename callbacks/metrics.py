@@ -112,7 +112,7 @@ class ImageMetrics(Evaluation):
         n: samples at each validation.
         n_test: samples at a test; None takes n.
         sampler: name of the module's sampler; None takes its default.
-        batch_size: samples drawn at a time on each rank. It does not change the result.
+        batch_size: samples drawn at a time on each rank. Only samplers whose chains interact give others by it.
         kid_subset: size of KID's subsets; KID is left out if there are fewer samples or reference images.
         manifold: precision and recall are those of at most so many samples and as many real images; 0 leaves them out.
         reference: "train", "val" or "test", or an .npz file with mu and sigma in the same features, of which FID alone
@@ -276,7 +276,7 @@ class ImageMetrics(Evaluation):
             **({} if reference.floor is None else {"floor": round(reference.floor, 2)}),
             "noise": round(reference.noise, 2),
             "protocol": (
-                f"{n} samples ({manner(pl_module, sampler)}, seed {self.seed}) against "
+                f"{n} samples ({manner(pl_module, sampler, self.batch_size)}, seed {self.seed}) against "
                 f"{reference.what}; {self.features.description}; "
                 f"floor: {reference.floor_of}; noise: uniform bytes"
                 + (f"; precision, recall: {manifold} of each, {NEIGHBOURS} neighbours" if manifold else "")

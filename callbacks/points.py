@@ -125,7 +125,7 @@ class PointMetrics(Evaluation):
                 unknown = f"; no errors of the fields: {error}"
         modes = f", largest error of a mode's weight {values['mode_error']:.3f}" if "mode_error" in values else ""
         protocol = (
-            f"{n} samples ({manner(pl_module, sampler)}, seed {self.seed}), "
+            f"{n} samples ({manner(pl_module, sampler, self.n)}, seed {self.seed}), "
             f"{min(n, self.n)} at a time, "
             f"against {min(self.n, len(held_out))} points of the {stage} split of {data.name}; "
             f"floor: {n} training points in their place{unknown}"

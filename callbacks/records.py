@@ -36,7 +36,8 @@ def read_record(path: Path) -> list[dict[str, Any]] | None:
 def append_record(trainer: L.Trainer, name: str, row: dict[str, Any]) -> None:
     """Append a row to <run folder>/<name>, a JSON list; "summary" of the last row is printed when the run ends.
 
-    It takes the place of a row of the same step, protocol and sampler, which a run that was killed had written before.
+    It takes the place of a row of the same step, protocol, sampler and calls, which a run that was killed had written
+    before.
     Numbers that are not finite, which JSON does not know, become null. A damaged file is moved aside.
     """
     path = run_folder(trainer) / name
@@ -46,7 +47,7 @@ def append_record(trainer: L.Trainer, name: str, row: dict[str, Any]) -> None:
         rank_zero_info(f"{name} was damaged: it is now {moved_aside(path).name}, and a new one is begun")
 
     def place(one: dict[str, Any]) -> tuple:
-        return one["step"], one.get("protocol"), one.get("drawn"), set(one)
+        return one["step"], one.get("protocol"), one.get("drawn"), one.get("sampler"), one.get("calls"), set(one)
 
     rows = [old for old in rows or [] if place(old) != place(row)]
     known = {key: None if value in (math.inf, -math.inf) or value != value else value for key, value in row.items()}

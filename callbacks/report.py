@@ -63,7 +63,7 @@ class Report(L.Callback):
         """How the numbers of the evaluations are read: which way is better, and how many decimals are shown."""
         callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
         evaluations = [callback for callback in callbacks if isinstance(callback, Evaluation)]
-        declared = [metric for evaluation in evaluations for metric in evaluation.metrics]
+        declared = [metric for one in evaluations if "val" in one.stages for metric in one.metrics]
         return {f"val/{metric.name}": {"mode": metric.mode, "digits": metric.digits} for metric in declared}
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

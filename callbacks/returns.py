@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -205,7 +204,6 @@ class ReturnFigures(L.Callback):
     def __init__(self, seconds: float = 4.0) -> None:
         positive(seconds=seconds)
         self.seconds = seconds
-        self.frames: list[Image.Image] = []
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that the data is an environment."""
@@ -221,14 +219,15 @@ class ReturnFigures(L.Callback):
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path)
         publish_image(trainer, "figures/returns", path, "density of the return of each action, mean dashed")
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        self.frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB"))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Write the animation."""
-        if self.frames and trainer.is_global_zero:
-            publish_animation(trainer, "returns", self.frames, self.seconds)
+        """Write the animation, also of what was drawn before the run was resumed."""
+        if not trainer.is_global_zero:
+            return
+        drawn = sorted((run_folder(trainer) / "figures").glob("returns-*.png"))
+        frames = [Image.open(path).convert("RGB") for path in drawn if int(path.stem[8:]) <= step_of(trainer)]
+        if frames:
+            publish_animation(trainer, "returns", frames, self.seconds)
 
 
 @torch.no_grad()

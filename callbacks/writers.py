@@ -19,12 +19,14 @@ from datamodules.images import to_uint8
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[None]:
-    """Writes a file; what could not be written to the end, as on a full disk, does not stay."""
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file, which takes its name when it is whole; what a full disk or a signal cut does not stay."""
+    part = path.with_name(f"{path.name}.part")
     try:
-        yield
+        yield part
+        part.replace(path)
     except BaseException:
-        path.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
 
 
@@ -96,8 +98,8 @@ class ImageWriter(SampleWriter):
         for index, image in zip(indices, to_uint8(self.decode(x) if self.decode else x)):
             array = image.permute(1, 2, 0).squeeze(-1).numpy()
             path = self.folder / f"{index:06d}.png"
-            with whole(path):
-                Image.fromarray(array).save(path)
+            with whole(path) as part:
+                Image.fromarray(array).save(part, "png")
 
     def finish(self, n, pl_module):
         images = [pil_to_tensor(Image.open(self.folder / f"{i:06d}.png")) for i in range(min(self.grid, n))]
@@ -135,18 +137,18 @@ class TableWriter(SampleWriter):
         if self.center is not None:
             x = x + torch.tensor(self.center, dtype=torch.float64)
         path = self.folder / f"part-{indices[0]:08d}.csv"
-        with whole(path), path.open("w", newline="") as file:
+        with whole(path) as part, part.open("w", newline="") as file:
             csv.writer(file).writerows([i, *row] for i, row in zip(indices, x.tolist()))
 
     def finish(self, n, pl_module):
         rows: dict[int, list[str]] = {}
         parts = sorted(self.folder.glob("part-*.csv"))
-        for part in parts:
-            with part.open(newline="") as file:
+        for path in parts:
+            with path.open(newline="") as file:
                 rows |= {int(row[0]): row[1:] for row in csv.reader(file)}
-        with (self.folder / "samples.csv").open("w", newline="") as file:
+        with whole(self.folder / "samples.csv") as part, part.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(self.columns or [f"x{k}" for k in range(pl_module.dim)])
             writer.writerows(rows[i] for i in range(n))
-        for part in parts:
-            part.unlink()
+        for path in parts:
+            path.unlink()

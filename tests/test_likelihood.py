@@ -14,7 +14,7 @@ from bd_lightning.modules import ConsistencyModel
 from callbacks import FieldLikelihood, FlowLikelihood
 from callbacks.likelihood import together
 from datamodules import Digits
-from small_run import WORDS, launch
+from small_run import WORDS, launch, refused
 from tiny_data import write_autoencoder
 
 QUICK = ["callbacks.diagnostics=null", "callbacks.report=null"]
@@ -47,6 +47,19 @@ def test_bits_per_dimension_of_images(run, capsys):
     (logged,) = run.glob("test-*/metrics.csv")
     (row,) = [row for row in csv.DictReader(logged.open()) if row["test/bits_per_dim_se"]]
     assert row["step"] == "4"  # the checkpoint's
+
+
+def test_a_likelihood_judges_no_samples(run, capsys):
+    words = ["callbacks.metrics=null", "callbacks.memorisation=null", "callbacks.best=null", "calls=[4]"]
+    assert command("test", run, "callbacks.likelihood.n=5", *FLOW, *words) == 2
+    assert "calls needs callbacks.metrics, which judges samples" in capsys.readouterr().err
+
+
+def test_a_likelihood_chooses_no_checkpoint(tmp_path, capsys):
+    """It is measured at tests alone."""
+    best = "callbacks.best={_target_: lightning.pytorch.callbacks.ModelCheckpoint, monitor: val/nats}"
+    said = refused(tmp_path / "root", capsys, "run_id=x", best, *FLOW)
+    assert "nothing measures val/nats, to choose the best checkpoint by: there is" in said
 
 
 def test_a_conditional_model_is_told_the_class(tmp_path, capsys):

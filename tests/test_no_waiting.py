@@ -5,6 +5,7 @@ There AdamW is the fused one, as on CUDA, and `at_hand` says no.
 
 import warnings
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import lightning as L
@@ -160,6 +161,28 @@ def test_a_batch_of_another_size_is_kept_too(far, tmp_path):
     diagnostics._look(trainer)
     kept = torch.load(tmp_path / "nonfinite-batch-rank0.pt", weights_only=True)
     assert kept["step"] == 2 and kept["batch"][0].shape == (3, 2) and diagnostics.skipped == 2
+
+
+class Breaks(BellmanDiffusion):
+    """Its loss is not a number in the batches whose place among all is in `at`; `met` has all batches."""
+
+    def losses(self, x, *args):
+        self.met.append(x)
+        found = super().losses(x, *args)
+        return replace(found, scalar=found.scalar * float("nan")) if len(self.met) - 1 in self.at else found
+
+
+@pytest.mark.parametrize("where", ["at hand", "far"])
+@pytest.mark.parametrize(("at", "kept"), [([6], 6), ([7, 8], 7), ([8], 8)])
+def test_of_accumulated_batches_the_first_at_fault_is_kept(request, tmp_path, where, at, kept):
+    if where == "far":
+        request.getfixturevalue("far")
+    module = build()
+    module.__class__, module.at, module.met = Breaks, at, []
+    with pytest.raises(NonFiniteLoss, match="the loss is nan at step 2"):
+        fit(tmp_path, [FieldDiagnostics()], module=module, accumulate_grad_batches=3)
+    batch = torch.load(tmp_path / "nonfinite-batch-rank0.pt", weights_only=True)["batch"]
+    assert torch.equal(batch[0], module.met[kept])
 
 
 def test_the_fused_optimizer_is_clipped_under_autocast(far, tmp_path):

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from matplotlib.quiver import Quiver
 from PIL import Image, ImageSequence
 
 import train
 from bd_lightning import checkpoints, distances
 from callbacks import PointMetrics
-from callbacks.figures import column_names, sample_figure
+from callbacks.figures import column_names, field_figure, sample_figure
 from callbacks.points import field_errors, mode_shares, true_fields
 from datamodules import Synthetic, Table
 from oracles import square
@@ -180,6 +181,28 @@ def test_figures_of_tables_name_and_show_all_columns():
     assert numbered == ("column 0", "column 1")
     figure = sample_figure(rows, rows, None, 3.0, ["$a^", "$b_", *names[2:]])  # not mathematics
     figure.canvas.draw()
+
+
+def test_held_out_data_is_drawn_where_there_is_no_density():
+    rows = torch.randn(50, 1)
+    figure = sample_figure(rows, rows, None, 3.0, ["x"])
+    assert [text.get_text() for text in figure.axes[0].get_legend().get_texts()] == ["held out", "samples"]
+
+
+def test_arrows_of_a_density_that_ends_somewhere(monkeypatch):
+    """Outside a box the gradient is no number; the arrows inside have a length all the same."""
+    monkeypatch.setattr("callbacks.figures.fields_at", lambda module, x, level: (x[:, 0], x))
+    for size in (0.5, 0.0):
+
+        def true(module, density, x, level, size=size):
+            inside = x.abs().amax(1, keepdim=True) < 1
+            return x[:, 0], torch.where(inside, size * x, torch.nan)
+
+        monkeypatch.setattr("callbacks.figures.true_fields", true)
+        figure = field_figure(SimpleNamespace(dim=2), object(), 0.1, 2.0)
+        figure.canvas.draw()
+        scales = [child.scale for axes in figure.axes for child in axes.get_children() if isinstance(child, Quiver)]
+        assert len(scales) == 2 and all(0 < scale < 100 for scale in scales)
 
 
 MISTAKES = [

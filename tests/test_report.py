@@ -72,6 +72,12 @@ def test_later_evaluations_of_a_checkpoint_are_no_part_of_the_curves(tmp_path):
     assert read_curves(path) == {"val/fid": [(10, 5.0), (20, 4.0), (40, 3.5)]}
 
 
+def test_a_last_number_that_may_be_cut_is_not_read(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("step,val/fid\n9,50.25\n19,48")  # of 48.31, say
+    assert read_curves(path) == {"val/fid": [(10, 50.25)]}
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -155,6 +161,33 @@ def test_runs_of_one_protocol_are_compared_without_a_warning(tmp_path):
         "seed": 1,
     }  # an export's, read otherwise
     assert "losses" not in report.compare_text(tables)
+
+
+def test_what_one_run_knows_of_a_metric_holds_for_all(tmp_path):
+    """metrics.json is written by a run's first validation, and may be missing."""
+    for name in "ab":
+        make_run(tmp_path / name)
+    (tmp_path / "b" / "metrics.json").unlink()
+    runs = [report.read(tmp_path / name) for name in "ab"]
+    assert re.search(r"val/fid( +50\.0 \(40\.0 at 200\)){2}", report.compare_text(runs))
+    assert report.compare_page(runs).count("50.0 (40.0 at 200)") == 2
+
+
+def test_real_data_is_a_line_where_it_is_the_same_for_all(tmp_path):
+    runs = [report.read(make_run(tmp_path / name)) for name in "ab"]
+    assert "16.7" in report.compare_page(runs)
+    runs[1].records["fid.json"][-1]["floor"] = 19.3
+    page = report.compare_page(runs)
+    assert "16.7" not in page and "19.3" not in page
+
+
+def test_what_never_changes_has_no_curve(tmp_path):
+    run = report.read(make_run(tmp_path / "a"))
+    run.curves["field/constant"] = [(10, 1.0), (20, 1.0)]
+    run.curves["field/moving"] = [(10, 1.0), (20, 2.0)]
+    page = report.run_page(run)
+    assert "field/moving" in page and "field/constant" not in page
+    assert page.count("<figcaption>loss") == 1 and "<figcaption>train/loss" not in page
 
 
 def test_long_curves_are_thinned_and_smoothed_and_keep_their_level():

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import train
 from bd_lightning.modules import ReturnLearner
 from bd_lightning.modules import returns as learners
 from bd_lightning.returns import GaussianFields
-from callbacks import EpisodeReturns
+from callbacks import EpisodeReturns, ReturnFigures
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
 
@@ -47,6 +48,22 @@ def test_frozen_lake_is_learned_and_everything_is_in_the_folder(finished):
     rows = list(csv.DictReader((finished / "metrics.csv").open()))
     for name in ("train/loss", "train/return", "train/env_steps", "train/epsilon", "train/returns_outside", "val/loss"):
         assert any(row.get(name) for row in rows), name
+
+
+def test_the_animation_has_what_was_drawn_before_a_run_was_resumed(tmp_path, monkeypatch):
+    curve = torch.linspace(0, 1, 20)
+    monkeypatch.setattr(
+        "callbacks.returns.return_densities", lambda module: (curve, curve[None, None], curve[:1, None])
+    )
+    module = SimpleNamespace(loaded_step=0)
+    trainer = SimpleNamespace(is_global_zero=True, default_root_dir=tmp_path, loggers=[], lightning_module=module)
+    for steps in ((10, 20), (30,)):
+        figures = ReturnFigures()
+        for trainer.global_step in steps:
+            figures.on_validation_epoch_end(trainer, module)
+        figures.on_train_end(trainer, module)
+    with Image.open(tmp_path / "samples" / "trajectory-returns.gif") as animation:
+        assert animation.n_frames == 3
 
 
 def test_environment_steps_are_those_of_all_processes():

@@ -412,6 +412,17 @@ def test_a_checkpoint_that_is_not_written_leaves_no_part(error, tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
+def test_rows_of_a_write_that_was_killed_are_not_read(tmp_path, monkeypatch):
+    """Two devices had shared the rows; one was killed in the middle of its part, and one device draws them anew."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", lambda *args: None)  # killed before the file has its name
+        TableWriter(tmp_path).write([1, 3], torch.full((2, 2), 3.0))
+    writer = TableWriter(tmp_path)
+    writer.write([0, 1, 2, 3], torch.full((4, 2), 5.0))
+    writer.finish(4, SimpleNamespace(dim=2))
+    assert (tmp_path / "samples.csv").read_text().split() == ["x0,x1", *["5.0,5.0"] * 4]
+
+
 @pytest.mark.parametrize("kind", ["images", "rows"])
 def test_a_sample_that_is_not_written_leaves_no_file(kind, tmp_path, monkeypatch):
     def failing(*args, **options):

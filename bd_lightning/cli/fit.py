@@ -176,7 +176,8 @@ def calls_curve(plan: Plan, callbacks: list[Any], model: Any) -> CallsCurve:
         UserError: if there is nothing to judge by.
     """
     model.check_calls()
-    judges = [one for one in objects.evaluations(callbacks) if one.record is not None and one.metrics]
+    known = [one for one in objects.evaluations(callbacks) if not isinstance(one, Likelihood)]  # it draws nothing
+    judges = [one for one in known if one.record is not None and one.metrics]
     if not judges:
         raise UserError("calls needs callbacks.metrics, which judges samples")
     return CallsCurve(plan.config["calls"], judges[0])

@@ -162,8 +162,7 @@ def evaluations(built: list[Any]) -> list[Evaluation]:
 
 def metrics(evaluations: list[Any]) -> dict[str, str]:
     """Whether "min" or "max" is better, for the name of every metric that callbacks, or classes of them, log."""
-    declared = [metric for one in evaluations for metric in one.metrics]
-    return {f"{stage}/{metric.name}": metric.mode for metric in declared for stage in ("val", "test")}
+    return {f"{stage}/{m.name}": m.mode for one in evaluations for stage in one.stages for m in one.metrics}
 
 
 def _subclasses(cls: type) -> list[Any]:

@@ -199,7 +199,7 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         finite_part: bool = False,
         fields: FieldPair | None = None,
     ) -> Tensor:
-        """Draw samples. Sample i of a seed is the same in any batch and on any rank.
+        """Draw samples. Sample i of a seed is the same in any batch and on any rank, unless the sampler is interacting.
 
         Args:
             indices: indices of the samples, length B.

@@ -111,12 +111,16 @@ def _jacobian(v: Tensor, x: Tensor, mean: Tensor, r: Tensor, size: tuple[int, in
     return torch.ops.aten.native_group_norm_backward(v, x, mean, r, None, *size, [True, False, False])[0]
 
 
-def _group_norm(x: Tensor, groups: int, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def _group_norm(x: Tensor, groups: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Group normalisation of a dual x (B, C, *). Half precision is raised to single, as autocast does it."""
     value, tangent = (half.to(torch.promote_types(half.dtype, torch.float32)) for half in forward_ad.unpack_dual(x))
-    normal = (half.to(weight.dtype) for half in _Standardise.apply(value, tangent, groups, eps))
+    value, tangent = _Standardise.apply(value, tangent, groups, eps)
+    if weight is None:
+        return forward_ad.make_dual(value, tangent)
     shape = (-1, *(1,) * (x.ndim - 2))
-    return modulate(forward_ad.make_dual(*normal), weight.reshape(shape), bias.reshape(shape))
+    shift = torch.zeros_like(weight) if bias is None else bias
+    normal = forward_ad.make_dual(value.to(weight.dtype), tangent.to(weight.dtype))
+    return modulate(normal, weight.reshape(shape), shift.reshape(shape))
 
 
 def _carries_tangent(x: Tensor) -> bool:
@@ -127,9 +131,16 @@ class LayerNorm(nn.LayerNorm):
     """Layer normalisation over the last dimension."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (B, width); the same shape."""
+        """Normalise x (B, *, width); the same shape.
+
+        Raises:
+            ValueError: for a norm over more than the last dimension.
+        """
+        if len(self.normalized_shape) > 1:
+            raise ValueError(f"LayerNorm is over the last dimension alone, got {self.normalized_shape}: flatten them")
         if _carries_tangent(x):
-            return _group_norm(x, 1, self.weight, self.bias, self.eps)
+            rows = x.reshape(-1, x.shape[-1])
+            return _group_norm(rows, 1, self.weight, self.bias, self.eps).reshape(x.shape)
         return super().forward(x)
 
 

@@ -161,7 +161,7 @@ def read_curves(path: Path) -> dict[str, Series]:
     if "step" not in header:
         raise UserError(f"{path} is damaged: line 1 has no column 'step'")
     curves: dict[str, Series] = {key: [] for key in header if "/" in key and not key.startswith("test/")}
-    whole = rows[1:] if text.endswith("\n") or len(rows[-1]) == len(header) else rows[1:-1]
+    whole = rows[1:] if text.endswith("\n") else rows[1:-1]
     for line, row in enumerate(whole, start=2):
         if len(row) != len(header):
             raise UserError(f"{path} is damaged: line {line} has {len(row)} values for {len(header)} columns")

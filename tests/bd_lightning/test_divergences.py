@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from bd_lightning import divergences, kernels
 from bd_lightning.fields import AnalyticFields
+from bd_lightning.networks import dual
 from bd_lightning.objectives import Proposal
 from bd_lightning.targets import GaussianMixture
 
@@ -185,3 +187,36 @@ def test_probed_jacobian_trains_parameters():
 def test_unknown_trace_method():
     with pytest.raises(ValueError, match="trace must be one of .*exact; got 'hutch'"):
         divergences.probes(torch.zeros(2, 2), "hutch")
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"elementwise_affine": False}])
+@pytest.mark.parametrize("shape", [(5, 6), (4, 6, 6), (4, 3, 6)])
+def test_layer_norms_of_duals_are_those_of_torch(shape, options):
+    """Values, and tangents by differences, of rows and of tokens."""
+    norm, plain = (cls(shape[-1], dtype=torch.float64, **options) for cls in (dual.LayerNorm, torch.nn.LayerNorm))
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    plain.load_state_dict(norm.state_dict())
+    _assert_same_derivative(norm, plain, shape)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_group_norms_of_duals_are_those_of_torch(affine):
+    norm, plain = (cls(2, 6, affine=affine, dtype=torch.float64) for cls in (dual.GroupNorm, torch.nn.GroupNorm))
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter)
+    plain.load_state_dict(norm.state_dict())
+    _assert_same_derivative(norm, plain, (4, 6, 3, 3))
+
+
+def _assert_same_derivative(norm, plain, shape):
+    x, v = torch.randn(2, *shape, dtype=torch.float64)
+    with forward_ad.dual_level():
+        value, tangent = forward_ad.unpack_dual(norm(forward_ad.make_dual(x, v)))
+    torch.testing.assert_close(value, plain(x))
+    torch.testing.assert_close(tangent, (plain(x + 1e-5 * v) - plain(x - 1e-5 * v)) / 2e-5, rtol=1e-6, atol=1e-8)
+
+
+def test_a_layer_norm_over_several_dimensions_is_refused():
+    with pytest.raises(ValueError, match=r"LayerNorm is over the last dimension alone, got \(3, 6\)"):
+        dual.LayerNorm((3, 6))(torch.zeros(4, 3, 6))

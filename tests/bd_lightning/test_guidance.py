@@ -1,6 +1,7 @@
 """Guidance that begins late, at a noise level or at a minimum of its own size."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,6 +228,13 @@ def test_without_guidance_weights_are_equal():
     x = FeynmanKac(levels=20, sigma_max=5.0)(ALL, noise[0])
     plain = MultistepDynamics(levels=20, sigma_max=5.0, order=2, relaxation=1.0)(ALL, noise[1])
     torch.testing.assert_close(x.sort(0).values, plain.sort(0).values)
+
+
+def test_protocols_say_how_many_chains_were_resampled_together():
+    samplers = {"fk": FeynmanKac(levels=5), "ode": ProbabilityFlow(steps=2)}
+    module = SimpleNamespace(samplers=samplers, describe=lambda: ", guided")
+    assert manner(module, "fk", 40) == "fk, 5 network calls, guided, 40 chains resampled together"
+    assert manner(module, "ode", 40) == "ode, 3 network calls, guided"
 
 
 def test_samples_of_few_ancestors_are_said_to_be():

@@ -50,6 +50,15 @@ def test_disabled_by_environment(tmp_path, monkeypatch):
     assert not list((tmp_path / "run-9").rglob("*.wandb"))
 
 
+def test_an_empty_mode_is_none_and_a_wrong_one_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "")
+    log_one(WandB(tmp_path / "run-13"))
+    assert list((tmp_path / "run-13").glob("wandb/offline-run-*/run-run-13.wandb"))
+    monkeypatch.setenv("WANDB_MODE", "off")
+    with pytest.raises(ValueError, match="WANDB_MODE must be one of auto, online, offline, disabled; got 'off'"):
+        WandB(tmp_path / "run-14")
+
+
 def test_steps_that_the_server_has_are_not_sent_twice(tmp_path, monkeypatch):
     """There is no server here: a stand-in for what W&B gives when a run is resumed."""
     sent = []
@@ -78,3 +87,13 @@ def test_a_background_process_that_has_ended_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SERVICE", f"3-1-unix-{tmp_path / 'socket'}")
     log_one(WandB(tmp_path / "run-12"))
     assert list((tmp_path / "run-12").glob("wandb/offline-run-*/run-run-12.wandb"))
+
+
+@pytest.mark.parametrize("resumed_at", [None, 20])
+def test_a_row_that_may_be_cut_in_its_last_number_is_dropped(tmp_path, resumed_at):
+    path = tmp_path / "metrics.csv"
+    path.write_text("a,step,z\n1.0,9,5.25\n2.0,19,4")
+    logger = MetricsCSV(tmp_path, resumed_at=resumed_at)
+    logger.log_metrics({"a": 3.0, "z": 6.5}, step=20)
+    logger.save()
+    assert [row["z"] for row in csv.DictReader(path.open())] == ["5.25", "6.5"]

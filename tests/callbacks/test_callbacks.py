@@ -280,6 +280,27 @@ def test_diagnostics(tmp_path, cache):
     assert float(rows[0]["train/gradient_norm"]) > 0
 
 
+def test_samples_a_second_and_the_share_near_zero(tmp_path, monkeypatch):
+    """By a clock that tells 2 s a step and 50 s for a validation between them, with batches of 10 on 3 devices."""
+    now = iter([-9.0, 0.0, 2.0, 52.0, 54.0, 54.0])  # the first is that of the constructor, the last begins anew
+    monkeypatch.setattr("callbacks.diagnostics.time", SimpleNamespace(perf_counter=lambda: next(now)))
+    logged: list[dict[str, float]] = []
+    module = SimpleNamespace(device=torch.device("cpu"), log_dict=lambda values, **options: logged.append(values))
+    trainer = SimpleNamespace(world_size=3, global_step=0, log_every_n_steps=2)
+    diagnostics = FieldDiagnostics(near_zero=1e-2)
+    diagnostics.on_train_start(trainer, module)
+    ones = torch.ones(4)
+    for step, relative in enumerate(([0.009, 0.011, 1.0, -0.5], [0.5, 0.6, 0.011, 1.0]), 1):
+        trainer.global_step = step
+        outputs = {"sigma": ones, "gradient": ones, "scalar": ones, "relative_s": torch.tensor(relative)}
+        diagnostics.on_train_batch_end(trainer, module, outputs, [torch.zeros(10, 1)], 0)
+        if step == 1:
+            diagnostics.on_validation_end(trainer, module)
+    (values,) = logged
+    assert values["train/samples_per_second"] == pytest.approx(2 * 10 * 3 / 4)
+    assert values["field/s_near_zero"] == pytest.approx(2 / 8)  # negative values are below, too
+
+
 def test_a_bin_without_points_has_no_value_of_before(tmp_path, cache):
     class Sparse(FieldDiagnostics):
         def values(self):

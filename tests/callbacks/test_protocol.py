@@ -361,3 +361,8 @@ def test_points_that_were_judged_are_kept_when_a_test_is_stopped(tmp_path):
         CallsCurve([5, 9, 19], judge).on_test_epoch_end(trainer, model)
     rows = json.loads((tmp_path / "calls.json").read_text())
     assert [(row["calls"], row["fid"], row["protocol"]) for row in rows] == [(5, 3.0, "two"), (9, None, "two")]
+    found.append(Findings({"test/fid": 2.0}, {"protocol": "two"}))  # the same test again, stopped earlier
+    with pytest.raises(KeyboardInterrupt):
+        CallsCurve([5, 9, 19], judge).on_test_epoch_end(trainer, model)
+    again = json.loads((tmp_path / "calls.json").read_text())
+    assert sorted((row["calls"], row["fid"]) for row in again if row["fid"]) == [(5, 2.0)] and len(again) == 2
