@@ -165,7 +165,7 @@ def test_a_number_is_the_name_of_a_class_where_names_are_numbers():
 
 
 @pytest.mark.parametrize("command", ["test", "export"])
-@pytest.mark.parametrize("word", ["mix={3: 1.0}", "labels=[3]", "remove=[3]"])
+@pytest.mark.parametrize("word", ["mix={3: 1.0}", "labels=[3]", "remove=[3]", "n=3", "calibrate=9"])
 def test_what_is_asked_of_samples_is_for_predict(command, word, whole, capsys):
     assert train.main([command, f"ckpt_path={whole}", word]) == 2
     assert f"'{word.partition('=')[0]}' is for train.py predict" in capsys.readouterr().err

@@ -77,6 +77,12 @@ def resolve(argv: Sequence[str]) -> Plan:
         if config[key] is not None and command != request.command:
             other = ", what a run computes in is trainer.precision" if key == "precision" else ""
             raise UserError(f"'{key}' is for train.py {command}{other}")
+    for key in ("n", "calibrate"):  # a run may keep them for its predictions
+        if request.value(key) is not None and request.command not in ("fit", "predict"):
+            more = (
+                "; samples to be judged are callbacks.metrics.n_test" if (key, request.command) == ("n", "test") else ""
+            )
+            raise UserError(f"'{key}' is for train.py predict{more}")
     build.trusted.set(None if config["trust"] else frozenset(build.targets(config)))
     path = _existing(config) if config["ckpt_path"] == "last" else config["ckpt_path"]
     checkpoint = None
