@@ -110,7 +110,7 @@ class Peer(torch.nn.Module):
         for rule, (kind, order) in DIFFUSERS.items():
             for count in calls:
                 self.samplers[f"{rule}@{count}"] = SimpleNamespace(
-                    calls=count, draw=diffusers_solver(kind, count, solver_order=order)
+                    calls=count, interacting=False, draw=diffusers_solver(kind, count, solver_order=order)
                 )
 
     @torch.no_grad()

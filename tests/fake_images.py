@@ -15,7 +15,7 @@ class Drawn:
     """What ImageMetrics needs of a model: uniform noise stands for its samples."""
 
     device, sampler, loaded_step = torch.device("cpu"), "noise", 0
-    samplers = {"noise": SimpleNamespace(calls=1)}
+    samplers = {"noise": SimpleNamespace(calls=1, interacting=False)}
 
     def __init__(self):
         self.logged = {}

@@ -64,7 +64,7 @@ codes = latents.encode(images)  # (B, C, H, W) in [−1, 1]; latents.decode(code
         self.encoder, self.decoder = (part(shape, latent, channels, blocks) for part in (Encoder, Decoder))
         norm = nn.BatchNorm1d if len(latent) == 1 else nn.BatchNorm2d
         self.standardise = norm(latent[0], affine=False, momentum=0.05)
-        self.sampler, self.samplers = "reconstruction", {"reconstruction": SimpleNamespace(calls=1)}
+        self.sampler, self.samplers = "reconstruction", {"reconstruction": SimpleNamespace(calls=1, interacting=False)}
         self.conditional, self.codes = False, ""
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

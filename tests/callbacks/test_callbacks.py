@@ -400,13 +400,14 @@ def test_ranks_decide_alike_about_a_loss_of_one(tmp_path, nonfinite):
     strategy = SimpleNamespace(reduce=lambda bad, reduce_op: {"max": torch.ones_like(bad)}[reduce_op])
     trainer = SimpleNamespace(
         global_step=3, log_every_n_steps=50, precision_plugin=None, world_size=2, strategy=strategy, global_rank=0,
-        default_root_dir=str(tmp_path), loggers=[],
+        default_root_dir=str(tmp_path), loggers=[], accumulate_grad_batches=1,
     )  # fmt: skip
     module.optimizer = SimpleNamespace(unless=lambda optimizer, bad: left_out.append(bool(bad)))
     for parameter in module.parameters():
         parameter.grad = torch.zeros_like(parameter)
     diagnostics.on_train_start(trainer, module)
-    diagnostics.batch, diagnostics.loss = [torch.zeros(2)], torch.tensor(1.0)
+    diagnostics.on_train_batch_start(trainer, module, [torch.zeros(2)], 0)
+    diagnostics.on_before_backward(trainer, module, torch.tensor(1.0))
     if nonfinite == "stop":
         with pytest.raises(NonFiniteLoss, match="the loss on another device is not finite at step 3"):
             diagnostics.on_before_optimizer_step(trainer, module, None)

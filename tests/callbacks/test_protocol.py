@@ -328,7 +328,7 @@ def test_only_samples_that_are_judged_by_name_are_exported(tmp_path, monkeypatch
 
     monkeypatch.setattr("callbacks.metrics.draw", drawn)
     trainer, model = fake_trainer(data, Drawn(), tmp_path), Drawn()
-    model.samplers = {**model.samplers, "lost": SimpleNamespace(calls=1)}
+    model.samplers = {**model.samplers, "lost": SimpleNamespace(calls=1, interacting=False)}
     metrics = ImageMetrics(Halves(), n=40, n_test=40, **options)
     metrics.setup(trainer, model, "test")
     metrics.prepare(trainer, model, "test")
