@@ -84,14 +84,32 @@ def flow_log_density(
     probes: Sequence[Tensor] | None = None,
     exact: bool = True,
 ) -> Tensor:
-    """log p_σ at σ = sigma_min, (B,), by Runge and Kutta's method of fourth order on equal steps of ln σ.
+    """log p_σ at σ = sigma_min, (B,): the last of `flow_log_densities`, of the same arguments and errors."""
+    return flow_log_densities(fields, x, sigma_data, sigma_min, sigma_max, steps, probes, exact)[-1]
+
+
+def flow_log_densities(
+    fields: FieldPair,
+    x: Tensor,
+    sigma_data: float,
+    sigma_min: float = 0.02,
+    sigma_max: float = 20.0,
+    steps: int = 20,
+    probes: Sequence[Tensor] | None = None,
+    exact: bool = True,
+) -> Tensor:
+    """log p_σ at σ = sigma_min by Runge and Kutta's method of fourth order on equal steps of ln σ, (steps, B).
+
+    Each row is the density of a flow that ends after one step more: the last at sigma_max, row k at
+    sigma_min · (sigma_max/sigma_min)^((k+1)/steps). All of them are densities. Early ones miss what of the data is
+    no Gaussian at their noise level, late ones have the errors of fields at levels that few were trained at.
 
     Args:
         fields: the fields, of all the data or of a class for each point.
         x: points, shape (B, *).
         sigma_data: standard deviation σ_d of the data, in data units; the flow ends in N(0, (σ_max² + σ_d²)I).
         sigma_min: noise level of the density, in data units.
-        sigma_max: noise level at which it is a Gaussian, in data units.
+        sigma_max: the last noise level at which it is a Gaussian, in data units.
         steps: steps; four calls of the fields each, with `probes` or the exact trace.
         probes: directions of Hutchinson's estimate, (B, *) each, kept along the path; None takes the exact trace.
         exact: differentiate log s; for low dimension.
@@ -113,7 +131,7 @@ def flow_log_density(
 
     start = math.hypot(sigma_min, sigma_data)
     y, change = x / start, x.new_zeros(len(x))
-    h = math.log(sigma_max / sigma_min) / steps
+    h, d, found = math.log(sigma_max / sigma_min) / steps, x[0].numel(), []
     for k in range(steps):
         t = math.log(sigma_min) + k * h
         dy, dl = velocity(y, t)
@@ -122,8 +140,8 @@ def flow_log_density(
             dy, dl = velocity(y + part * dy, t + part)
             total_y, total_l = total_y + weight * dy, total_l + weight * dl
         y, change = y + h / 6 * total_y, change + h / 6 * total_l
-    d = x[0].numel()
-    return -(inner(y, y) + d * math.log(2 * math.pi)) / 2 - d * math.log(start) - change
+        found.append(-(inner(y, y) + d * math.log(2 * math.pi)) / 2 - d * math.log(start) - change)
+    return torch.stack(found)
 
 
 class FlowSource:

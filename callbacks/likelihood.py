@@ -16,7 +16,7 @@ from bd_lightning.likelihood import (
     auroc,
     bits_per_dimension,
     class_log_densities,
-    flow_log_density,
+    flow_log_densities,
     spearman,
     spearman_error,
 )
@@ -80,7 +80,11 @@ def together(
 
 
 class FlowLikelihood(Likelihood):
-    """Log density of the test split by the probability flow (see `likelihood.flow_log_density`), at every test.
+    """Log density of the test split by the probability flow (see `likelihood.flow_log_densities`), at every test.
+
+    Where the flow ends in a Gaussian is chosen by the validation split: the step after which its log density is
+    highest. In few dimensions data are Gaussian long before `sigma_max`, and errors of fields at levels that training
+    hardly reached would count for as much as those at the data.
 
     Images are bytes: each value is spread evenly over its cell, and the number is bits per dimension. Other data is
     in nats per sample, tables in the table's units and codes in theirs. A model that has to be told the class is told
@@ -93,9 +97,11 @@ class FlowLikelihood(Likelihood):
         probes: probes of each sample's trace above `exact` dimensions.
         exact: dimensions up to which the trace and ∇log s are exact, at d derivatives a call.
         sigma_min: noise level of the density, in data units.
-        sigma_max: noise level at which it is taken to be a Gaussian, in data units.
+        sigma_max: highest noise level at which it may be taken to be a Gaussian, in data units.
         batch_size: samples at a time on each rank.
         seed: seed of the places in cells and of the probes.
+        choosing: samples of the validation split, a random subset with a fixed seed, that choose the level; 0 takes
+            sigma_max.
     """
 
     metrics = (Metric("bits_per_dim", 4), Metric("nats", 3))
@@ -113,28 +119,51 @@ class FlowLikelihood(Likelihood):
         sigma_max: float = 20.0,
         batch_size: int = 250,
         seed: int = 1,
+        choosing: int = 200,
     ) -> None:
+        in_range(0, math.inf, choosing=choosing)
         positive(n=n, steps=steps, probes=probes, batch_size=batch_size, sigma_min=sigma_min, sigma_max=sigma_max)
         in_range(0, sigma_max, sigma_min=sigma_min)
         in_range(0, math.inf, exact=exact)
         self.n, self.steps, self.probes, self.exact, self.seed = n, steps, probes, exact, seed
-        self.sigma_min, self.sigma_max, self.batch_size = sigma_min, sigma_max, batch_size
+        self.sigma_min, self.sigma_max, self.batch_size, self.choosing = sigma_min, sigma_max, batch_size, choosing
 
-    def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> Tensor:
-        """Log densities (N,)."""
+    def draw(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str) -> tuple[Tensor, int]:
+        """Log densities (N,), and the steps of the flow."""
         data = data_of(trainer)
-        x, labels, index = rows_of(data.split(stage), self.n, data.collate)
-        told = labels if pl_module.conditional else None
 
-        def one(rows: Tensor) -> Tensor:
-            return self.densities(pl_module, x[rows], index[rows], data.cell, None if told is None else told[rows])
+        def found(split: str, n: int, steps: int, words: str) -> Tensor:
+            x, labels, index = rows_of(data.split(split), n, data.collate)
+            told = labels if pl_module.conditional else None
 
-        return together(trainer, pl_module, len(x), self.batch_size, "log densities by the flow", one)
+            def one(rows: Tensor) -> Tensor:
+                label = None if told is None else told[rows]
+                return self.densities(pl_module, x[rows], index[rows], data.cell, label, steps)
+
+            return together(trainer, pl_module, len(x), self.batch_size, words, one)
+
+        steps = self.steps
+        if self.choosing:
+            mean = found("val", self.choosing, steps, "the last level of the flow").double().mean(0)
+            steps = (
+                1 + int(mean.nan_to_num(-math.inf, -math.inf, -math.inf).argmax()) if mean.isfinite().any() else steps
+            )
+        return found(stage, self.n, steps, "log densities by the flow")[:, -1], steps
+
+    def level(self, steps: int) -> float:
+        """The noise level after so many steps."""
+        return self.sigma_min * (self.sigma_max / self.sigma_min) ** (steps / self.steps)
 
     def densities(
-        self, pl_module: SampleModule, x: Tensor, index: Tensor, cell: float | None, label: Tensor | None = None
+        self,
+        pl_module: SampleModule,
+        x: Tensor,
+        index: Tensor,
+        cell: float | None,
+        label: Tensor | None = None,
+        steps: int | None = None,
     ) -> Tensor:
-        """Log densities (B,), in the model's units, of rows x (B, *) of a split.
+        """Log densities (B, steps), in the model's units, of rows x (B, *) of a split, of flows of 1 to `steps` steps.
 
         Args:
             pl_module: the module.
@@ -142,7 +171,9 @@ class FlowLikelihood(Likelihood):
             index: their indices in the split (B,), which their random numbers depend on.
             cell: width of the cells that they are spread over; None leaves them where they are.
             label: their classes (B,); None for the density of all the data.
+            steps: how many of the flow's steps; None takes all.
         """
+        steps = steps or self.steps
         device, shape = pl_module.device, x.shape[1:]
         noise = SampleNoise(index.tolist(), shape, self.seed, device)
         place = noise.uniform()
@@ -151,42 +182,48 @@ class FlowLikelihood(Likelihood):
         with torch.inference_mode(False):  # what an embedding keeps for the derivatives
             told = None if label is None else label.to(device).clone()
         fields = pl_module.fields.conditioned(told)
-        return flow_log_density(
+        return flow_log_densities(
             fields,
             x,
             pl_module.fields.sigma_data,
             self.sigma_min,
-            self.sigma_max,
-            self.steps,
+            self.level(steps),
+            steps,
             None if low else [torch.where(noise() < 0, -1.0, 1.0) for _ in range(self.probes)],
             low,
-        )
+        ).T
 
-    def method(self, dim: int) -> str:
-        """How it is computed for a number of dimensions, in words."""
+    def method(self, dim: int, steps: int | None = None, chosen: str = "") -> str:
+        """How it is computed for a number of dimensions and of steps, in words."""
+        steps = steps or self.steps
         trace = (
             "exact trace"
             if dim <= self.exact
             else f"Hutchinson's trace of {self.probes} probe{'s' * (self.probes > 1)}"
         )
         return (
-            f"probability flow from noise level {self.sigma_min:g} to {self.sigma_max:g}, {self.steps} steps "
-            f"({4 * self.steps} network calls), {trace}, seed {self.seed}"
+            f"probability flow from noise level {self.sigma_min:g} to {self.level(steps):.3g}{chosen}, {steps} steps "
+            f"({4 * steps} network calls), {trace}, seed {self.seed}"
         )
 
-    def judge(self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str, drawn: Tensor) -> Findings:
+    def judge(
+        self, trainer: L.Trainer, pl_module: SampleModule, stage: str, sampler: str, drawn: tuple[Tensor, int]
+    ) -> Findings:
         """Means and standard errors, in the data's units."""
+        logs, steps = drawn
         data = data_of(trainer)
+        few = f"{min(self.choosing, len(data.split('val')))} samples of the {data.called('val')} split"
+        chosen = f" (of {self.steps} levels up to {self.sigma_max:g} the best for {few})" if self.choosing else ""
         dim = math.prod(data.shape)
-        bits = () if data.cell is None else (("bits_per_dim", bits_per_dimension(drawn, dim, data.cell)),)
+        bits = () if data.cell is None else (("bits_per_dim", bits_per_dimension(logs, dim, data.cell)),)
         values: dict[str, float] = {}
-        for name, found in (*bits, ("nats", data.log_volume - drawn)):
+        for name, found in (*bits, ("nats", data.log_volume - logs)):
             values |= {f"{stage}/{name}": float(found.mean()), f"{stage}/{name}_se": standard_error(found)}
         told = ", given the class" if pl_module.conditional else ""
-        lost = int((~drawn.isfinite()).sum())
+        lost = int((~logs.isfinite()).sum())
         protocol = (
-            f"{len(drawn)} samples of the {data.called(stage)} split of {data.name}{told}"
-            f"{', dequantised' if bits else ''}; {self.method(dim)}"
+            f"{len(logs)} samples of the {data.called(stage)} split of {data.name}{told}"
+            f"{', dequantised' if bits else ''}; {self.method(dim, steps, chosen)}"
         )
         name, unit = ("bits_per_dim", "bits per dimension") if bits else ("nats", "nats")
         value, error = values[f"{stage}/{name}"], values[f"{stage}/{name}_se"]
@@ -275,7 +312,7 @@ class FieldLikelihood(Likelihood):
             logs = together(trainer, pl_module, len(x), size, f"log densities of {name}", one)
 
             def flow(rows: Tensor, x: Tensor = x[pick], index: Tensor = index[pick]) -> Tensor:
-                return self.flow.densities(pl_module, x[rows], index[rows], None)
+                return self.flow.densities(pl_module, x[rows], index[rows], None)[:, -1]
 
             times, values = [], torch.zeros(0)
             for words, way in (("one call", one), ("flow", flow)) if few else ():
