@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+import train
 from bd_lightning import checkpoints
 from bd_lightning.addresses import digest, weights_of
 from bd_lightning.checks import UserError, regular_file
@@ -66,6 +67,20 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, usual)
+
+
+def train_py(*words: str) -> None:
+    """`train.py words`, here.
+
+    Raises:
+        UserError: if it fails; its own sentence stands above.
+        KeyboardInterrupt: if it was stopped by Ctrl-C.
+    """
+    status = train.main(list(words))
+    if status == 128 + signal.SIGINT:
+        raise KeyboardInterrupt
+    if status:
+        raise UserError("train.py failed: see above")
 
 
 def optional(package: str) -> Any:

@@ -47,7 +47,7 @@ from benchmarks import arguments, common
 from benchmarks.common import Recipe, Training, Turns
 from benchmarks.peers import DDPM, diffusers_solver
 from benchmarks.rows import Rows, mean_sd, sound, table
-from callbacks.metrics import frechet_distance, kernel_distance, precision_recall
+from callbacks.metrics import NEIGHBOURS, frechet_distance, kernel_distance, precision_recall
 from callbacks.points import mode_shares
 from datamodules import to_uint8
 from datamodules.subsets import random_subset
@@ -147,6 +147,9 @@ class Judge:
         self.metrics = {"FID": ("fid", 2)} | ({"Σ |share counted − share asked|": ("l1", 3)} if asked else {})
         self.data = build.instantiate(stored["data"], "data")
         self.data.prepare_data()
+        if unknown := set(asked or {}) - set(range(len(self.data.facts.class_names))):
+            names = len(self.data.facts.class_names)
+            raise UserError(f"--asked: there is no class {min(unknown)}, classes are 0 to {names - 1}")
         self.features = build.instantiate(features_of(stored), "features")
         self.features.prepare(self.data.observed)
         images = self.data.observed.load_split(split)
@@ -239,6 +242,8 @@ def check(options: argparse.Namespace) -> None:
     for name, value in (("n", options.n), ("seeds", options.seeds), *(("calls", one) for one in options.calls)):
         if value < 1:
             raise UserError(f"--{name} must be at least 1, got {value}")
+    if options.n <= NEIGHBOURS:
+        raise UserError(f"--n must be more than {NEIGHBOURS}, which precision and recall compare; got {options.n}")
     if options.sigma_min is not None and not options.sigma_min > 0:
         raise UserError(f"--sigma-min must be positive, got {options.sigma_min:g}")
     if options.asked is not None:
@@ -259,7 +264,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """The rows of some samplers of a model; what is missing is judged. `more` tells rows apart that weights do not."""
     weights, results = sum(float(p.double().abs().sum()) for p in model.parameters()), []
-    for name in names:
+    one = {(name.partition("@")[0], model.samplers[name].calls): name for name in names}  # two may come to the same
+    for name in one.values():
         for seed in range(1, options.seeds + 1):
             key = {"path": path, "rule": name.partition("@")[0], "calls": model.samplers[name].calls, "seed": seed}
             key |= {"sigma_min": options.sigma_min, "split": options.split, "n": options.n}
@@ -276,6 +282,10 @@ def judge_of(stored: dict[str, Any], options: argparse.Namespace) -> Any:
     """What judges samples of a stored config."""
     data = build.instantiate(stored["data"], "data")
     if getattr(data, "density", None) is not None:
+        if options.asked or options.split != "test":
+            raise UserError(
+                "--asked and --split are of images: a mixture in closed form has its own modes, leave them out"
+            )
         return Points(data)
     if not features_of(stored):
         raise UserError(

@@ -40,7 +40,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
-import train
 from bd_lightning.checks import UserError, reason_of
 from benchmarks import arguments, common
 from benchmarks.common import Recipe, Training
@@ -287,19 +286,9 @@ def left_whole(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def command(*words: str) -> None:
-    """`train.py words`, here.
-
-    Raises:
-        UserError: if it fails; its own sentence stands above.
-    """
-    if train.main(list(words)):
-        raise UserError("train.py failed: see above")
-
-
 def trained(bench: Bench, name: str, planned: dict[str, Any]) -> dict[str, Any]:
     """Train, or go on with it; the samples of its last step go to OUT."""
-    command(*run_words(bench, name, planned), "ckpt_path=last")
+    common.train_py(*run_words(bench, name, planned), "ckpt_path=last")
     folder = run_dir(bench, name)
     with left_whole(folder):
         grid = sorted((folder / "samples").glob(f"{bench.config['model']['sampler']}-*.png"))[-1]
@@ -314,7 +303,7 @@ def trained(bench: Bench, name: str, planned: dict[str, Any]) -> dict[str, Any]:
 def judged(bench: Bench, name: str, planned: dict[str, Any]) -> dict[str, Any]:
     """FID and its like of the last weights, by `train.py test`."""
     folder = run_dir(bench, name)
-    command("test", f"ckpt_path={folder}/checkpoints/last.ckpt", *run_words(bench, name, planned)[1:-1])
+    common.train_py("test", f"ckpt_path={folder}/checkpoints/last.ckpt", *run_words(bench, name, planned)[1:-1])
     with left_whole(folder):
         found = max(folder.glob("test-*/fid.json"), key=lambda path: path.stat().st_mtime)
         return dict(json.loads(found.read_text())[-1])
@@ -329,7 +318,7 @@ def weights(bench: Bench, name: str) -> dict[str, Any]:
     target, last = bench.out / "weights", run_dir(bench, name) / "checkpoints" / "last.ckpt"
     if (target / "model.safetensors").is_file():  # of a command that was stopped before its row was kept
         shutil.rmtree(target, ignore_errors=True)
-    command("export", f"ckpt_path={last}", f"to={target}", "precision=bf16")
+    common.train_py("export", f"ckpt_path={last}", f"to={target}", "precision=bf16")
     return {"bytes": sum(path.stat().st_size for path in target.iterdir()), "folder": target.name}
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import train
 from bd_lightning import checkpoints, facts
 from bd_lightning.addresses import digest
 from bd_lightning.cli import build
@@ -34,8 +32,7 @@ def checkpoint(options: argparse.Namespace, seed: int, name: str, *words: str) -
     run_id = f"{name}-{seed}-{hashlib.sha256(repr(common.contents(words)).encode()).hexdigest()[:8]}"
     own = [f"run_id={run_id}", f"seed={seed}", "ckpt_path=last"]
     own += [f"root={options.out}", f"data.root={options.data}"]
-    if train.main([*words, *QUIET, *own]) != 0:
-        sys.exit(f"training of {name} failed")
+    common.train_py(*words, *QUIET, *own)
     folder = options.out / "bellman-diffusion" / run_id / "checkpoints"
     return str(folder / ("best.ckpt" if name == "autoencoder" else "last.ckpt"))
 

@@ -1,6 +1,7 @@
 """Features that FID and KID are computed in."""
 
 import hashlib
+import pickle
 import re
 import time
 from abc import abstractmethod
@@ -213,6 +214,8 @@ class ClassifierFeatures(ImageFeatures):
 
 def why(error: Exception) -> str:
     """The first words of an error of torch's, without the colours of a terminal."""
+    if isinstance(error, pickle.UnpicklingError):  # torch's own words advise to load it all the same
+        return "it is no file of weights, or holds more than numbers"
     plain = re.sub(r"\x1b\[[0-9;]*m", "", str(error))
     return " ".join(plain.split())[:200] or type(error).__name__
 
@@ -240,10 +243,12 @@ def refuse_lost(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Weights as they are.
 
     Raises:
-        ValueError: if some are not finite.
+        ValueError: if they are no tensors by name, or some are not finite.
     """
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError("it holds no tensors by name")
     for name, value in state.items():
-        if not torch.as_tensor(value).isfinite().all():
+        if not value.isfinite().all():
             raise ValueError(f"{name} is not finite")
     return state
 

@@ -4,12 +4,14 @@ import importlib
 import math
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import train
 from bd_lightning.checks import UserError
 from bd_lightning.kernels import ClosedFormSlices
 from bd_lightning.modules.base import learning_rate
@@ -419,3 +421,10 @@ def test_settings_of_a_method_are_not_taken_for_those_of_the_command_line(capsys
         images.check(SimpleNamespace(experiment="mnist_small", words=words, only=names))
         err = capsys.readouterr().err
         assert said in err if said else not err
+
+
+@pytest.mark.parametrize(("status", "error"), [(0, None), (130, KeyboardInterrupt), (2, UserError)])
+def test_a_training_that_is_stopped_is_no_failure(monkeypatch, status, error):
+    monkeypatch.setattr(train, "main", lambda words: status)
+    with pytest.raises(error) if error else nullcontext():
+        common.train_py("steps=1")

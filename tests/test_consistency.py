@@ -310,7 +310,7 @@ def test_metrics_against_calls(root, teacher, tuned, capsys, caplog):
 def test_benchmark_of_calls(root, teacher, tuned, trained, monkeypatch, capsys):
     from benchmarks import few_steps
 
-    words = [str(teacher), str(tuned), "--n", "40", "--calls", "4", "2", "--rules", "Heun", "order 3+"]
+    words = [str(teacher), str(tuned), "--n", "40", "--calls", "4", "3", "--rules", "Heun", "order 3+"]
     words += ["--out", str(root / "few"), "--asked", "{3: 0.7, 8: 0.3}", "--time"]
     monkeypatch.setattr("sys.argv", ["few_steps.py", *words])
     compared, plain = [], few_steps.precision_recall
@@ -322,10 +322,17 @@ def test_benchmark_of_calls(root, teacher, tuned, trained, monkeypatch, capsys):
     assert "| rule | 1 | 2 | 3 | 4 |" in printed or "| rule | 1 | 2 |" in printed
     assert printed.count("Σ |share counted − share asked| of 40 samples") == 2 and "| time of a step |" in printed
     kept = (root / "few" / "rows.jsonl").read_text()
+    rows = [json.loads(line) for line in kept.splitlines()]
+    assert sorted((row["rule"], row["calls"]) for row in rows if row["path"] == str(teacher)) == [
+        ("Heun", 3), ("order 3+", 3), ("order 3+", 4),
+    ]  # fmt: skip
+    assert "±" not in printed  # Heun with 3 calls is asked for twice, and is one row
     few_steps.main()
     assert (root / "few" / "rows.jsonl").read_text() == kept
     for more, sentence in [
         (["--n", "0"], "--n must be at least 1, got 0"),
+        (["--n", "3"], "--n must be more than 3, which precision and recall compare; got 3"),
+        (["--asked", "{12: 1.0}"], "--asked: there is no class 12, classes are 0 to 9"),
         (["--calls", "0"], "--calls must be at least 1"),
         (["--sigma-min", "50"], "--sigma-min: sigma_min must lie below sigma_max 20"),
         (["--asked", "3"], "--asked says the shares of classes"),

@@ -84,7 +84,7 @@ def test_each_image_is_reconstructed_once(root, autoencoder, capsys):
     assert np.load(root / "drawn.npz")["arr_0"].shape == (149, 8, 8, 3)
     out = capsys.readouterr().out
     assert "149 samples (reconstruction" in out and "precision, recall: 149 of each" in out
-    assert "to learn in its codes: train.py data=digits_latent model=mlp data.autoencoder.ckpt_path=" in out
+    assert " too): train.py data=digits_latent model=mlp data.autoencoder.ckpt_path=" in out
     rows = json.loads(next(ae.glob("test-last-*/fid.json")).read_text())
     assert rows[-1]["protocol"].startswith("149 samples")
 

@@ -66,8 +66,6 @@ def run(plan: Plan) -> None:
         return
     drawing = mixing(plan, facts, model) if mixed else model
     settings = settings_of(plan, "n", "labels", "mix", "remove", "merge", "calibrate")
-    if model.samplers[model.sampler].interacting:
-        settings["devices"] = config["trainer"].get("devices")  # chains of one device are resampled together
     folder = folder_for(settings, plan.run_dir, folder_name(plan, model.sampler))
     writer = build_writer(plan, facts, folder)
     trainer = objects.trainer(plan, logger=False, callbacks=[writer, *progress_bars(plan)])

@@ -105,7 +105,8 @@ codes = latents.encode(images)  # (B, C, H, W) in [−1, 1]; latents.decode(code
     def next_step(self, checkpoint: str) -> str:
         """Its codes are data for another run."""
         words = CODES.get(self.shape, "experiment=mnist_latent data.images=<what data was here>")
-        return f"to learn in its codes: train.py {words} data.autoencoder.ckpt_path={checkpoint}"
+        own = " (of images of one's own with data.images=<what data was here> too)" if self.shape in CODES else ""
+        return f"to learn in its codes{own}: train.py {words} data.autoencoder.ckpt_path={checkpoint}"
 
     def available(self, n: int, stage: str) -> int:
         """As many reconstructions as there are held-out images."""

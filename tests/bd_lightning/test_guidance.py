@@ -145,7 +145,7 @@ def test_conditional_and_relative_models_take_it():
     models[1].fields.count(torch.tensor([0, 1]))
     for model in models:
         assert isinstance(model.asked(label), DynamicGuidedFields) and model.describe() == ", guided with scale 2"
-        assert manner(model, "ode") == "ode, 7 network calls, guided with scale 2"
+        assert manner(model, "ode", 40) == "ode, 7 network calls, guided with scale 2"
         with pytest.warns(UserWarning, match="100% of 2 chains never met their transition"):  # the fields are zero
             assert model.sample([0, 1], label=label).shape == (2, 2)
         assert not isinstance(model.asked(None), GuidedFields)

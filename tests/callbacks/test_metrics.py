@@ -302,11 +302,12 @@ def test_inception_weights_that_cannot_be_had(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="weights: file not found: nowhere.pth"):
         InceptionFeatures("nowhere.pth")
     wrong = tmp_path / "wrong.pth"
-    for content in ({"a": torch.ones(1)}, {"a": nn.Identity}):
+    words = ["", "it is no file of weights, or holds more than numbers", "it holds no tensors by name"]
+    for content, reason in zip(({"a": torch.ones(1)}, {"a": nn.Identity}, [1.0]), words):
         torch.save(content, wrong)
-        with pytest.raises(UserError, match="could not be read from .*wrong.pth") as told:
+        with pytest.raises(UserError, match=f"could not be read from .*wrong.pth.*{reason}") as told:
             InceptionFeatures(str(wrong)).prepare(Digits())
-        assert "\x1b" not in str(told.value)
+        assert "\x1b" not in str(told.value) and "weights_only" not in str(told.value)
     wrong.write_bytes(b"")
     with pytest.raises(UserError, match=r"could not be read from .*wrong.pth \(\w+"):
         InceptionFeatures(str(wrong)).prepare(Digits())
