@@ -60,7 +60,7 @@ def test_steps_fill_the_minutes_in_the_mode_of_the_first(tmp_path, monkeypatch):
 
 def test_what_runs_have_left_is_looked_at_and_what_is_the_users_stays(tmp_path, monkeypatch):
     one, name = bench(tmp_path), "Bellman Diffusion"
-    monkeypatch.setattr(gpu, "command", lambda *words: None)
+    monkeypatch.setattr(gpu.common, "train_py", lambda *words: None)
     for read in (lambda: gpu.weights(one, name), lambda: gpu.judged(one, name, {})):
         with pytest.raises(UserError, match="runs has no run of Bellman Diffusion, which .* says was trained"):
             read()
