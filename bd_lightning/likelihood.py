@@ -15,6 +15,7 @@ References:
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -74,20 +75,6 @@ def _axes(x: Tensor) -> list[Tensor]:
     return [axis.reshape(1, *x.shape[1:]).expand_as(x) for axis in eye]
 
 
-def flow_log_density(
-    fields: FieldPair,
-    x: Tensor,
-    sigma_data: float,
-    sigma_min: float = 0.02,
-    sigma_max: float = 20.0,
-    steps: int = 20,
-    probes: Sequence[Tensor] | None = None,
-    exact: bool = True,
-) -> Tensor:
-    """log p_σ at σ = sigma_min, (B,): the last of `flow_log_densities`, of the same arguments and errors."""
-    return flow_log_densities(fields, x, sigma_data, sigma_min, sigma_max, steps, probes, exact)[-1]
-
-
 def flow_log_densities(
     fields: FieldPair,
     x: Tensor,
@@ -144,6 +131,11 @@ def flow_log_densities(
     return torch.stack(found)
 
 
+def flow_log_density(fields: FieldPair, x: Tensor, sigma_data: float, **options: Any) -> Tensor:
+    """log p_σ at σ = sigma_min, (B,): the last of `flow_log_densities`, of the same arguments and errors."""
+    return flow_log_densities(fields, x, sigma_data, **options)[-1]
+
+
 class FlowSource:
     """Pairs of fields of whole densities as a source of mixtures (see `fields.Source`): ρ comes from the flow.
 
@@ -188,10 +180,10 @@ class FlowSource:
         for fields, share in zip(self.pairs, self._shares.log().tolist()):
             log = x.new_zeros(len(x))
             if level < self.sigma_max:
-                log = flow_log_density(
+                log = flow_log_densities(
                     fields, x, self.sigma_data, level, self.sigma_max, self.steps, None if low else [probe], low
                 )
-                log = log - base
+                log = log[-1] - base
             logs.append(log + share)
             slopes.append(fields.score(x, sigma, low) + x / bcast(sigma.square() + self.sigma_data**2, x))
         return torch.stack(logs, 1), torch.stack(slopes, 1)

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.loggers.logger import rank_zero_experiment
 from lightning.pytorch.utilities import rank_zero_info
 
-from bd_lightning.checks import UserError, plain_name, positive
+from bd_lightning.checks import UserError, one_of, plain_name, positive
 
 Mode = Literal["auto", "online", "offline", "disabled"]
 
@@ -157,8 +157,7 @@ class WandB(WandbLogger):
             entity=entity,
         )
         self.mode = os.environ.get("WANDB_MODE") or mode
-        if self.mode not in get_args(Mode):
-            raise ValueError(f"WANDB_MODE must be one of {', '.join(get_args(Mode))}; got {self.mode!r}")
+        one_of(get_args(Mode), **{"WANDB_MODE" if os.environ.get("WANDB_MODE") else "mode": self.mode})
         self.timeout, self.run_dir, self.summaries = timeout, Path(run_dir), dict(summaries or {})
         self.resumed_at = resumed_at
         self.known = -1  # the last step that W&B has from an earlier part of the run

@@ -148,8 +148,8 @@ class Judge:
         self.data = build.instantiate(stored["data"], "data")
         self.data.prepare_data()
         if unknown := set(asked or {}) - set(range(len(self.data.facts.class_names))):
-            names = len(self.data.facts.class_names)
-            raise UserError(f"--asked: there is no class {min(unknown)}, classes are 0 to {names - 1}")
+            count = len(self.data.facts.class_names)
+            raise UserError(f"--asked: there is no class {min(unknown)}, of {count} that are counted from 0")
         self.features = build.instantiate(features_of(stored), "features")
         self.features.prepare(self.data.observed)
         images = self.data.observed.load_split(split)
@@ -264,8 +264,8 @@ def compare(
 ) -> list[dict[str, Any]]:
     """The rows of some samplers of a model; what is missing is judged. `more` tells rows apart that weights do not."""
     weights, results = sum(float(p.double().abs().sum()) for p in model.parameters()), []
-    one = {(name.partition("@")[0], model.samplers[name].calls): name for name in names}  # two may come to the same
-    for name in one.values():
+    distinct = {(name.partition("@")[0], model.samplers[name].calls): name for name in names}  # calls are rounded
+    for name in distinct.values():
         for seed in range(1, options.seeds + 1):
             key = {"path": path, "rule": name.partition("@")[0], "calls": model.samplers[name].calls, "seed": seed}
             key |= {"sigma_min": options.sigma_min, "split": options.split, "n": options.n}

@@ -225,7 +225,9 @@ class ReturnFigures(L.Callback):
         if not trainer.is_global_zero:
             return
         drawn = sorted((run_folder(trainer) / "figures").glob("returns-*.png"))
-        frames = [Image.open(path).convert("RGB") for path in drawn if int(path.stem[8:]) <= step_of(trainer)]
+        steps = {path: path.stem.removeprefix("returns-") for path in drawn}
+        ours = [path for path, step in steps.items() if step.isdecimal() and int(step) <= step_of(trainer)]
+        frames = [Image.open(path).convert("RGB") for path in ours]
         if frames:
             publish_animation(trainer, "returns", frames, self.seconds)
 

@@ -332,7 +332,7 @@ def test_benchmark_of_calls(root, teacher, tuned, trained, monkeypatch, capsys):
     for more, sentence in [
         (["--n", "0"], "--n must be at least 1, got 0"),
         (["--n", "3"], "--n must be more than 3, which precision and recall compare; got 3"),
-        (["--asked", "{12: 1.0}"], "--asked: there is no class 12, classes are 0 to 9"),
+        (["--asked", "{12: 1.0}"], "--asked: there is no class 12, of 10 that are counted from 0"),
         (["--calls", "0"], "--calls must be at least 1"),
         (["--sigma-min", "50"], "--sigma-min: sigma_min must lie below sigma_max 20"),
         (["--asked", "3"], "--asked says the shares of classes"),

@@ -128,16 +128,19 @@ def _carries_tangent(x: Tensor) -> bool:
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer normalisation over the last dimension."""
+    """Layer normalisation over the last dimension. Arguments are those of PyTorch's.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise x (B, *, width); the same shape.
+    Raises:
+        ValueError: for a norm over more dimensions.
+    """
 
-        Raises:
-            ValueError: for a norm over more than the last dimension.
-        """
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         if len(self.normalized_shape) > 1:
             raise ValueError(f"LayerNorm is over the last dimension alone, got {self.normalized_shape}: flatten them")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise x (B, *, width); the same shape."""
         if _carries_tangent(x):
             rows = x.reshape(-1, x.shape[-1])
             return _group_norm(rows, 1, self.weight, self.bias, self.eps).reshape(x.shape)

@@ -101,7 +101,7 @@ def test_a_denoiser_is_fields_that_samplers_and_the_flow_take():
     model = BellmanDiffusion(single.network, Constant(), (2,), 0, 1.0, samplers())
     assert model.sample(range(3)).shape == (3, 2)
     truth = density.log_density(x, 0.1)
-    torch.testing.assert_close(flow_log_density(fields, x, 1.0, 0.1), truth, atol=0.05, rtol=0)
+    torch.testing.assert_close(flow_log_density(fields, x, 1.0, sigma_min=0.1), truth, atol=0.05, rtol=0)
 
 
 def test_mixtures_of_denoisers():
