@@ -11,6 +11,7 @@ with the class of each sample drawn first:
 
 - ten random weightings of the classes (Dirichlet, seed 0), also with weights corrected by 3 × 2,000 pilot samples of
   seed 2 (`fields.calibrated`);
+- each class alone, which says what the classifier takes samples of it for;
 - the removal of one class, for three classes; and unlearning of 5–9: the model of all digits minus the model of 5–9,
   trained apart, as two densities that know no names, and by the names of their classes, which cancel
   (`fields.combine`); beside the model that saw 0–4 alone, and one without classes (`experiment=mnist_latent`), trained
@@ -20,7 +21,9 @@ with the class of each sample drawn first:
 - a model of a thinned training set, 100 % of the 0s down to 1 % of the 9s: as it was trained, and asked for all
   classes alike.
 
-L1 is the sum over classes of |share counted − share asked|; FID is to the test images of the classes asked for.
+L1 is the sum over classes of |share counted − share asked|; FID is to the test images of the classes asked for. Where
+all classes were drawn alone, weightings have a second L1, of the shares that explain what was counted (`explained`):
+that of the classifier's mistakes is left out, which matters where it makes many.
 "Nearer" is, for unlearning, the share of samples that are nearer to a removed training image than to any of as many
 test images of those classes, 0.5 where nothing of the images is remembered; "of real images" the same of test images of
 the classes that stay. Models are trained by --seeds seeds; the table has means ± sd over them. A finished row is kept
@@ -42,6 +45,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy.optimize import nnls
 from torch import Tensor
 
 from bd_lightning.dynamics import TrackedPosterior
@@ -84,6 +88,7 @@ class Judge:
         self.features = ClassifierFeatures()
         self.features.prepare(data)
         self.test, self.truth = images_of(data, "test")
+        self.places = [data.class_names.index(name) for name in models.names]  # of the models' classes in the data's
         self.real, labels = self.judge(self.test)
         own = float((_shares(labels) - _shares(self.truth)).abs().sum())
         self.train, self.classes = train, _ = images_of(data, "train")
@@ -96,6 +101,12 @@ class Judge:
         """Features (N, f) and classes (N,) of images, bytes (N, C, H, W)."""
         parts = images.split(1000)
         return torch.cat([self.features(x) for x in parts]), torch.cat([self.features.classify(x) for x in parts])
+
+    def placed(self, asked: Tensor) -> Tensor:
+        """Shares of the models' classes as shares of the data's, which labels count; zero where no model has one."""
+        return asked.new_zeros(len(self.models.data.observed.class_names)).index_copy(
+            0, torch.tensor(self.places), asked
+        )
 
     def distance(self, features: Tensor, asked: Tensor) -> float:
         """FID of features (N, f) to those of the test images of the classes asked for, shares (C,)."""
@@ -135,6 +146,20 @@ def _shares(labels: Tensor, classes: int = 10) -> Tensor:
     return torch.bincount(labels, minlength=classes) / len(labels)
 
 
+def explained(counted: Tensor, alone: Tensor) -> Tensor:
+    """The shares (C,) of classes that explain best what was counted, none negative, by least squares.
+
+    Args:
+        counted: what a classifier took samples of a mixture for, shares (C,).
+        alone: what it took samples of each class alone for, shares (C, C), a row for each class drawn.
+
+    References:
+        | Lipton et al., arXiv 1802.03916 (black-box shift estimation: the matrix of mistakes, inverted)
+    """
+    shares = torch.from_numpy(nnls(alone.double().T.numpy(), counted.double().numpy())[0])
+    return shares / shares.sum()
+
+
 OTHERS: dict[str, Way] = {
     ", class first": ClassFirst,
     ", averaged scores": lambda mixture, rows: AveragedScores(mixture),
@@ -145,7 +170,7 @@ WAYS = ("", ", calibrated", ", tracked", *OTHERS)
 
 def ways(name: str) -> list[str]:
     """The ways in which a request is carried out."""
-    possible = dict.fromkeys(WAYS, not name.startswith(UNLEARNED)) | {"": True}
+    possible = dict.fromkeys(WAYS, not name.startswith((*UNLEARNED, "only"))) | {"": True}
     possible[", class first"] = name.startswith(("weighting", "thinned, asked"))
     possible[", calibrated"] = "weighting" in name or "asked for" in name
     return [way for way in WAYS if possible[way]]
@@ -159,6 +184,7 @@ def measure(judge: Judge, name: str, mixture: Any, wanted: Tensor, way: str, n: 
     sampler = "tracked" if way == ", tracked" else "sde"
     images = judge.draw(mixture, n, sampler, OTHERS.get(way, lambda mixture, rows: mixture))
     features, labels = judge.judge(images)
+    wanted = judge.placed(wanted)
     counted = _shares(labels, len(wanted))
     unlearned = judge.remembered(images, wanted) if name.startswith(UNLEARNED) else {}
     return {
@@ -260,6 +286,17 @@ def _left(row: dict) -> float:
 
 def report(rows: dict[str, list[dict]], names: list[str]) -> None:
     """Print the table of the rows that there are, mean ± sd over seeds."""
+    singles = [rows.get(name, []) for name in names if name.startswith("only")]
+
+    def without_mistakes(row: dict) -> list[float]:
+        """The L1 of the shares that explain what was counted, if the classes were drawn alone by the same seed."""
+        alone = [one for part in singles for one in part if one["seed"] == row["seed"]]
+        if len(alone) < len(singles):
+            return []
+        asked = torch.tensor([row["asked"][one["asked"].index(1.0)] for one in alone])
+        shares = explained(torch.tensor(row["counted"]), torch.tensor([one["counted"] for one in alone]))
+        return [float((shares - asked).abs().sum())]
+
     names, lines = [name for name in names if any(name + way in rows for way in WAYS)], []
     for name in names:
         found = {way: rows.get(name + way, []) for way in WAYS}
@@ -277,6 +314,8 @@ def report(rows: dict[str, list[dict]], names: list[str]) -> None:
             errors = [row["l1"] for name in asked for row in rows.get(name + way, [])]
             if errors:
                 print(f"\n{len(errors)} of {start}{way or ', fields'}: L1 {mean_sd(errors, 3)}", end="")
+            if told := [miss for name in asked for row in rows.get(name + way, []) for miss in without_mistakes(row)]:
+                print(f", {mean_sd(told, 3)} of the shares that explain what was counted", end="")
     for name, part in rows.items():
         if seen := [row for row in part if "nearer" in row]:
             ours, real = (mean_sd((row[key] for row in seen), 3) for key in ("nearer", "nearer_real"))

@@ -156,6 +156,7 @@ def requests(found: Models) -> dict[str, Callable[[], tuple[FieldPair, Tensor]]]
     asked: dict[str, Callable[[], tuple[FieldPair, Tensor]]] = {
         f"weighting {i}": partial(weighted, one, weights) for i, weights in enumerate(drawn)
     }
+    asked |= {f"only {digit}": partial(weighted, one, row) for digit, row in zip(names, torch.eye(len(names)))}
     asked |= {f"without {digit}": partial(without, digit) for digit in names[1::3][:3]}
     if found.options.model:
         return asked

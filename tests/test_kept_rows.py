@@ -415,16 +415,61 @@ def test_what_is_remembered_is_nearer_to_training_images_than_to_test_images():
     assert linearity.nearer(other, train, test[:30]) < 0.75  # 30 of either: of 300 and 30 it is 0.9
 
 
-def test_experts_that_are_given_are_added_up(tmp_path):
+def test_shares_that_explain_what_was_counted_are_those_that_were_drawn():
+    alone = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.0, 0.1, 0.9]])
+    drawn = torch.tensor([0.5, 0.2, 0.3])
+    assert torch.allclose(linearity.explained(drawn @ alone, alone).float(), drawn, atol=1e-6)
+    assert linearity.explained(torch.tensor([0.8, 0.2, 0.0]), alone)[1:].tolist() == [0.0, 0.0]  # none is negative
+
+
+def test_weightings_are_judged_without_the_mistakes_of_the_classifier(capsys):
+    """By the classes drawn alone by the same seed, in whatever order the models name them."""
+    alone = {"only 8": ([0.0, 1.0], [0.25, 0.75]), "only 3": ([1.0, 0.0], [1.0, 0.0])}
+    rows = {
+        name: [{"seed": 0, "asked": asked, "counted": counted, "l1": 0.5}] for name, (asked, counted) in alone.items()
+    }
+    rows["weighting 0"] = [
+        {"seed": 0, "asked": [0.6, 0.4], "counted": [0.7, 0.3], "l1": 0.2},
+        {"seed": 1, "asked": [0.6, 0.4], "counted": [0.6, 0.4], "l1": 0.4},
+    ]
+    linearity.report(rows, list(rows))
+    text = capsys.readouterr().out
+    assert "2 of weighting, fields: L1 0.300 ± 0.141, 0.000 of the shares that explain what was counted" in text
+    linearity.report({"weighting 0": rows["weighting 0"]}, list(rows))
+    assert "explain" not in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    """Checkpoints of two models that saw one digit each, 8 and 3."""
+    root = tmp_path_factory.mktemp("experts")
+    words = ["model=relative", "model.network.width=16", "model.network.depth=1"]
+    words += [f"model.samplers.{name}.levels=4" for name in ("sde", "tracked")]
+    words += ["model.samplers.sde._target_=bd_lightning.dynamics.MultistepDynamics"]
+    for digit in (8, 3):
+        assert launch(root, *words, f"data.keep=[{digit}]", f"run_id=of{digit}") == 0
+    return [str(root / "bellman-diffusion" / f"of{k}" / "checkpoints" / "last.ckpt") for k in (8, 3)]
+
+
+def test_classes_are_counted_under_their_own_names(tmp_path, monkeypatch, capsys, experts):
+    """Experts of two of ten digits, in another order than the data's."""
+    bench = Bench(linearity, tmp_path, monkeypatch, capsys)
+    given = ["--model", *experts, "--data", str(tmp_path), "--n", "8"]
+    rows, text = bench(*given, "--only", "only|weighting 0, tracked$")
+    assert [row["request"] for row in rows] == ["weighting 0, tracked", "only 8", "only 3"]
+    assert [len(row["counted"]) for row in rows] == [10] * 3
+    assert [[c for c, share in enumerate(row["asked"]) if share] for row in rows] == [[3, 8], [8], [3]]
+    assert "of the shares that explain what was counted" in text
+
+
+def test_experts_that_are_given_are_added_up(tmp_path, experts):
     """Their names one after the other, on all the data: with equal weights and as asked for."""
-    words = ["model=relative", "model.network.width=16", "model.network.depth=1", "model.sampler=ode"]
-    for digit in (3, 8):
-        assert launch(tmp_path / "root", *words, f"data.keep=[{digit}]", f"run_id=of{digit}") == 0
-    paths = [str(tmp_path / "root" / "bellman-diffusion" / f"of{k}" / "checkpoints" / "last.ckpt") for k in (3, 8)]
+    paths = experts[::-1]
     models = linearity_requests.Models(SimpleNamespace(model=paths, data=tmp_path / "data"), 0)
     assert list(models.names) == ["3", "8"] and models.data.keep is None
     asked = linearity_requests.requests(models)
-    assert sorted(asked) == [*(f"weighting {k}" for k in range(10)), "without 8"]
+    assert sorted(asked) == ["only 3", "only 8", *(f"weighting {k}" for k in range(10)), "without 8"]
+    assert [asked[f"only {digit}"]()[1].tolist() for digit in (3, 8)] == [[1.0, 0.0], [0.0, 1.0]]
     mixture, wanted = asked["weighting 0"]()
     assert len(mixture.terms) == 2 and float(wanted.sum()) == pytest.approx(1)
     rest, left = asked["without 8"]()
