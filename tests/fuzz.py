@@ -86,7 +86,10 @@ def needed(config: str, place: Path) -> list[str]:
         words += ["data.batch_size=20", "data.num_workers=0"]
     three = name in ("unet_patch", "unet_large", "mnist", "mnist_small", "cifar10", "cifar10_cond", "cifar10_small")
     four = name.endswith("64") or name == "unet_64"
-    if (three or four or name in ("unet", "score_matching", "cifar10_latent")) and group in ("model", "experiment"):
+    if (three or four or name in ("unet", "score_matching") or name.startswith("cifar10_latent")) and group in (
+        "model",
+        "experiment",
+    ):
         words.append(f"model.network.channels={[8] * (4 if four else 3 if three else 2)}")
     if name == "cifar10_autoencoder":
         words += ["callbacks.metrics.n=50"]

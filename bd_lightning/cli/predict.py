@@ -66,9 +66,12 @@ def run(plan: Plan) -> None:
         return
     drawing = mixing(plan, facts, model) if mixed else model
     settings = settings_of(plan, "n", "labels", "mix", "remove", "merge", "calibrate")
+    trainer = objects.trainer(plan, logger=False, callbacks=progress_bars(plan))
+    if model.interacting():
+        settings["devices"] = trainer.world_size  # each resamples its own chains
     folder = folder_for(settings, plan.run_dir, folder_name(plan, model.sampler))
     writer = build_writer(plan, facts, folder)
-    trainer = objects.trainer(plan, logger=False, callbacks=[writer, *progress_bars(plan)])
+    trainer.callbacks.append(writer)  # type: ignore[attr-defined]
     loader = DataLoader(SampleRequests(config["n"], config["seed"], labels), batch_size=min(500, config["n"]))
     with made(folder, lambda: len(list(folder.iterdir())) > 1), writing(folder):
         keep_settings(settings, folder)
@@ -95,7 +98,7 @@ def restore(plan: Plan, facts: Facts, model: Any, labels: Sequence[int]) -> None
         raise UserError("this model has to be told the class: give labels=[3], say, one after the other for the images")
     if model.guidance.acts and not labels:
         raise UserError("guidance acts on classes: give labels=[3], say, or leave model.guidance out")
-    if model.samplers[model.sampler].interacting:
+    if model.interacting():
         raise UserError("the weights of FeynmanKac are those of guidance alone: take another model.sampler for this")
     drawing = tasks.Restoring(model, task, given, latents, config["draws"] or 1)
     settings = settings_of(plan, "n", "labels", "inpaint", "upscale", "images", "draws")

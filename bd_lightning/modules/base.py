@@ -167,6 +167,10 @@ class Module(L.LightningModule):
         """What a card says of a model beside its class and its network."""
         return ""
 
+    def interacting(self) -> bool:
+        """Whether samples that a process draws together depend on each other."""
+        return False
+
     def drawing(self, sampler: str) -> str | None:
         """All that samples depend on beside weights and noise, to be compared; None where no sampler has a part."""
         return None

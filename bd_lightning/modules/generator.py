@@ -161,6 +161,10 @@ samples = model.sample(16)  # model.fields and model.samplers are what it draws 
         """How it is guided."""
         return f", guided with scale {self.guidance.scale:g}" if self.guidance.acts else ""
 
+    def interacting(self) -> bool:
+        """Whether chains of its sampler are resampled among each other."""
+        return bool(self.samplers[self.sampler].interacting)
+
     def drawing(self, sampler: str) -> str:
         """All that samples by a sampler of this name depend on beside weights and noise, to be compared."""
         return f"{told(self.samplers[sampler])}, {told(self.guidance)}"

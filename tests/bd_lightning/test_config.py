@@ -159,7 +159,7 @@ def test_a_root_reaches_a_data_set_of_another_class_within_one(tmp_path, monkeyp
 GAMES = {"rl_breakout": "minatar", "rl_asterix": "minatar", "rl_lunar_lander": "Box2D"}
 """What the environments of some experiments need besides gymnasium."""
 LATENT = {"digits_latent": ((1, 8, 8), "Digits"), "mnist_latent": ((1, 28, 28), "MNIST")}
-LATENT["cifar10_latent"] = ((3, 32, 32), "CIFAR10", (4, 8, 8), (8, 8))
+LATENT |= dict.fromkeys(("cifar10_latent", "cifar10_latent_relative"), ((3, 32, 32), "CIFAR10", (4, 8, 8), (8, 8)))
 LATENT |= dict.fromkeys(
     ("paper_mnist_latent", "mnist_latent_cond", "mnist_latent_few", "mnist_latent_relative"), LATENT["mnist_latent"]
 )
