@@ -165,9 +165,10 @@ class WandB(WandbLogger):
     def _choose_mode(self) -> str:
         import wandb
 
+        if os.environ.get("WANDB_MODE") in ("", "auto"):
+            del os.environ["WANDB_MODE"]  # which W&B itself would refuse
         if self.mode != "auto":
             return self.mode
-        os.environ.pop("WANDB_MODE", None)  # empty, which W&B itself would refuse
         return "online" if wandb.login(prompt=False, verify=False) else "offline"
 
     def _start(self, mode: Any) -> Any:

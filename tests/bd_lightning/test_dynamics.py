@@ -24,6 +24,16 @@ def gaussian_fields(kernel):
     return AnalyticFields(GaussianMixture([[0.3, 0.3]], sd=TAU), kernel, sigma_data=TAU)
 
 
+def test_annealed_dynamics_end_with_a_denoising_step_by_the_score_that_is_asked_for():
+    fields, samples = gaussian_fields(kernels.ClosedFormSlices(0.01)), {}
+    for exact in (False, True):
+        sampler = AnnealedDynamics(levels=2, steps_per_level=2, sigma_max=2.0, sigma_min=1.0, exact_score=exact)
+        *_, before, samples[exact] = sampler.path(fields, SampleNoise(range(6), (2,)))
+        sigma = torch.ones(6)
+        torch.testing.assert_close(samples[exact], before + fields.score(before, sigma, exact))
+    assert (samples[True] - samples[False]).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(
     ("kernel", "unit"),
     [(kernels.Exact(0.05), 0.001), (kernels.ClosedFormSlices(0.05), 0.004), (kernels.Constant(), 0.004)],

@@ -1,6 +1,7 @@
 """Consistency models and distilled ones: their function, their losses, what they learn of a Gaussian."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -105,6 +106,31 @@ def test_both_sides_share_noise_and_dropout():
     assert torch.equal(seen[0][2], seen[1][2].detach())
 
 
+def test_the_consistency_loss_is_its_formula():
+    """(√(‖f(x_t, t) − f(x_r, r)‖² + c²) − c) / (t − r), with c = huber · √d · σ_d."""
+    model, seen = excited(small(huber=0.3)), []
+    function = model.function
+    model.function = lambda x, sigma, label: seen.append((sigma, function(x, sigma, label))) or seen[-1][1]
+    losses = model.losses(torch.randn(16, 2))
+    (r, target), (t, out) = seen
+    c = 0.3 * math.sqrt(2) * TAU
+    torch.testing.assert_close(losses.gradient, (((out - target).square().sum(1) + c**2).sqrt() - c) / (t - r))
+    assert torch.equal(losses.sigma, t)
+
+
+def at_step(model, step, steps):
+    """A model at a step of a training."""
+    model.seed, model._trainer = 0, SimpleNamespace(global_step=step, max_steps=steps, current_epoch=0)
+    model.on_train_batch_start(None, 0)
+    return model
+
+
+def test_stages_and_chains_follow_the_steps(monkeypatch):
+    monkeypatch.setattr("bd_lightning.modules.base.batch_seed", lambda *_: 0)
+    assert [at_step(small(), step, 40).progress for step in (0, 10, 40)] == [0, 0.25, 1]
+    assert [at_step(distilled(every=7), step, 40).place for step in (0, 6, 7, 21)] == [0, 0, 1, 3]
+
+
 def test_coupling_costs_its_divergence_and_learns():
     model = small(coupling=MLP((2,), width=16, depth=1))
     losses = model.losses(torch.randn(32, 2))
@@ -200,6 +226,27 @@ def test_chains_are_the_same_again_and_others_later():
     ]:
         with pytest.raises(ValueError, match=sentence):
             distilled(**wrong)
+
+
+def test_chains_are_each_processs_and_each_runs_own(monkeypatch):
+    model = distilled()
+    model.frozen = (AnalyticTeacher(),)
+    starts = [model.chains(0, 20).states[0]]
+    model.seed = 5
+    starts.append(model.chains(0, 20).states[0])
+    monkeypatch.setattr(DistilledModel, "global_rank", 1)
+    starts.append(model.chains(0, 20).states[0])
+    assert not any(torch.equal(a, b) for a, b in zip(starts, [*starts[1:], starts[0]]))
+
+
+def test_errors_count_in_units_of_their_noise_level():
+    """Down to the data's: the loss of a pair is its distance over min(σ, σ_d)."""
+    model = distilled(energy=0.0)
+    model.frozen = (AnalyticTeacher(),)
+    model.distance = lambda error: torch.ones(len(error))
+    losses = model.losses(torch.zeros(400, 2))
+    assert losses.sigma.min() < TAU < losses.sigma.max()
+    torch.testing.assert_close(losses.gradient, 1 / losses.sigma.clamp_max(TAU))
 
 
 def test_one_teacher_step_follows_the_flow():

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bd_lightning.checks import UserError
-from bd_lightning.dynamics import FeynmanKac, MultistepDynamics, ProbabilityFlow, SampleNoise
+from bd_lightning.dynamics import FeynmanKac, MultistepDynamics, ProbabilityFlow, SampleNoise, resampling
 from bd_lightning.dynamics.resampling import systematic
 from bd_lightning.fields import (
     AnalyticFields,
@@ -208,6 +208,33 @@ def test_chains_are_taken_by_their_weights():
     assert systematic(weights, torch.tensor(0.5)).tolist() == [0, 0, 2, 3]
     many = systematic(torch.tensor([0.7, 0.1, 0.2]).repeat_interleave(100) / 100, torch.tensor(0.3))
     assert (torch.bincount(many // 100, minlength=3) / 300 - torch.tensor([0.7, 0.1, 0.2])).abs().max() < 0.01
+
+
+class Rated(FieldPair):
+    """The score of a standard normal, with weights that grow at rates of their own."""
+
+    def __call__(self, x, sigma):
+        raise NotImplementedError
+
+    def weighted_score(self, x, sigma, exact):
+        return -x / (1 + sigma[:, None] ** 2), torch.arange(len(x)) * sigma
+
+    def at(self, level):
+        return self
+
+
+@pytest.mark.parametrize("threshold, times", [(0.0, 1), (1.0, 4)])
+def test_weights_grow_by_the_trapezium_rule_and_below_the_threshold_chains_are_resampled(monkeypatch, threshold, times):
+    seen = []
+    monkeypatch.setattr(
+        resampling, "systematic", lambda weights, place: seen.append(weights) or torch.arange(len(weights))
+    )
+    sampler = FeynmanKac(levels=5, sigma_max=16.0, sigma_min=1.0, relaxation=0.0, threshold=threshold)
+    sampler(Rated(), SampleNoise(range(4), (2,)))
+    assert len(seen) == times
+    if times == 1:  # at levels 16, 8, 4, 2, 1, with h = ln 2
+        grown = math.log(2) * (16 / 2 + 8 + 4 + 2 + 1 / 2) * torch.arange(4.0)
+        torch.testing.assert_close(seen[0], grown.double().softmax(0), rtol=1e-4, atol=1e-6)
 
 
 def test_a_chain_that_is_lost_is_taken_by_none():

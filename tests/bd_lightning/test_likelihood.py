@@ -51,6 +51,19 @@ def test_the_flow_in_single_precision_on_images():
     assert abs(float(found.mean() / truth.mean()) - 1) < 0.005
 
 
+def test_of_several_probes_the_mean_counts():
+    """The path depends on none of them, so that the log density is the mean of those by each."""
+    density, x = gaussian(), torch.randn(5, 8, dtype=torch.float64)
+    probes = [torch.randn(5, 8, dtype=torch.float64).sign() for _ in range(3)]
+    options = {"steps": 3, "exact": False}
+    found = [
+        flow_log_density(AnalyticFields(density, Constant(), 0.5), x, 0.5, probes=part, **options)
+        for part in (probes, *([probe] for probe in probes))
+    ]
+    torch.testing.assert_close(found[0], torch.stack(found[1:]).mean(0))
+    assert (found[1] - found[2]).abs().max() > 1e-3
+
+
 def test_one_probe_estimates_the_trace():
     density, x = gaussian(), torch.randn(1, 8, dtype=torch.float64).expand(4000, 8)
     fields, sigma = AnalyticFields(density, Constant()), torch.full((4000,), 0.3, dtype=torch.float64)

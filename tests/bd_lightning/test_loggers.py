@@ -51,9 +51,10 @@ def test_disabled_by_environment(tmp_path, monkeypatch):
 
 
 def test_an_empty_mode_is_none_and_a_wrong_one_is_named(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "")
-    log_one(WandB(tmp_path / "run-13"))
-    assert list((tmp_path / "run-13").glob("wandb/offline-run-*/run-run-13.wandb"))
+    for run, mode in (("run-13", "auto"), ("run-15", "offline")):
+        monkeypatch.setenv("WANDB_MODE", "")
+        log_one(WandB(tmp_path / run, mode=mode))
+        assert list((tmp_path / run).glob(f"wandb/offline-run-*/run-{run}.wandb"))
     monkeypatch.setenv("WANDB_MODE", "off")
     with pytest.raises(ValueError, match="WANDB_MODE must be one of auto, online, offline, disabled; got 'off'"):
         WandB(tmp_path / "run-14")
