@@ -56,7 +56,7 @@ class Pretrained:
         Args:
             n: their number.
             labels: class names or indices, one after the other, or one for all; empty takes what predict takes.
-            seed: seed of the whole set; sample i is the same for any n and batch size.
+            seed: seed of the whole set; sample i is the same for any n and batch size, but by `FeynmanKac`.
             sampler: name of a sampler; its default if None.
             batch_size: samples at a time.
 

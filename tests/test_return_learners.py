@@ -84,6 +84,44 @@ def test_policy_evaluation_of_the_uniform_policy():
         assert values.flatten().tolist() == pytest.approx([1.75, 1.75, 1.5, 1.5, 1.0, 1.0], abs=0.08)
 
 
+def free_learner(positive=False, **options):
+    """Networks in x with weights of their own, and a batch of transitions that do not end."""
+    torch.manual_seed(0)
+    model = FreeReturnLearner((4,), 2, GaussianFields(0, 2, learn="density", positive=positive), hidden=[8], **options)
+    for p in model.network.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    model.target_network.load_state_dict(model.network.state_dict())
+    batch = (torch.eye(4)[:2], torch.tensor([0, 1]), torch.ones(2), torch.full((2,), 0.5), torch.eye(4)[1:3])
+    return model, batch
+
+
+def test_the_error_of_g_has_its_weight():
+    for weight in (0.0, 0.7):
+        model, batch = free_learner(gradient_weight=weight)
+        losses, _ = model.compute(batch, torch.Generator().manual_seed(1))
+        assert losses["loss_gradient"] > 0
+        torch.testing.assert_close(losses["loss"], losses["loss_scalar"] + weight * losses["loss_gradient"])
+
+
+@pytest.mark.parametrize("positive", [False, True])
+def test_targets_of_positive_densities_have_mass_one(positive):
+    """A target network whose densities all have three times the mass teaches the same."""
+    model, batch = free_learner(positive)
+    fields, losses = model.target_network.forward, []
+
+    def scaled(mass):
+        def forward(*inputs):
+            s, g = fields(*inputs)
+            return mass * s.abs(), mass * g
+
+        return forward
+
+    for mass in (1.0, 3.0):
+        model.target_network.forward = scaled(mass)
+        losses.append(model.compute(batch, torch.Generator().manual_seed(1))[0]["loss"])
+    assert torch.allclose(*losses, rtol=1e-4) == positive
+
+
 def test_sde_of_categorical_returns_is_refused():
     model = ReturnLearner((4,), 2, Categorical(0, 1), sampler="sde")
     with pytest.raises(UserError, match="the sde needs fields"):

@@ -18,8 +18,8 @@ FEW = 100
 class Experts:
     """The densities of several `RelativeFields` side by side, from one call of their stacked networks.
 
-    The weights are stacked at the first call, where the networks are then, and not looked at again. On a CPU that pays
-    for few points; more than `FEW` are given to one network after the other.
+    The weights are stacked at the first call on a device, where the networks are then, and not looked at again. On a
+    CPU that pays for few points; more than `FEW` are given to one network after the other.
 
     Args:
         members: trained fields, whose networks differ in their weights alone.
@@ -61,7 +61,7 @@ class Experts:
         if at_hand(x) and len(x) > FEW:
             parts = [whole(*network(x, c_noise, None)) for network in networks]
             return torch.cat([out for out, _ in parts], 1), torch.cat([a for _, a in parts], 1)
-        if self.stacked is None:
+        if self.stacked is None or next(iter(self.stacked.values())).device != x.device:
             states = [{**dict(one.named_parameters()), **dict(one.named_buffers())} for one in networks]
             self.stacked = {name: torch.stack([state[name].detach() for state in states]) for name in states[0]}
         out, a = torch.vmap(lambda state: whole(*functional_call(networks[0], state, (x, c_noise, None))))(self.stacked)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bd_lightning.checks import UserError, in_range, one_of
 from bd_lightning.divergences import bcast
-from bd_lightning.dynamics import Sampler
+from bd_lightning.dynamics import ConsistencySteps, Sampler
 from bd_lightning.facts import Facts
 from bd_lightning.facts import read as read_facts
 from bd_lightning.fields import AnalyticFields, FieldPair, LearnedFields
@@ -178,7 +178,7 @@ class FewStepGenerator(Generator):
                 raise UserError(f"'model.{key}' says what a student learns, and this one has learned: leave it out")
         if (was.get("teacher") is None) != (now.get("teacher") is None):
             raise UserError("'model.teacher' says whom a student learns from, and this one has learned: leave it out")
-        trained = max(one.get("sigma_max", math.inf) for one in was["samplers"].values() if one)
+        trained = max(one.get("sigma_max", ConsistencySteps.sigma_max) for one in was["samplers"].values() if one)
         if self.sigma_max > trained:
             raise UserError(
                 f"a sampler begins at noise level {self.sigma_max:g}, and {trained:g} is the highest learned"

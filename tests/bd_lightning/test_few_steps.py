@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from bd_lightning import kernels
+from bd_lightning.checks import UserError
 from bd_lightning.dynamics import ConsistencySteps, MultistepDynamics, SampleNoise
 from bd_lightning.fields import AnalyticFields
 from bd_lightning.modules import ConsistencyModel, DistilledModel, Gaps
@@ -247,6 +248,19 @@ def test_errors_count_in_units_of_their_noise_level():
     losses = model.losses(torch.zeros(400, 2))
     assert losses.sigma.min() < TAU < losses.sigma.max()
     torch.testing.assert_close(losses.gradient, 1 / losses.sigma.clamp_max(TAU))
+
+
+def test_samplers_do_not_begin_above_what_was_learned():
+    """Which is the class's own first level where a config names none."""
+    model = small()
+    for first in (20.0, 80.0):
+        model.sigma_max = first
+        was = {"samplers": {"two": {"sigma_max": 5.0}, "three": {"between": [1.0]}, "none": None}}
+        if first == 20:
+            model.refuse_changes(was, was)
+            continue
+        with pytest.raises(UserError, match="begins at noise level 80, and 20 is the highest learned"):
+            model.refuse_changes(was, was)
 
 
 def test_one_teacher_step_follows_the_flow():

@@ -256,6 +256,10 @@ def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
     state = torch.get_rng_state()
     first, second = (module.validation_step(batch, 3)["loss"] for _ in range(2))
     assert torch.equal(first, second) and torch.equal(state, torch.get_rng_state())
+    module._trainer = SimpleNamespace(world_size=2, global_rank=1)  # each process has noise of its own
+    assert module.validation_step(batch, 3)["loss"] != first
+    module._trainer.global_rank = 0
+    assert module.validation_step(batch, 3)["loss"] != module.validation_step(batch, 4)["loss"]
 
 
 @pytest.mark.parametrize(

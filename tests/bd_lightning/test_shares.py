@@ -169,6 +169,17 @@ def test_many_points_on_a_cpu_are_given_to_one_expert_after_the_other():
     assert len(calls) == 6
 
 
+def test_experts_that_were_asked_before_they_were_moved_are_stacked_again():
+    """As those of a teacher, whose weights are calibrated before it goes to the student's device."""
+    members = learned(3)
+    ((together, _),) = batched(Mixture([(one, torch.ones(2)) for one in members])).terms
+    together.components(torch.randn(10, 3), torch.ones(10))
+    for one in members:
+        one.to("meta")
+    log, slope = together.components(torch.empty(10, 3, device="meta"), torch.empty(10, device="meta"))
+    assert log.shape == (10, 6) and slope.device.type == "meta"
+
+
 def test_an_expert_that_comes_later():
     *first, late = learned(3)
     both = batched(sum((Mixture([(one, torch.ones(2))]) for one in first[1:]), Mixture([(first[0], torch.ones(2))])))
