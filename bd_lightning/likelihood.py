@@ -132,7 +132,7 @@ def flow_log_densities(
 
 
 def flow_log_density(fields: FieldPair, x: Tensor, sigma_data: float, **options: Any) -> Tensor:
-    """log p_σ at σ = sigma_min, (B,): the last of `flow_log_densities`, of the same arguments and errors."""
+    """log p_σ at σ = sigma_min, (B,): the last of `flow_log_densities`, whose options are keywords here."""
     return flow_log_densities(fields, x, sigma_data, **options)[-1]
 
 

@@ -289,6 +289,19 @@ class ScheduleFree(Optimizer):
         _guard(optimizer)
         return optimizer
 
+    def unless(self, optimizer, bad):
+        super().unless(optimizer, bad)
+        if not bad:
+            return
+        counted = [{key: group[key] for key in ("k", "lr_max", "weight_sum")} for group in optimizer.param_groups]
+
+        def uncount(*_: Any) -> None:
+            handle.remove()
+            for group, before in zip(optimizer.param_groups, counted):
+                group.update(before)
+
+        handle = optimizer.register_step_post_hook(uncount)  # its average counts steps, with gradients or without
+
     def averaged(self, optimizer):
         end = 1 - 1 / optimizer.param_groups[0]["betas"][0]
         return {p: p.detach().lerp(state["z"], end) for p, state in optimizer.state.items() if "z" in state}

@@ -24,6 +24,15 @@ def gaussian_fields(kernel):
     return AnalyticFields(GaussianMixture([[0.3, 0.3]], sd=TAU), kernel, sigma_data=TAU)
 
 
+@pytest.mark.parametrize("start", ["gaussian", "uniform"])
+def test_chains_begin_as_they_are_asked_to(start):
+    """With the spread of the first noise level; a uniform start has no point beyond √3 of it."""
+    sampler = MultistepDynamics(levels=2, sigma_max=5.0, start=start)
+    x = next(iter(sampler.path(gaussian_fields(kernels.Constant()), SampleNoise(range(4000), (2,)))))
+    assert float(x.std()) == pytest.approx(5.0, rel=0.03)
+    assert (float(x.abs().max()) > 5.0 * 3**0.5) == (start == "gaussian")
+
+
 def test_annealed_dynamics_end_with_a_denoising_step_by_the_score_that_is_asked_for():
     fields, samples = gaussian_fields(kernels.ClosedFormSlices(0.01)), {}
     for exact in (False, True):

@@ -132,6 +132,14 @@ def test_stages_and_chains_follow_the_steps(monkeypatch):
     assert [at_step(distilled(every=7), step, 40).place for step in (0, 6, 7, 21)] == [0, 0, 1, 3]
 
 
+def test_classes_are_those_that_the_teacher_was_asked_for():
+    model = small(network={"num_classes": 6, "conditional": True})
+    own = torch.tensor([0, 1, 3, 4, 0])
+    assert torch.equal(model.classes(own, 5, own.device), own)
+    model.frozen = (SimpleNamespace(labels=[2, 5]),)
+    assert model.classes(own, 5, own.device).tolist() == [2, 5, 2, 5, 2]
+
+
 def test_coupling_costs_its_divergence_and_learns():
     model = small(coupling=MLP((2,), width=16, depth=1))
     losses = model.losses(torch.randn(32, 2))

@@ -226,6 +226,26 @@ def test_an_optimizer_that_is_not_there_is_one_sentence(monkeypatch):
         ScheduleFree()(MLP((2,)), 1e-3)
 
 
+@pytest.mark.parametrize("choice", CHOICES, ids=lambda choice: type(choice).__name__)
+def test_steps_that_are_left_out_leave_nothing(choice):
+    """Weights, moments and what an average counts by are those of the other steps alone."""
+
+    def trained(left_out, steps):
+        torch.manual_seed(0)
+        module = MLP((2,), width=8, depth=1)
+        optimizer = choice(module, 1e-2)
+        for k in range(left_out + steps):
+            optimizer.zero_grad()
+            x = torch.randn(16, 2, generator=torch.Generator().manual_seed(k - left_out if k >= left_out else 99))
+            sum(part.square().mean() for part in module(x, x[:, 0], None)).backward()
+            choice.unless(optimizer, torch.tensor(k < left_out))
+            optimizer.step()
+        return [p.detach() for p in module.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(3, 2), trained(0, 2)))
+    assert not all(torch.equal(a, b) for a, b in zip(trained(0, 2), trained(0, 3)))
+
+
 def test_schedule_free_is_judged_by_its_own_average():
     pytest.importorskip("schedulefree", reason="schedulefree is not installed")
     network = unet()

@@ -214,6 +214,7 @@ def test_calibration_corrects_a_drift():
         return sampler(mixture, SampleNoise(range(2000), (2,), seed=6)).double()
 
     assert error(asked) > 0.15 and error(calibrated(asked, pilot)) < 0.06
+    assert torch.equal(calibrated(asked, pilot, floor=0.9).terms[0][1], asked.terms[0][1])  # no share is above it
     with pytest.raises(UserError, match="here one is taken away: leave calibrate out"):
         calibrated(Mixture([(source, torch.tensor([1.0, 1.0, 0.0, -0.3], dtype=torch.float64))]), pilot)
     exact = mixture(1, 1, 0, 3)
