@@ -147,11 +147,11 @@ def _shares(labels: Tensor, classes: int = 10) -> Tensor:
 
 
 def explained(counted: Tensor, alone: Tensor) -> Tensor:
-    """The shares (C,) of classes that explain best what was counted, none negative, by least squares.
+    """The shares (K,) of classes that explain best what was counted, none negative, by least squares.
 
     Args:
         counted: what a classifier took samples of a mixture for, shares (C,).
-        alone: what it took samples of each class alone for, shares (C, C), a row for each class drawn.
+        alone: what it took samples of each of K classes alone for, shares (K, C).
 
     References:
         | Lipton et al., arXiv 1802.03916 (black-box shift estimation: the matrix of mistakes, inverted)
