@@ -1,6 +1,5 @@
 """Mixtures of classes from the command line, end to end on digits."""
 
-import json
 import os
 import signal
 import time
@@ -14,7 +13,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 import train
 from bd_lightning.checks import UserError
 from bd_lightning.combinations import class_name
-from bd_lightning.report.folder import SETTINGS
 from callbacks import ClassifierFeatures
 from datamodules import Digits
 
@@ -232,11 +230,15 @@ def test_sigterm_ends_a_prediction(whole, monkeypatch):
     assert end.value.code == 128 + signal.SIGTERM
 
 
-def test_chains_that_depend_on_each_other_are_kept_apart_by_the_number_of_devices(whole):
+def test_chains_that_depend_on_each_other_are_kept_apart_by_the_number_of_devices(whole, monkeypatch):
     """Each device resamples its own: a folder of one does not go on with two."""
     words = ["predict", f"ckpt_path={whole}", "n=4", "seed=7", FK, "model.samplers.sde.levels=3"]
     for sampler in ("fk", "sde"):
         assert train.main([*words, f"model.sampler={sampler}"]) == 0
+    monkeypatch.setattr("lightning.Trainer.world_size", 2)  # as it is told to predict; one process draws
+    for sampler in ("fk", "sde"):
+        assert train.main([*words, f"model.sampler={sampler}"]) == 0
     run = whole.parent.parent
-    kept = [json.loads((run / f"predict-{name}-seed7" / SETTINGS).read_text()) for name in ("fk", "sde")]
-    assert [settings.get("devices") for settings in kept] == [1, None]
+    assert sorted(folder.name for folder in run.glob("predict-*-seed7*")) == [
+        "predict-fk-seed7", "predict-fk-seed7-2", "predict-sde-seed7",
+    ]  # fmt: skip
