@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bd_lightning import checkpoints, facts
 from bd_lightning.addresses import digest
+from bd_lightning.checks import UserError
 from bd_lightning.cli import build
 from bd_lightning.fields import FieldPair, Mixture, batched, combine
 from bd_lightning.modules import RelativeDensities
@@ -61,6 +62,9 @@ class Models(dict[str, Any]):
             loaded = [checkpoints.load(path, RelativeDensities) for path in options.model]
             self.given = [(one.fields, facts.read(stored["facts"]).class_names, 1.0) for one, stored in loaded]
             self["all"], self.names = loaded[0][0], [name for _, names, _ in self.given for name in names]
+            if "sde" not in (has := loaded[0][0].samplers):
+                path, own = options.model[0], ", ".join(has)
+                raise UserError(f"--model {path}: samples are drawn by its sampler sde, and it has {own}")
             config = replaced(loaded[0][1]["data"], "keep", None) if len(loaded) > 1 else loaded[0][1]["data"]
             known = [digest(path) for path in options.model]
             self.known = known[0] if len(known) == 1 else hashlib.sha256(" ".join(known).encode()).hexdigest()

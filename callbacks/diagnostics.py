@@ -35,6 +35,7 @@ class TrainingDiagnostics(L.Callback):
     over all devices (validation not counted).
 
     A loss or gradient that is not finite changes no weights: on all ranks alike the run stops, or leaves the step out.
+    In float16 (trainer.precision=16-mixed) the loss alone counts: gradients that overflow there lower the scale.
     The batch at fault is kept in the run folder, of several that are accumulated the first whose loss is not finite, or
     the last where gradients alone are not. On a GPU the optimiser is told so on the device, and the host looks at
     logging steps, before validations and before checkpoints; a run that stops changes no weights until then.
@@ -105,10 +106,10 @@ class TrainingDiagnostics(L.Callback):
         due = (trainer.global_step + 1) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if due:
             pl_module.log("train/gradient_norm", norm)
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # float16 looks after itself
-        if scaled or self.faults is None:
+        if self.faults is None:
             return
-        bad = ~torch.isfinite(norm + self.found["loss"])
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None  # float16 looks after its gradients
+        bad = ~torch.isfinite(self.found["loss"] if scaled else norm + self.found["loss"])
         if trainer.world_size > 1:  # a loss is its rank's own, and may be infinite where gradients are not
             bad = trainer.strategy.reduce(bad.float(), reduce_op="max") > 0
         step = torch.full((), trainer.global_step, device=bad.device)

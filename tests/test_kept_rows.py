@@ -481,6 +481,17 @@ def test_experts_that_are_given_are_added_up(tmp_path, experts):
     assert torch.allclose(rest.score(x, sigma), combine([(alone, ["3"], 1.0)]).score(x, sigma), atol=1e-5)
 
 
+def test_models_without_the_sampler_that_draws_are_refused(tmp_path, monkeypatch, capsys, experts):
+    stored = torch.load(experts[0], weights_only=True)
+    model = stored["hyper_parameters"]["model"]
+    samplers = model["samplers"]
+    samplers["tracked"], samplers["sde"] = samplers.pop("sde"), None
+    model["sampler"] = "tracked"
+    torch.save(stored, path := tmp_path / "other.ckpt")
+    with pytest.raises(UserError, match="samples are drawn by its sampler sde, and it has tracked"):
+        Bench(linearity, tmp_path, monkeypatch, capsys)("--model", str(path))
+
+
 def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys):
     network = MLP((2,), 10, per_class=True, width=8)
     model, asked = RelativeDensities(network, (2,), 10, 1.0, {"sde": MultistepDynamics()}), []

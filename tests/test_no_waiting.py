@@ -6,11 +6,13 @@ There AdamW is the fused one, as on CUDA, and `at_hand` says no.
 import warnings
 from collections import Counter
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -132,6 +134,25 @@ def test_a_run_that_stops_changes_nothing_after_the_step_at_fault(far, tmp_path,
     assert torch.equal(steps.weights[4], steps.weights[6]) and not torch.equal(steps.weights[3], steps.weights[4])
     kept = torch.load(tmp_path / "nonfinite-batch-rank0.pt", weights_only=True)
     assert kept["step"] == 5 and kept["batch"][0].isinf().all()
+
+
+@pytest.mark.parametrize("place", ["at hand", "far"])
+@pytest.mark.parametrize("nonfinite", ["stop", "skip"])
+def test_float16_looks_after_its_gradients_and_not_after_the_loss(request, tmp_path, place, nonfinite):
+    if place == "far":
+        request.getfixturevalue("far")
+    steps, diagnostics = Steps(), FieldDiagnostics(nonfinite=nonfinite)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1e38)  # the first gradients are infinite
+    options = {"precision": None, "plugins": [MixedPrecision("16-mixed", "cpu", scaler)]}
+    run = partial(fit, tmp_path, [Poison([5]), diagnostics, steps], **options)
+    if nonfinite == "stop":
+        with pytest.raises(NonFiniteLoss, match=r"the loss is (nan|inf) at step 5"):
+            run()
+        return
+    run()
+    assert diagnostics.skipped == 1 and scaler.get_scale() < 1e38
+    moved = [not torch.equal(before, after) for before, after in zip(steps.weights, steps.weights[1:])]
+    assert not moved[0] and not moved[4]
 
 
 @pytest.mark.parametrize("nonfinite", ["stop", "skip"])
