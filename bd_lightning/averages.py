@@ -136,26 +136,27 @@ class Snapshot(NamedTuple):
 
 
 def save_snapshot(
-    path: Path, profiles: Sequence[Profile], averages: Sequence[Mapping[str, Tensor]], halved: Collection[str]
+    path: Path, profiles: Sequence[Profile], averages: Sequence[Mapping[str, Tensor]], averaged: Collection[str]
 ) -> None:
     """Write averages of one step, whole or not at all.
 
     Args:
         path: the file.
         profiles: of each average.
-        averages: weights by name, for each.
-        halved: names of those that are kept in half precision; those that it cannot hold are not.
+        averages: weights by name, for each, and what else belongs to the model at that step.
+        averaged: names of the weights. They are kept in half precision, but for those that it cannot hold.
 
     Raises:
         UserError: if it cannot be written.
     """
     part = path.with_name(f"{path.name}.part")
     weights = [
-        {name: _half(value) if name in halved else value.cpu() for name, value in one.items()} for one in averages
+        {name: _half(value) if name in averaged else value.cpu() for name, value in one.items()} for one in averages
     ]
+    stored = {"profiles": [list(profile) for profile in profiles], "weights": weights, "averaged": sorted(averaged)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"profiles": [list(profile) for profile in profiles], "weights": weights}, part)
+        torch.save(stored, part)
         part.replace(path)
     except (OSError, RuntimeError) as error:  # torch turns some failures to write into a RuntimeError
         part.unlink(missing_ok=True)
@@ -183,7 +184,8 @@ def _load(path: Path) -> dict[str, Any]:
         sound = all(isinstance(value, Tensor) for one in stored["weights"] for value in one.values())
         if len(stored["weights"]) != len(profiles) or not sound:
             raise ValueError("not a mapping of tensors for every profile")
-        return {"profiles": profiles, "weights": stored["weights"]}
+        averaged = stored.get("averaged", list(stored["weights"][0]))  # files of before do not say
+        return {"profiles": profiles, "weights": stored["weights"], "averaged": frozenset(averaged)}
     except Exception as error:
         reason = " ".join(str(error).split())[:160]
         raise UserError(f"{path} is no snapshot of averages, or it is damaged ({reason}): delete it") from error
@@ -200,18 +202,19 @@ def snapshots(folder: Path) -> list[Snapshot]:
 
 
 def combined(parts: Sequence[Snapshot], coefficients: Sequence[float]) -> dict[str, Tensor]:
-    """Σ_i x_i θ̂_i of snapshots, in double precision.
+    """Σ_i x_i θ̂_i of snapshots, in double precision; what is no weight is that of the last.
 
     Raises:
         UserError: if they are not of one model.
     """
     total: dict[str, Tensor] = {}
     for part, x in zip(parts, coefficients):
-        weights = _load(part.path)["weights"][part.place]
+        stored = _load(part.path)
+        weights, averaged = stored["weights"][part.place], stored["averaged"]
         shapes = {name: value.shape for name, value in weights.items()}
         if total and shapes != {name: value.shape for name, value in total.items()}:
             raise UserError(f"{part.path} is a snapshot of another model than those before it: delete it")
         for name, value in weights.items():
-            term = value.double() * float(x)
-            total[name] = total[name] + term if name in total else term
+            term = value.double() * (float(x) if name in averaged else 1.0)
+            total[name] = total[name] + term if name in total and name in averaged else term
     return total

@@ -267,13 +267,15 @@ def main() -> None:
 
 
 def draw(judge: Judge, asked: dict[str, Callable[[], tuple[FieldPair, Tensor]]], path: Path) -> None:
-    """Samples of some requests, and the way from one class to another."""
+    """Samples of some requests, and the way from one class to another, if there are two."""
     names, classes = ("weighting 0", "without 1", "without 7", "all minus 5–9", "merge"), judge.models.names
     shown = [judge.draw(asked[name]()[0], 16) for name in names if name in asked]
     grid_image(torch.cat(shown), columns=16).save(path)
-    frames = []
+    if len(classes) < 2:
+        return
+    frames, there = [], classes[(1 + 3 * len(classes) // 5) % len(classes)]
     for t in torch.linspace(0, 1, 21).tolist():
-        mixture = combine([(judge.models["all"].fields, classes, 1.0)], {classes[1]: 1 - t, classes[-3]: t})
+        mixture = combine(judge.models.sources, {classes[1]: 1 - t, there: t})
         frames.append(grid_image(judge.draw(mixture, 32)))
     there_and_back = frames[1:] + frames[-2:0:-1]
     frames[0].save(path.with_suffix(".gif"), save_all=True, append_images=there_and_back, duration=150, loop=0)

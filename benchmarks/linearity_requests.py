@@ -53,6 +53,9 @@ class Models(dict[str, Any]):
         data: the data that they learn, with the images that they stand for.
         known: what the models that were given are known by, their weights.
         given: their fields with the names of the classes of each.
+
+    Raises:
+        UserError: for models that cannot be drawn by "sde", or share a class.
     """
 
     def __init__(self, options: argparse.Namespace, seed: int) -> None:
@@ -62,6 +65,8 @@ class Models(dict[str, Any]):
             loaded = [checkpoints.load(path, RelativeDensities) for path in options.model]
             self.given = [(one.fields, facts.read(stored["facts"]).class_names, 1.0) for one, stored in loaded]
             self["all"], self.names = loaded[0][0], [name for _, names, _ in self.given for name in names]
+            if twice := {name for name in self.names if self.names.count(name) > 1}:
+                raise UserError(f"--model: several have the class {min(twice)}: give models of different classes")
             if "sde" not in (has := loaded[0][0].samplers):
                 path, own = options.model[0], ", ".join(has)
                 raise UserError(f"--model {path}: samples are drawn by its sampler sde, and it has {own}")
@@ -72,6 +77,11 @@ class Models(dict[str, Any]):
             self.code = checkpoint(options, 0, "autoencoder", "experiment=autoencoder")
             config = common.compose("experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}")["data"]
         self.data = build.instantiate(replaced(config, "root", str(options.data)), "data")
+
+    @property
+    def sources(self) -> list[tuple[Any, Sequence[str], float]]:
+        """What mixtures are made of: the models that were given, or that of all classes."""
+        return self.given or [(self["all"].fields, self.names, 1.0)]
 
     def __missing__(self, name: str) -> Generator:
         if name in ("whole", "tuned"):
@@ -143,7 +153,7 @@ def requests(found: Models) -> dict[str, Callable[[], tuple[FieldPair, Tensor]]]
         return batched(mixture), wanted
 
     def one() -> list[Any]:
-        return found.given or [(found["all"].fields, names, 1.0)]
+        return found.sources
 
     def both() -> list[Any]:
         return [(found[name].fields, digits, 1.0) for name, digits in HALVES.items()]

@@ -108,7 +108,7 @@ def sound(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError, ArithmeticError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise UserError(f"{path} has a row with a value that is none of its kind ({reason}): mend it") from error
 

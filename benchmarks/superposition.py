@@ -13,7 +13,7 @@ def shares_of(mixture: Mixture) -> Tensor:
 
 
 def components(mixture: Mixture, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-    """log ρ_c (B, C) and ∇log p_c (B, C, d) of all classes of a mixture at x (B, d) and one noise level, sigma (1,)."""
+    """log ρ_c (B, C) and ∇log p_c (B, C, *) of all classes of a mixture at x (B, *) and one noise level, sigma (1,)."""
     logs, slopes = zip(*(source.components(x, sigma) for source, _ in mixture.terms))
     shares = torch.cat([source.shares for source, _ in mixture.terms])
     center = x / (sigma.square() + mixture.sigma_data**2)
@@ -31,9 +31,9 @@ class AveragedScores(FieldPair):
         self.mixture, self.weights = mixture, shares_of(mixture)
 
     def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The fields (s, g) at x (B, d) and noise levels sigma (B,), all of them equal."""
+        """The fields (s, g) at x (B, *) and noise levels sigma (B,), all of them equal."""
         _, scores = components(self.mixture, x, sigma[:1])
-        return torch.ones_like(sigma), torch.einsum("c,bcd->bd", self.weights, scores) / 2
+        return torch.ones_like(sigma), torch.einsum("c,bc...->b...", self.weights, scores) / 2
 
 
 class ClassFirst(FieldPair):
@@ -50,6 +50,6 @@ class ClassFirst(FieldPair):
         self.mixture, self.chosen = mixture, drawn[rows]
 
     def __call__(self, x: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
-        """The fields (s, g) at x (B, d) and noise levels sigma (B,), all of them equal."""
+        """The fields (s, g) at x (B, *) and noise levels sigma (B,), all of them equal."""
         _, scores = components(self.mixture, x, sigma[:1])
         return torch.ones_like(sigma), scores[torch.arange(len(x)), self.chosen] / 2

@@ -83,7 +83,7 @@ class PowerAverages(AveragedWeights):
         if self._average_model is None or self._latest_update_step == before:
             return
         step = int(self._average_model.n_averaged)
-        weights = {name: value.detach() for name, value in floating(pl_module).items()}
+        weights = {name: value.detach() for name, value in pl_module.named_parameters(remove_duplicate=False)}
         if not self.second:
             self.second = {name: value.clone() for name, value in weights.items()}
         names, rate = list(weights), 1 - kept(step, self.gammas[1])
@@ -98,8 +98,9 @@ class PowerAverages(AveragedWeights):
     def keep(self, folder: Path, step: int, pl_module: L.LightningModule) -> None:
         """Write a snapshot."""
         assert self._average_model is not None
-        both = (floating(self._average_model.module), self.second)
-        parameters = {name for name, _ in pl_module.named_parameters()}
+        first = floating(self._average_model.module)
+        parameters = {name for name, _ in pl_module.named_parameters(remove_duplicate=False)}
+        both = (first, first | {name: self.second[name] for name in parameters})
         profiles = [Profile(step, gamma) for gamma in self.gammas]
         save_snapshot(folder / SNAPSHOTS / f"{step:08d}.pt", profiles, both, parameters)
 
@@ -120,5 +121,5 @@ class PowerAverages(AveragedWeights):
 
 
 def floating(module: torch.nn.Module) -> dict[str, Tensor]:
-    """The weights of a module that averages are made of, by name."""
+    """The weights of a module and what else of its state is no whole number, by name."""
     return {name: value for name, value in module.state_dict().items() if value.is_floating_point()}

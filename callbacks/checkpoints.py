@@ -82,7 +82,8 @@ class AveragedWeights(EMAWeightAveraging):
     ) -> None:
         """Update the averages after an optimiser step. Up to the first update they are the weights themselves.
 
-        An optimiser with averages of its own gives those instead.
+        Buffers, such as counts of classes, are no weights: they are those of the step. An optimiser with averages of
+        its own gives those instead.
         """
         step, average = trainer.global_step, self._average_model
         if average is None or step <= self._latest_update_step:
@@ -90,12 +91,10 @@ class AveragedWeights(EMAWeightAveraging):
         due = self.should_update(step_idx=step - 1)
         if not due and average.n_averaged > 0:
             return
-        ours, theirs = ([*module.parameters(), *module.buffers()] for module in (average.module, pl_module))
         decay = self.past(int(average.n_averaged) + 1)
-        floating = [i for i, one in enumerate(ours) if one.is_floating_point()]
-        torch._foreach_lerp_([ours[i] for i in floating], [theirs[i] for i in floating], 1 - decay)
-        for i in set(range(len(ours))).difference(floating):
-            ours[i].copy_(theirs[i])
+        torch._foreach_lerp_([*average.module.parameters()], [*pl_module.parameters()], 1 - decay)
+        for ours, theirs in zip(average.module.buffers(), pl_module.buffers()):
+            ours.copy_(theirs)
         own = cast(Module, pl_module).optimizer.averaged(trainer.optimizers[0]) or {}
         for mean, p in zip(average.module.parameters(), pl_module.parameters()):
             if p in own:

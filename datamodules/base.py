@@ -197,8 +197,6 @@ class DataModule(Data):
             rows = self.load_split(split)
             self._refuse_unsound(split, rows)
             self.splits[split] = rows
-            if split == "train":
-                self._refuse_few(len(rows), 1)
         return self.splits[split]
 
     def _refuse_unsound(self, split: str, rows: Any) -> None:
@@ -258,7 +256,9 @@ class DataModule(Data):
     def setup(self, stage: str | None = None) -> None:
         """Load the splits of a stage."""
         for split in {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}.get(stage or "", ()):
-            self.split(split)
+            rows = self.split(split)
+            if split == "train":
+                self._refuse_few(len(rows), 1)
 
     @property
     def collate(self) -> Callable[[Any], Any]:

@@ -95,8 +95,8 @@ def make_envs(name: str, count: int, options: dict[str, Any] | None = None, scal
         )
     except gymnasium.error.DependencyNotInstalled as error:
         raise UserError(
-            f"'{name}' needs packages that are not installed: install them with 'uv sync --group games' "
-            f"(gymnasium says: {' '.join(str(error).split())})"
+            f"'{name}' needs packages that are not installed (gymnasium says: {' '.join(str(error).split())}): those "
+            "of Box2D and MinAtar come with 'uv sync --group games'"
         ) from error
     except Exception as error:  # whatever the environment's own code raises
         given = f" with options {options}" if options else ""

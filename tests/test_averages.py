@@ -229,3 +229,24 @@ def test_no_more_snapshots_than_asked_for(steps):
     kept = [step for step in range(1, steps + 1) if average.due(step, steps)]
     assert len(kept) == min(16, steps) and kept[-1] == steps
     assert max(b - a for a, b in zip(kept, kept[1:])) <= -(-steps // 16)
+
+
+@pytest.mark.parametrize("ema", [[], POWER], ids=["exponential", "power"])
+def test_counts_of_classes_are_no_weights(tmp_path, ema):
+    words = [*WORDS, *ema, "model=relative", "model.network.width=8", "model.network.depth=1", "data.batch_size=32"]
+    words += [
+        "steps=12",
+        "eval_every=12",
+        "run_id=counts",
+        "model.sampler=ode",
+        f"root={tmp_path}",
+        f"data.root={tmp_path / 'data'}",
+    ]
+    assert train.main(words) == 0
+    run = tmp_path / "bellman-diffusion" / "counts"
+    last = checkpoints.read(run / "checkpoints" / "last.ckpt")
+    live, averaged = last["current_model_state"]["fields.counts"], last["state_dict"]["fields.counts"]
+    assert live.sum() == 12 * 32 and torch.equal(averaged, live)
+    if ema:
+        assert train.main(["average", f"ckpt_path={run}", "length=0.07"]) == 0
+        assert torch.equal(weights(run / "checkpoints" / "length-0.07.ckpt")["fields.counts"], live)

@@ -312,7 +312,9 @@ def test_packages_of_environments_that_are_missing_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "Box2D", None)
     monkeypatch.delitem(sys.modules, "gymnasium.envs.box2d.lunar_lander", raising=False)
     monkeypatch.delitem(sys.modules, "gymnasium.envs.box2d", raising=False)
-    with pytest.raises(UserError, match="^'LunarLander-v3' needs packages .* 'uv sync --group games' "):
+    with pytest.raises(
+        UserError, match="^'LunarLander-v3' needs packages .*Box2D and MinAtar come with 'uv sync --group games'$"
+    ):
         make_envs("LunarLander-v3", 1)
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import MultistepDynamics
@@ -26,7 +27,7 @@ from benchmarks import (
     trace,
     trace_learning,
 )
-from benchmarks.rows import Rows
+from benchmarks.rows import Rows, sound
 from callbacks import ClassifierFeatures
 from small_run import launch
 from tiny_data import write_autoencoder
@@ -435,6 +436,10 @@ def test_weightings_are_judged_without_the_mistakes_of_the_classifier(capsys):
     linearity.report(rows, list(rows))
     text = capsys.readouterr().out
     assert "2 of weighting, fields: L1 0.300 ± 0.141, 0.000 of the shares that explain what was counted" in text
+    rows["only 8"][0]["counted"] = {"8": 1.0}
+    with pytest.raises(UserError, match="has a row with a value that is none of its kind"), sound(Path("rows.jsonl")):
+        linearity.report(rows, list(rows))
+    capsys.readouterr()
     linearity.report({"weighting 0": rows["weighting 0"]}, list(rows))
     assert "explain" not in capsys.readouterr().out
 
@@ -454,11 +459,15 @@ def experts(tmp_path_factory):
 def test_classes_are_counted_under_their_own_names(tmp_path, monkeypatch, capsys, experts):
     """Experts of two of ten digits, in another order than the data's."""
     bench = Bench(linearity, tmp_path, monkeypatch, capsys)
-    given = ["--model", *experts, "--data", str(tmp_path), "--n", "8"]
-    rows, text = bench(*given, "--only", "only|weighting 0, tracked$")
-    assert [row["request"] for row in rows] == ["weighting 0, tracked", "only 8", "only 3"]
-    assert [len(row["counted"]) for row in rows] == [10] * 3
-    assert [[c for c, share in enumerate(row["asked"]) if share] for row in rows] == [[3, 8], [8], [3]]
+    given = ["--model", *experts, "--data", str(tmp_path), "--n", "8", "--n-averaged", "4"]
+    given += ["--figure", str(tmp_path / "f.png")]
+    rows, text = bench(*given, "--only", "only|weighting 0, (tracked|averaged scores|class first)$")
+    ways = [f"weighting 0, {way}" for way in ("tracked", "class first", "averaged scores")]
+    assert [row["request"] for row in rows] == [*ways, "only 8", "only 3"]
+    assert [len(row["counted"]) for row in rows] == [10] * 5
+    assert [[c for c, share in enumerate(row["asked"]) if share] for row in rows] == [[3, 8]] * 3 + [[8], [3]]
+    with Image.open(tmp_path / "f.gif") as frames:
+        assert frames.n_frames > 2
     assert "of the shares that explain what was counted" in text
 
 
@@ -481,15 +490,18 @@ def test_experts_that_are_given_are_added_up(tmp_path, experts):
     assert torch.allclose(rest.score(x, sigma), combine([(alone, ["3"], 1.0)]).score(x, sigma), atol=1e-5)
 
 
-def test_models_without_the_sampler_that_draws_are_refused(tmp_path, monkeypatch, capsys, experts):
+def test_models_that_cannot_be_asked_are_refused(tmp_path, monkeypatch, capsys, experts):
     stored = torch.load(experts[0], weights_only=True)
     model = stored["hyper_parameters"]["model"]
     samplers = model["samplers"]
     samplers["tracked"], samplers["sde"] = samplers.pop("sde"), None
     model["sampler"] = "tracked"
     torch.save(stored, path := tmp_path / "other.ckpt")
+    bench = Bench(linearity, tmp_path, monkeypatch, capsys)
     with pytest.raises(UserError, match="samples are drawn by its sampler sde, and it has tracked"):
-        Bench(linearity, tmp_path, monkeypatch, capsys)("--model", str(path))
+        bench("--model", str(path))
+    with pytest.raises(UserError, match="--model: several have the class 8: give models of different classes"):
+        bench("--model", experts[0], experts[1], experts[0])
 
 
 def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys):

@@ -76,6 +76,15 @@ def test_codes_say_what_images_would(autoencoder, tmp_path, caplog):
     assert "data.images.val_size=0: all images are trained on; validation takes" in caplog.text
 
 
+def test_batches_of_codes_are_not_the_images(autoencoder, tmp_path):
+    images = Digits(keep=[3], batch_size=1000, root=str(tmp_path))
+    codes = Latents(images, TrainedLatents(str(autoencoder)), batch_size=16, any_data=True, root=str(tmp_path))
+    codes.setup("fit")
+    assert 16 <= len(codes.split("train")) < images.batch_size
+    with pytest.raises(DataError, match="fewer than one batch; set data.batch_size to"):
+        images.setup("fit")
+
+
 def test_each_image_is_reconstructed_once(root, autoencoder, capsys):
     """Digits hold 149 out for the test, and the config asks for 10,000."""
     ae = autoencoder.parents[1]

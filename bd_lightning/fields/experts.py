@@ -76,4 +76,6 @@ def batched(mixture: Mixture) -> Mixture:
     """
     mixture.check()
     members, weights = zip(*mixture.terms)
-    return Mixture([(Experts(members), torch.cat(weights, -1))], mixture.mobility, mixture.floor)
+    points = torch.broadcast_shapes(*(w.shape[:-1] for w in weights))
+    joined = torch.cat([w.expand(*points, -1) for w in weights], -1)
+    return Mixture([(Experts(members), joined)], mixture.mobility, mixture.floor)

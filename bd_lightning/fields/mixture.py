@@ -109,9 +109,10 @@ class Mixture(FieldPair):
         """Refuse to be sampled.
 
         Raises:
-            ValueError: without a positive weight.
+            ValueError: without a positive weight, for a point where points have weights of their own.
         """
-        if not any((weights > 0).any() for _, weights in self.terms):
+        positive = [(weights > 0).any(-1) for _, weights in self.terms]
+        if not positive or not torch.stack(torch.broadcast_tensors(*positive)).any(0).all():
             raise ValueError("a mixture needs a positive weight")
 
     def mass(self) -> float:

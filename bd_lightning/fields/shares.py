@@ -103,8 +103,8 @@ def combine(
     Args:
         sources: each with the names of its classes and a weight for its whole density. A source of one density, of data
             with several classes, knows none of them one by one.
-        mix: weight of each class, all others zero; a class that several sources have is their average. None takes each
-            source's density as it was trained.
+        mix: weight of each class, all others zero, where sources have the weight 1; a class that several sources have
+            is their average. None takes each source's density as it was trained.
         remove: classes whose weight becomes zero.
 
     Returns:
@@ -117,10 +117,14 @@ def combine(
         ValueError: for another number of names than of classes.
     """
     for what in [*(weight for *_, weight in sources), *(mix or {}).values()]:
-        if not (what == 0 or 1 / LARGEST <= abs(what) <= LARGEST):  # what single precision holds
+        if not (
+            isinstance(what, (int, float)) and (what == 0 or 1 / LARGEST <= abs(what) <= LARGEST)
+        ):  # what single precision holds
             raise UserError(
                 f"weights of a mixture are numbers between {1 / LARGEST:g} and {LARGEST:g} in size, or 0, got {what}"
             )
+    if mix and any(weight != 1 for *_, weight in sources):
+        raise UserError("mix says the weights of all classes: give every source the weight 1")
     parts: list[tuple[Sequence[str], list[float], list[float]]] = []
     known = list(dict.fromkeys(name for _, names, _ in sources for name in names))
     for name in [*(mix or ()), *remove]:

@@ -49,6 +49,15 @@ def test_more_taken_than_there_is():
         combine([(SOURCE, names, 1.0)], {"a": 0.6, "b": 0.6, "c": -0.2})
     with pytest.raises(ValueError, match="needs a positive weight"):
         mixture(-1, 0, 0, 0)(torch.zeros(2, 2), torch.ones(2))
+    each = torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]])  # a point without a positive weight
+    with pytest.raises(ValueError, match="needs a positive weight"):
+        Mixture([(SOURCE, each)])(torch.zeros(2, 2), torch.ones(2))
+    assert (
+        Mixture([(SOURCE, each), (AnalyticSource(PARTS, WEIGHTS, 1.1), torch.ones(4))])
+        .log_ratio(torch.zeros(2, 2), torch.ones(2))[0]
+        .isfinite()
+        .all()
+    )
     other = AnalyticSource(PARTS, WEIGHTS, sigma_data=2.0)
     with pytest.raises(ValueError, match=r"the base Gaussians differ: sigma_data is 1\.1 and 2\.0"):
         mixture(1, 1, 1, 1) + Mixture([(other, torch.ones(4))])
@@ -113,7 +122,14 @@ def test_a_source_of_one_density_knows_no_classes():
         combine([(SOURCE, names[:3], 1.0)])
 
 
-@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 1e300])
+def test_weights_of_sources_beside_those_of_classes_are_refused():
+    names = ["a", "b", "c", "d"]
+    for weight in (0.0, -1.0, 2.0):
+        with pytest.raises(UserError, match="mix says the weights of all classes: give every source the weight 1"):
+            combine([(SOURCE, names, 1.0), (SOURCE, names, weight)], {"a": 1.0})
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -math.inf, 1e300, None, "1"])
 def test_weights_are_numbers(weight):
     names = ["a", "b", "c", "d"]
     for source, mix in ((weight, None), (1.0, {"a": weight, "b": 1.0})):
@@ -152,6 +168,13 @@ def test_experts_are_asked_in_one_call(weights):
     assert torch.allclose(
         torch.cat(together.posterior(x, sigma), 1), torch.cat(apart.posterior(x, sigma), 1), atol=1e-4
     )
+
+
+def test_experts_of_some_of_which_points_have_weights_of_their_own():
+    members, x, sigma = learned(2), torch.randn(5, 3), torch.rand(5) + 0.1
+    apart = Mixture([(members[0], torch.ones(2)), (members[1], torch.rand(5, 2))])
+    found = batched(apart).log_ratio(x, sigma)
+    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(apart.log_ratio(x, sigma), found))
 
 
 def test_many_points_on_a_cpu_are_given_to_one_expert_after_the_other():

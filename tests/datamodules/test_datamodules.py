@@ -137,7 +137,7 @@ def test_bad_data_is_named(tmp_path, monkeypatch):
         data = ImageFolder(str(root), size=8, sigma_data=0.5)
         [item for split in ("train", "val") for item in data.load_split(split)]
     with pytest.raises(DataError, match="fewer than one batch; set data.batch_size to 21 or less"):
-        ImageFolder(str(write_folder(tmp_path / "b")), size=8, batch_size=22, val_fraction=0.125).split("train")
+        ImageFolder(str(write_folder(tmp_path / "b")), size=8, batch_size=22, val_fraction=0.125).setup("fit")
     with pytest.raises(ValueError, match="channels must be 1"):
         ImageFolder(str(root), channels=2)
     with pytest.raises(ValueError, match="at least 2"):
@@ -147,11 +147,11 @@ def test_bad_data_is_named(tmp_path, monkeypatch):
     with pytest.raises(
         DataError, match="fewer than one batch of two samples, the least there is: hold out or accumulate fewer"
     ):
-        MNIST(root=str(tmp_path / "m"), val_size=39).split("train")
+        MNIST(root=str(tmp_path / "m"), val_size=39).setup("fit")
     with pytest.raises(DataError, match="set data.total_batch_size to 32$"):
         few = MNIST(root=str(tmp_path / "m"), val_size=24, total_batch_size=64)
         few.share(2)
-        few.split("train")
+        few.setup("fit")
     with pytest.raises(DataError, match="MNIST cannot be read from .*set data.root"):
         MNIST(root=str(tmp_path / "n"), download=False).prepare_data()
 

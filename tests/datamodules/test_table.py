@@ -252,7 +252,7 @@ def test_fewer_training_rows_than_a_batch(tmp_path):
     path = save(tmp_path / "t.csv", frame())
     few = "the training split has 32 samples, fewer than one batch; set data.batch_size to 32 or less"
     with pytest.raises(DataError, match=few):
-        table(path, batch_size=33).split("train")
+        table(path, batch_size=33).setup("fit")
     shared = table(path, batch_size=128, total_batch_size=32)  # whose batch is known when devices are
     shared.share(2)
     assert shared.batch_size == 16 and len(shared.split("train")) == 32
