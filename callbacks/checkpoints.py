@@ -93,8 +93,8 @@ class AveragedWeights(EMAWeightAveraging):
             return
         decay = self.past(int(average.n_averaged) + 1)
         torch._foreach_lerp_([*average.module.parameters()], [*pl_module.parameters()], 1 - decay)
-        for ours, theirs in zip(average.module.buffers(), pl_module.buffers()):
-            ours.copy_(theirs)
+        if buffers := [*average.module.buffers()]:
+            torch._foreach_copy_(buffers, [*pl_module.buffers()])
         own = cast(Module, pl_module).optimizer.averaged(trainer.optimizers[0]) or {}
         for mean, p in zip(average.module.parameters(), pl_module.parameters()):
             if p in own:
