@@ -117,9 +117,8 @@ def combine(
         ValueError: for another number of names than of classes.
     """
     for what in [*(weight for *_, weight in sources), *(mix or {}).values()]:
-        if not (
-            isinstance(what, (int, float)) and (what == 0 or 1 / LARGEST <= abs(what) <= LARGEST)
-        ):  # what single precision holds
+        held = isinstance(what, (int, float)) and (what == 0 or 1 / LARGEST <= abs(what) <= LARGEST)
+        if not held:  # by single precision
             raise UserError(
                 f"weights of a mixture are numbers between {1 / LARGEST:g} and {LARGEST:g} in size, or 0, got {what}"
             )
