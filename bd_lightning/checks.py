@@ -83,7 +83,7 @@ def positive(**values: float) -> None:
     """
     for name, value in values.items():
         if not (math.isfinite(value) and value > 0):
-            raise ValueError(f"{name} must be positive, got {value}")
+            raise ValueError(f"{name} must be positive{' and finite' * (value > 0)}, got {value}")
 
 
 def in_range(low: float, high: float, **values: float) -> None:

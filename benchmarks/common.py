@@ -10,8 +10,11 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +70,42 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     finally:
         signal.signal(signal.SIGTERM, usual)
+
+
+Work = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
+"""Maps jobs to what they give, in any order."""
+
+
+@contextmanager
+def workers(count: int) -> Iterator[Work]:
+    """What carries out jobs: this process for one, else as many others, which leave Ctrl-C to this one.
+
+    Raises:
+        UserError: if one of the others was killed, by a system that ran out of memory, say.
+    """
+    if count == 1:
+        yield map
+        return
+    pool = ProcessPoolExecutor(count, get_context("spawn"))
+
+    def do(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes that begin here
+        futures = [pool.submit(function, job) for job in jobs]
+        signal.signal(signal.SIGINT, usual)
+        for future in as_completed(futures):
+            yield future.result()
+
+    try:
+        yield do
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process of this benchmark was killed, for want of memory perhaps: what was finished is kept; repeat the "
+            "command, with fewer --jobs"
+        ) from error
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in active_children():
+            child.terminate()
 
 
 def train_py(*words: str) -> None:

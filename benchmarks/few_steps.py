@@ -100,7 +100,7 @@ class Peer(torch.nn.Module):
         self.ddpm = DDPM(stored, data.facts.arguments)
         try:
             self.ddpm.load_state_dict(torch.load(path, weights_only=True))
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # whatever the reader raises, the file is at fault
             raise UserError(
                 f"--ddpm {path}: not the weights of a DDPM with the network of the first checkpoint; train one with "
                 "benchmarks/images.py --only DDPM and that experiment"
@@ -206,6 +206,8 @@ def main() -> None:
     rows, results = Rows(options.out / "rows.jsonl"), {}
     judge: Any = None
     first: list[Any] = []
+    _, begun = checkpoints.load(options.checkpoints[0], Generator)  # type: ignore[type-abstract]
+    ddpms = {path: Peer(path, begun, options.calls) for path in options.ddpm}
     for path in options.checkpoints:
         model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
         judge = judge or judge_of(stored, options)
@@ -215,10 +217,8 @@ def main() -> None:
                 f"{path} has other data, codes or features than {options.checkpoints[0]}, and tables have one judge: "
                 "give them to two commands"
             )
-        results[path] = compare(path, model, prepared(model, options), judge, rows, options)
-    for path in options.ddpm:
-        _, stored = checkpoints.load(options.checkpoints[0], Generator)  # type: ignore[type-abstract]
-        peer = Peer(path, stored, options.calls)
+        results[path] = compare(path, model, prepared(path, model, options), judge, rows, options)
+    for path, peer in ddpms.items():
         results[path] = compare(path, peer, list(peer.samplers), judge, rows, options, judged_by=repr(first))
     with sound(rows.path):
         report(results, judge, options)
@@ -316,11 +316,16 @@ def times(paths: Sequence[str], rounds: int = 40) -> Iterator[list[str]]:
     return ([path, f"{turns.ratio(path, paths[0]):.2f}"] for path in paths)
 
 
-def prepared(model: Any, options: argparse.Namespace) -> Sequence[str]:
+def prepared(path: str, model: Any, options: argparse.Namespace) -> Sequence[str]:
     """Names of the samplers to judge, which the model has been given."""
     own = dict(model.samplers)
     if any(one.consistency for one in own.values()):
         return list(own)
+    if "ode" not in own:
+        raise UserError(
+            f"{path} was trained without the sampler 'ode', whose noise levels the rules go through: give a model that "
+            "has one, model.samplers.ode={_target_: bd_lightning.dynamics.ProbabilityFlow}"
+        )
     try:
         asked = {
             f"{rule}@{calls}": sampler_of(rule, calls, own["ode"], options.sigma_min)

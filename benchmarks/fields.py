@@ -19,7 +19,6 @@ sampler (18 steps).
 import statistics
 import sys
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -292,8 +291,8 @@ def main() -> None:
         for name in NAMES
         if not kept.where(target=target, name=name, seed=seed, steps=options.steps)
     ]
-    with get_context("spawn").Pool(options.jobs) as pool:
-        for row in pool.imap_unordered(one_row, tasks):
+    with common.workers(options.jobs) as do:
+        for row in do(one_row, tasks):
             kept.add(**row)
             print(f"{len(kept)} rows, last: {row['target']} {row['name']} seed {row['seed']}", file=sys.stderr)
     rows = [

@@ -30,20 +30,17 @@ runs of `control`.
 
 import argparse
 import os
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from bd_lightning.checks import UserError, regular_file, suggest
 from benchmarks import arguments, returns_linearity
-from benchmarks.common import optional, parser, run
+from benchmarks.common import Work, optional, parser, run, workers
 from benchmarks.returns_evaluation import LEARNERS, evaluate, examples
 from benchmarks.returns_peer import PEERS, same_update, windows
 from benchmarks.returns_tables import (
@@ -84,22 +81,6 @@ def work(job: tuple) -> tuple[tuple, list[dict], float]:
         found = learn(words, seeds, steps, eval_every, stop=max(ENVS[env].thresholds))
         rows = [{"env": env, "method": method, "rate": rate, "seeds": list(seeds), **found}]
     return job, rows, time.time() - start
-
-
-Work = Callable[[Callable, Iterable[tuple]], Iterable[tuple[tuple, list[dict], float]]]
-"""Maps jobs to what they give, in any order."""
-
-
-@contextmanager
-def workers(count: int) -> Iterator[Work]:
-    """What carries out jobs: this process for one, else as many others, which leave Ctrl-C to this one."""
-    if count == 1:
-        yield map
-        return
-    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with get_context("spawn").Pool(count) as pool:
-        signal.signal(signal.SIGINT, usual)
-        yield pool.imap_unordered
 
 
 def carry_out(jobs: list[tuple], path: Path, do: Work) -> None:

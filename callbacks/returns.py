@@ -91,8 +91,8 @@ class EpisodeReturns(Evaluation):
     def _tell_of_cuts(self, data: Environment) -> None:
         self._tell(
             "cut",
-            f"an episode of {data.env} was cut after {data.cap} steps, which data.max_steps sets: the returns that are "
-            "reported of such episodes end there, the learned ones go on",
+            f"an episode of {data.env} was cut after at most {data.cap} steps, which data.max_steps sets: the returns "
+            "that are reported of such episodes end there, the learned ones go on",
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -153,7 +153,7 @@ class EpisodeReturns(Evaluation):
                 if trained:
                     when = "not reached" if self.solved is None else f"held from {self.solved} environment steps on"
                 reached = f"; {self.threshold:g} was {when}"
-            short = f", {cut.sum()} cut after {data.cap} steps" if cut.any() and data.cap is not None else ""
+            short = f", {cut.sum()} cut after at most {data.cap} steps" if cut.any() and data.cap is not None else ""
             (policy,) = pl_module.drawings()
             how = f" with {data.options}" if data.options else ""
             protocol = f"{self.episodes} greedy episodes of {data.env}{how} by {policy}, seed {seed}{short}"

@@ -336,10 +336,18 @@ def test_benchmark_of_calls(root, teacher, tuned, trained, monkeypatch, capsys):
         (["--calls", "0"], "--calls must be at least 1"),
         (["--sigma-min", "50"], "--sigma-min: sigma_min must lie below sigma_max 20"),
         (["--asked", "3"], "--asked says the shares of classes"),
+        (["--ddpm", str(Path(__file__))], "not the weights of a DDPM"),
     ]:
         monkeypatch.setattr("sys.argv", ["few_steps.py", *words, *more])
         with pytest.raises(UserError, match=sentence):
             few_steps.main()
+    assert (root / "few" / "rows.jsonl").read_text() == kept  # refused before anything was judged
+    flowless = fit(
+        root, "flowless", "model=mlp", "model.samplers.ode=null", "model.sampler=sde", "steps=1", "eval_every=1"
+    )
+    monkeypatch.setattr("sys.argv", ["few_steps.py", str(flowless), *words[2:]])
+    with pytest.raises(UserError, match="without the sampler 'ode'"):
+        few_steps.main()
     other = str(trained / "checkpoints" / "last.ckpt")  # without callbacks.metrics
     for given, sentence in (([other, words[0]], "callbacks.metrics=null"), ([words[0], other], "other data, codes or")):
         monkeypatch.setattr("sys.argv", ["few_steps.py", *given, *words[2:]])

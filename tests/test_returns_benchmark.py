@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import json
+import os
 import sys
 
 import numpy as np
@@ -282,3 +283,11 @@ def test_arguments_that_are_not_read_are_refused(name, words, sentence, monkeypa
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(f"benchmarks.{name}").main()
     assert stop.value.code == 2 and sentence in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_process_that_is_killed_is_one_sentence():
+    """Not a wait without an end."""
+    with pytest.raises(UserError, match="a process of this benchmark was killed"), common.workers(2) as do:
+        list(do(os._exit, [9, 9]))
+    with common.workers(2) as do:
+        assert sorted(do(abs, [-1, -2])) == [1, 2]

@@ -276,7 +276,8 @@ def test_evaluation_repeats_and_leaves_the_training_randomness_alone():
             },
             "samplers.ode goes down noise levels, and with noise=null the fields have none",
         ),
-        ({"lr": 0.0}, "lr must be positive"),
+        ({"lr": 0.0}, "lr must be positive, got 0.0"),
+        ({"lr": float("inf")}, "lr must be positive and finite, got inf"),
         ({"lr_decay": "cosine", "optimizer": ScheduleFree()}, "set lr_decay=none"),
         (
             {"objective": FieldDivergence(trace="combined"), "noise": None, "parametrisation": "direct"},
