@@ -13,19 +13,20 @@ the *denoising* form
 
     E ‖ g(x̃) − ½( m̂(x̃) (−n/σ) + ∇m̂(x̃) ) ‖²,        m̂ independent of (x, n) given x̃.
 
-*Factored* fields put g = ½ m S, so that S* = ∇log p_σ + ∇log m. Training multiplies S by m̂ rather than by a network,
-so the noise of the kernel cancels out of the target:
+*Factored* fields put g = ½ m S, so that S* = ∇log p_σ + ∇log m. Training multiplies S by m̂ rather than by a network:
 
     by Stein     ¼ m̂² ‖ S + n/σ − ∇log m̂ ‖²
     with a trace ¼ m̂² ‖S‖² + ½ m̂² tr ∇S + ½ m̂ ∇m̂·S        (tr ∇(m̂S) = m̂ tr ∇S + ∇m̂·S)
 
+Divided by m̂ once the first is linear in m̂ but for a term without S, so that its minimiser is S* however noisy m̂ is.
+
 The two ways of taking the trace can be *combined*: at every σ the difference between a probe and Stein's identity,
 
-    factored     ½ ( vᵀ∇S v − S·n/σ ),        direct     m̂ vᵀ∇g v − m̂ g·n/σ + ∇m̂·g,
+    m̂ vᵀ∇h v − m̂ h·n/σ + ∇m̂·h,
 
-has mean zero for any field, given that a point's weight depends on σ alone, so that any multiple 1 − a(σ) of it may be
-added to the denoising form (there divided by m̂² for factored fields). a = 1 is denoising, a = 0 a probe; with
-`stein_weight` the gradient of the parameters is less noisy than with either.
+has mean zero for any field h, g or S, given that a point's weight depends on σ alone, so that any multiple 1 − a(σ) of
+it may be added to the denoising form (half of it to that of factored fields, divided by m̂). a = 1 is denoising, a = 0 a
+probe; with `stein_weight` the gradient of the parameters is less noisy than with either.
 
 *Kernel field regression*, for low dimension. With the exact kernel, m and ∇m are conditional means of k(x, y) and
 ∇_x k(x, y) given x, whatever the density of x, so that the squared errors
@@ -107,9 +108,9 @@ def factored_stein_loss(S: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, grad
     return inner(residual, residual) / 4
 
 
-def stein_control(h: Tensor, trace: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
-    """tr ∇h − h·n/σ per sample, of mean zero over x̃ = x + σn for every field h."""
-    return trace - inner(h, noise) / sigma
+def stein_control(h: Tensor, trace: Tensor, noise: Tensor, sigma: Tensor, m: Tensor, grad_m: Tensor) -> Tensor:
+    """m̂ tr ∇h − m̂ h·n/σ + ∇m̂·h per sample, of mean zero over x̃ = x + σn for every field h."""
+    return m * (trace - inner(h, noise) / sigma) + inner(grad_m, h)
 
 
 def stein_weight(sigma: Tensor, crossover: float) -> Tensor:

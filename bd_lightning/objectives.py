@@ -4,8 +4,8 @@ r"""What the fields are trained by: each way to learn is one small class.
 
 The queries are clean points with a noise level each (see `NoiseLevels`), or none at a single scale; the pool are their
 partners in the kernel estimates (see `Partners`). The losses (see `Losses`) are weighted so that the gradient field's
-is EDM's, (2σ/m)²(1 + σ²/σ_d²)/d, where the mobility cancels (factored fields, traces by Stein's identity and combined)
-and with m_ref for m elsewhere, and the scalar field's is relative to m_ref(σ)².
+is EDM's, (2σ/m)²(1 + σ²/σ_d²)/d, with m_ref(σ) for m, or the estimate for one m of the two (factored fields, traces by
+Stein's identity and combined), and the scalar field's is relative to m_ref(σ)².
 
 | objective | learns | by |
 |---|---|---|
@@ -124,7 +124,10 @@ class Objective(ABC):
 
     @abstractmethod
     def minimiser(self, fields: Any, density: Density) -> FieldPair:
-        """The fields that the losses are minimised by, for data of a density in closed form."""
+        """The fields that the losses are minimised by, for data of a density in closed form.
+
+        Factored fields whose trace is by probes alone have those of a kernel without noise (see `preconditioning`).
+        """
 
 
 class FieldObjective(Objective):

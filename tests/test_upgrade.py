@@ -3,7 +3,8 @@
 `checkpoints/v1` holds checkpoints of small runs of 20 steps, what `predict n=4 seed=3` wrote from each, and the losses
 of the same runs resumed to step 30, all by the code that wrote them. Paths in them were made relative.
 Samples are drawn from the noise of then.
-Losses of returns are of today: a run that goes on no longer meets the experience that it began with.
+Losses of returns are of today: a run that goes on no longer meets the experience that it began with; so are those of
+`default`, whose kernel weighted them otherwise.
 Validation losses are kept where the held-out data are the same today; those of the digits were cut in two since.
 """
 

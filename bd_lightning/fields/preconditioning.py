@@ -78,8 +78,8 @@ def relative_slope(out: Tensor, sigma: Tensor, sigma_data: float) -> Tensor:
 class Parametrisation(ABC):
     """What the gradient output of a network stands for, h, and the losses of the gradient field in terms of it.
 
-    The losses are per sample, (B,), divided by the square of a mobility: by m̂² where it cancels out of the target, and
-    by m_ref(σ)², a function of σ alone, where it has to be one.
+    The losses are per sample, (B,), divided by the square of a mobility: by m_ref(σ)², or, for the denoising form of
+    factored fields, by m̂ m_ref(σ), which leaves one factor of m̂: whatever its noise, the minimiser is that of its mean.
 
     Attributes:
         traces: the ways of taking the trace for which there is a loss (see `objectives.FieldDivergence`).
@@ -126,7 +126,12 @@ class Parametrisation(ABC):
 
 
 class Factored(Parametrisation):
-    """h = S, g = ½ s S: EDM's denoiser. In training S meets m̂ in place of s, whose noise cancels out of the target."""
+    """h = S, g = ½ s S: EDM's denoiser. In training S meets m̂ in place of s.
+
+    By Stein's identity, alone or combined, S* = ∇log p_σ + ∇log E m̂. By a probe alone it is ∇log p_σ + ½∇log E m̂²,
+    which differs by the noise of the kernel: by 5 to 6 % with one drawn slice in the plane, by nothing to speak of with
+    closed-form slices.
+    """
 
     traces = ("stein", "combined", "hutchinson", "gaussian", "exact")
     at_any_point = False
@@ -140,12 +145,12 @@ class Factored(Parametrisation):
         return 0.5 * bcast(s, h) * h
 
     def stein_loss(self, h, noise, sigma, m, grad_m, m_ref):
-        seen = m > 1e-6 * m_ref  # elsewhere m̂ underflows, and its logarithm says nothing
+        seen = m > 1e-6 * m_ref  # elsewhere m̂ underflows
         loss = divergences.factored_stein_loss(h, noise, sigma, m, grad_m)
-        return torch.where(seen, loss / torch.where(seen, m, 1.0).square(), 0.0)
+        return torch.where(seen, loss / torch.where(seen, m, 1.0), 0.0) / m_ref
 
     def control(self, h, trace, noise, sigma, m, grad_m, m_ref):
-        return divergences.stein_control(h, trace, noise, sigma) / 2
+        return divergences.stein_control(h, trace, noise, sigma, m, grad_m) / (2 * m_ref)
 
     def probed_loss(self, h, trace, m, grad_m, m_ref):
         return divergences.factored_divergence_loss(h, trace, m, grad_m) / m_ref.square()
@@ -186,8 +191,7 @@ class Direct(Parametrisation):
         return divergences.stein_loss(h, noise, sigma, m, grad_m) / m_ref.square()
 
     def control(self, h, trace, noise, sigma, m, grad_m, m_ref):
-        control = m * divergences.stein_control(h, trace, noise, sigma) + divergences.inner(grad_m, h)
-        return control / m_ref.square()
+        return divergences.stein_control(h, trace, noise, sigma, m, grad_m) / m_ref.square()
 
     def probed_loss(self, h, trace, m, grad_m, m_ref):
         return divergences.divergence_loss(h, trace, m) / m_ref.square()
