@@ -30,6 +30,7 @@ runs of `control`.
 
 import argparse
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterable
@@ -155,6 +156,9 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--rates must lie between 0 and 1, got {rate:g}")
     if options.script:
         regular_file(options.script, "cleanrl's c51.py")
+        if not shutil.which(options.python):
+            raise UserError(f"--python {options.python} is no program that runs: give an interpreter's path")
+        options.python = os.path.abspath(shutil.which(options.python))  # it is run beside the script
     try:
         arguments.folder(str(options.out))
     except argparse.ArgumentTypeError as error:

@@ -17,6 +17,7 @@ from bd_lightning.returns import Categorical
 from benchmarks.returns_training import Seeds, build
 
 PEER_STEPS, PEER_WINDOW = 20_000, 2000
+OTHER = "has no network and update as cleanrl's c51.py has them"
 
 
 def same_update(script: Path) -> tuple[float, float]:
@@ -25,28 +26,34 @@ def same_update(script: Path) -> tuple[float, float]:
     The script's network and the lines of its update, from the target to the loss, are run on random transitions.
 
     Raises:
-        UserError: for a script that has no such lines.
+        UserError: for a script that has no such lines, or whose lines do not run.
     """
-    source = script.read_text()
     try:
+        source = script.read_text()
         network = source[source.index("class QNetwork") : source.index("def linear_schedule")]
         first = source.index("with torch.no_grad():\n                    _, next_pmfs")
         update = " " * 16 + source[first : source.index("if global_step % 100 == 0", first)]
     except ValueError as error:
-        raise UserError(f"{script} has no network and update as cleanrl's c51.py has them: give that file") from error
+        raise UserError(f"{script} {OTHER}: give that file") from error
     torch.manual_seed(0)
     scope: dict[str, Any] = {"nn": torch.nn, "torch": torch, "np": np}
-    exec(network, scope)
     spaces = {"single_action_space": SimpleNamespace(n=2), "single_observation_space": SimpleNamespace(shape=(4,))}
-    theirs, target = (scope["QNetwork"](SimpleNamespace(**spaces), 51, 0.0, 100.0) for _ in range(2))
+    try:
+        exec(network, scope)
+        theirs, target = (scope["QNetwork"](SimpleNamespace(**spaces), 51, 0.0, 100.0) for _ in range(2))
+    except Exception as error:  # it is the script's
+        raise UserError(f"{script} {OTHER} ({type(error).__name__}: {error}): give that file") from error
     observation, following = torch.randn(64, 4), torch.randn(64, 4)
     action, reward, done = torch.randint(2, (64,)), 3 * torch.rand(64) - 1, (torch.rand(64) < 0.2).float()
     data = {"observations": observation, "next_observations": following, "actions": action[:, None]}
     scope["data"] = SimpleNamespace(**data, rewards=reward[:, None], dones=done[:, None])
     scope["args"] = SimpleNamespace(gamma=0.99, v_min=0.0, v_max=100.0, n_atoms=51)
     scope |= {"q_network": theirs, "target_network": target}
-    exec(textwrap.dedent(update), scope)
-    scope["loss"].backward()
+    try:
+        exec(textwrap.dedent(update), scope)
+        scope["loss"].backward()
+    except Exception as error:  # it is the script's
+        raise UserError(f"{script} {OTHER} ({type(error).__name__}: {error}): give that file") from error
     ours = ReturnLearner((4,), 2, Categorical(0, 100), hidden=[120, 84])
     ours.network.load_state_dict(theirs.network.state_dict())
     ours.target_network.load_state_dict(target.network.state_dict())
@@ -63,7 +70,7 @@ def cleanrl(seed: int, script: Path, python: str) -> Episodes:
     """Those of cleanrl's c51.py on CartPole, run as it is.
 
     Raises:
-        UserError: if it fails, with the last line that it says.
+        UserError: if it fails, with the last line that it says, and if it tells of no episodes.
     """
     options = {
         "seed": seed, "total-timesteps": PEER_STEPS, "n-atoms": 51, "v-min": 0, "v-max": 100, "gamma": 0.99,
@@ -76,6 +83,8 @@ def cleanrl(seed: int, script: Path, python: str) -> Episodes:
         said = (done.stderr.strip() or "nothing").splitlines()[-1]
         raise UserError(f"{script} failed by {python}, give --python one that has what it needs; it said: {said}")
     found = re.findall(r"global_step=(\d+), episodic_return=\[?([\d.]+)", done.stdout)
+    if not found:
+        raise UserError(f"{script} printed no 'global_step=…, episodic_return=…': give cleanrl's c51.py of fe8d8a0")
     return [(int(step), float(value)) for step, value in found]
 
 
@@ -126,6 +135,13 @@ PEERS: dict[str, Callable[[int, Path, str], Episodes]] = {
 
 
 def windows(episodes: Episodes) -> list[float]:
-    """Mean return of the episodes that ended in each window of steps."""
+    """Mean return of the episodes that ended in each window of steps.
+
+    Raises:
+        UserError: for a window in which none ended.
+    """
     edges = range(0, PEER_STEPS, PEER_WINDOW)
-    return [float(np.mean([v for step, v in episodes if e <= step < e + PEER_WINDOW] or [np.nan])) for e in edges]
+    ended = [[v for step, v in episodes if e <= step < e + PEER_WINDOW] for e in edges]
+    if not all(ended):
+        raise UserError(f"no episode ended between steps {(e := edges[ended.index([])])} and {e + PEER_WINDOW}")
+    return [float(np.mean(values)) for values in ended]

@@ -79,8 +79,21 @@ def test_a_script_that_fails_is_one_sentence(tmp_path):
     script.write_text("raise SystemExit('no tyro here')")
     with pytest.raises(UserError, match="c51.py failed by .*, give --python one that .*; it said: no tyro here"):
         returns_peer.cleanrl(0, script, sys.executable)
-    with pytest.raises(UserError, match="c51.py has no network and update as cleanrl's c51.py has them"):
-        returns_peer.same_update(script)
+    for text in (
+        script.read_bytes(),
+        b"\xff\xfe\x00",
+        b"class QNetwork(nn.Modul): pass\ndef linear_schedule\nwith torch.no_grad():\n"
+        + b" " * 20
+        + b"_, next_pmfs\nif global_step % 100 == 0",
+    ):
+        script.write_bytes(text)
+        with pytest.raises(UserError, match="c51.py has no network and update as cleanrl's c51.py has them"):
+            returns_peer.same_update(script)
+    script.write_text("print('done')")
+    with pytest.raises(UserError, match="c51.py printed no 'global_step"):
+        returns_peer.cleanrl(0, script, sys.executable)
+    with pytest.raises(UserError, match="no episode ended between steps 2000 and 4000"):
+        returns_peer.windows([(step, 1.0) for step in range(0, 20_000, 500) if not 2000 <= step < 4000])
 
 
 def test_a_night_is_rehearsed_and_not_repeated(tmp_path, monkeypatch, capsys):
@@ -161,6 +174,7 @@ def test_a_job_that_was_cut_leaves_nothing_and_is_done_anew(tmp_path, monkeypatc
         ("night --jobs -1", "--jobs must be at least 1, got -1"),
         ("control --rates 0", "--rates must lie between 0 and 1, got 0"),
         ("peer --script nowhere.py", "cleanrl's c51.py not found: nowhere.py"),
+        ("peer --script FILE --python nowhere", "--python nowhere is no program that runs"),
         ("table --out FILE", "--out: FILE is a file, not a folder"),
         ("table", "nothing is finished in runs yet"),
         ("table --out old", "holds a row a line, as an earlier version wrote it"),

@@ -65,8 +65,17 @@ def tabulated(table: Mapping[int, Mapping[int, Sequence[Any]]], gamma: float) ->
 
 
 def remembered(batch: Sequence[Tensor], actions: int) -> Outcomes:
-    """Outcomes as often as they were seen in transitions of one step, states one-hot (n, S); equal ones are one."""
+    """Outcomes as often as they were seen in transitions of one step, states one-hot (n, S); equal ones are one.
+
+    Raises:
+        UserError: for observations that are no states, and for transitions of more than one step.
+    """
     observation, action, reward, discount, following = batch
+    if reward.ndim != 1:
+        raise UserError("a table of outcomes needs transitions of one step: collect with data.n_step=1")
+    for states in (observation, following):
+        if states.ndim != 2 or not ((states == 0) | (states == 1)).all() or not (states.sum(1) == 1).all():
+            raise UserError("a table of outcomes needs states, one-hot (n, S), as environments with Discrete ones give")
     pair = observation.argmax(1) * actions + action
     rows = torch.stack([column.double() for column in (pair, reward, discount, following.argmax(1))], 1)
     rows, count = rows.unique(dim=0, return_counts=True)
@@ -80,9 +89,17 @@ def mixed(parts: Sequence[tuple[float, Outcomes]]) -> Outcomes:
     """The dynamics that follow the k-th of these with probability share_k at every step; shares sum to one.
 
     Pairs that one of them has no outcomes of are left to the others.
+
+    Raises:
+        UserError: for shares that are none, and for dynamics of other states or actions.
     """
+    if any(share < 0 for share, _ in parts) or abs(sum(share for share, _ in parts) - 1) > 1e-6:
+        raise UserError(f"shares of dynamics must sum to one, none below zero; got {[share for share, _ in parts]}")
     parts = [(share, outcomes) for share, outcomes in parts if share]
     first = parts[0][1]
+    if any((one.states, one.actions) != (first.states, first.actions) for _, one in parts):
+        sizes = ", ".join(f"{one.states} and {one.actions}" for _, one in parts)
+        raise UserError(f"dynamics that are mixed must have the same states and actions; these have {sizes}")
     known = sum(share * outcomes.known.float() for share, outcomes in parts).flatten()  # type: ignore[union-attr]
     shares = [share * outcomes.share / known[outcomes.pair] for share, outcomes in parts]
     names = ("pair", "reward", "discount", "following")
@@ -96,10 +113,16 @@ def backup(representation: GaussianFields, outcomes: Outcomes, w: Tensor, policy
     The policy is that of the argument w.
 
     Raises:
-        UserError: for another representation, whose outputs are no linear function of weights.
+        UserError: for another representation, whose outputs are no linear function of weights, and for weights of
+            other states and actions.
     """
     if not isinstance(representation, GaussianFields):
         raise UserError(f"exact backups need GaussianFields (model=returns), not {type(representation).__name__}")
+    if w.shape[:2] != (outcomes.states, outcomes.actions):
+        raise UserError(
+            f"outcomes of {outcomes.states} states and {outcomes.actions} actions need weights of as many; got weights "
+            f"of shape {tuple(w.shape)}"
+        )
     following = representation.mixture(policy(representation, w), w)[outcomes.following]
     targets = outcomes.share[:, None] * representation.target(following, outcomes.reward, outcomes.discount)
     pairs = outcomes.states * outcomes.actions

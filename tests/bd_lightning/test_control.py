@@ -221,6 +221,23 @@ def test_outcomes_are_remembered_and_unknown_pairs_stay():
     assert alone.tolist() == [1.0]  # state 1, action 1: the table's
 
 
+def test_tables_that_do_not_fit_are_refused():
+    rep, eye, one = GaussianFields(-7, 5, nodes=20), torch.eye(3), torch.ones(2)
+    small = remembered((eye[:2], one.long(), one, one, eye[:2]), 2)
+    large = tabulated(chain(0.5), GAMMA)
+    for wrong, sentence in (
+        (lambda: mixed([(0.7, small), (0.7, small)]), "must sum to one"),
+        (lambda: mixed([]), "must sum to one"),
+        (lambda: mixed([(1.5, small), (-0.5, small)]), "none below zero"),
+        (lambda: mixed([(0.5, small), (0.5, large)]), "the same states and actions; these have 3 and 2, 4 and 2"),
+        (lambda: backup(rep, small, torch.zeros(4, 2, rep.outputs), Policy()), "3 states and 2 actions need weights"),
+        (lambda: remembered((eye[:2] + 0.1, one.long(), one, one, eye[:2]), 2), "needs states, one-hot"),
+        (lambda: remembered((eye[:2], one.long(), torch.ones(2, 4), one, eye[:2]), 2), "transitions of one step"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            wrong()
+
+
 def test_mixtures_of_targets_are_linear_in_fields_and_not_in_quantiles():
     shares = torch.tensor([0.3, 0.7])
     for rep in (GaussianFields(-3, 3), Categorical(-3, 3)):
