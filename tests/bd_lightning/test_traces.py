@@ -93,7 +93,7 @@ def test_a_noisy_kernel_moves_no_minimiser_of_factored_fields():
     kernel, level, form = kernels.Sliced(0.01), torch.full((256,), 0.3).double(), Factored()
     plane, g = GaussianMixture([[1.0, 0.0], [-1.0, 0.0]], weights=[0.7, 0.3], sd=0.3), torch.Generator().manual_seed(0)
     found, other = [], []
-    for _ in range(200):
+    for _ in range(100):
         x, noise = plane.sample(256, g), torch.randn(256, 2, generator=g).double()
         point = x + 0.3 * noise
         pool = Pool(plane.sample(64, g), torch.full((256, 64), 1 / 64))
