@@ -11,7 +11,7 @@ from bd_lightning.checks import UserError
 from bd_lightning.divergences import stein_weight
 from bd_lightning.dynamics import MultistepDynamics
 from bd_lightning.fields import AnalyticFields
-from bd_lightning.fields.preconditioning import Direct, Factored
+from bd_lightning.fields.preconditioning import HIGHEST, Direct, Factored
 from bd_lightning.modules import BellmanDiffusion
 from bd_lightning.networks import MLP
 from bd_lightning.objectives import FieldDivergence, NoiseLevels, Pool, Queries, queries
@@ -73,18 +73,34 @@ def test_a_wrong_sign_is_seen(monkeypatch):
     assert disagreement(gradients("combined"), right) > 10
 
 
-@pytest.mark.parametrize(("form", "sigma"), [(Factored(), 0.3), (Direct(), 0.3), (Direct(), 1.0)])
-def test_what_is_added_to_the_denoising_form_has_mean_zero(form, sigma):
-    """For the field sin x and m̂ = exp(−‖x̃‖²/2), of which ∇m̂ is no small part."""
+@pytest.mark.parametrize(
+    ("form", "sigma", "size"), [(Factored(), 0.3, 1), (Factored(), 0.3, 1000), (Direct(), 0.3, 1), (Direct(), 1.0, 1)]
+)
+def test_what_is_added_to_the_denoising_form_has_mean_zero(form, sigma, size):
+    """For the field sin x and m̂ = exp(−‖x̃‖²/2), of which ∇m̂ is no small part; of 1,000 times that weights end."""
     g, n = torch.Generator().manual_seed(0), 400_000
     x = MODES.sample(n, g)
     noise = torch.randn(n, DIM, generator=g, dtype=torch.float64)
     point, level, one = x + sigma * noise, torch.full((n,), sigma, dtype=torch.float64), torch.ones(n).double()
-    m = (-point.square().sum(1) / 2).exp()
+    m = size * (-point.square().sum(1) / 2).exp()
+    if size > 1:
+        assert 0.1 < (m > HIGHEST).double().mean() < 0.9
     control = form.control(point.sin(), point.cos().sum(1), noise, level, m, -m[:, None] * point, one)
     assert control.mean().abs() < 4 * control.std() / n**0.5
     wrong = form.control(point.sin(), point.cos().sum(1), noise, level, m, m[:, None] * point, one)
     assert wrong.mean().abs() > 20 * wrong.std() / n**0.5
+
+
+def test_no_point_weighs_without_an_end():
+    """The exact kernel's estimate in 32 dimensions lies between nothing and 10⁹ times m_ref."""
+    x, sigma, g = torch.randn(64, 32), torch.full((64,), 0.3), torch.Generator().manual_seed(0)
+    noise, kernel, form = torch.randn(64, 32, generator=g), kernels.Exact(), Factored()
+    m, grad_m = Pool(0.3 * x, torch.full((64, 64), 1 / 64)).mobility(kernel, 0.3 * x + sigma[:, None] * noise, sigma)
+    m_ref = kernel.reference(sigma, 1.0, 32)
+    assert (m / m_ref).max() > 1e6
+    loss = form.stein_loss(torch.zeros(64, 32), noise, sigma, m, grad_m, m_ref)
+    whole = form.stein_loss(torch.zeros(64, 32), noise, sigma, torch.ones(64), grad_m / m[:, None], torch.ones(64))
+    torch.testing.assert_close(loss, whole * (m / m_ref).clamp_max(HIGHEST))
 
 
 def test_a_noisy_kernel_moves_no_minimiser_of_factored_fields():
