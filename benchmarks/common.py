@@ -90,8 +90,10 @@ def workers(count: int) -> Iterator[Work]:
 
     def do(function: Callable[[Any], Any], jobs: Iterable[Any]) -> Iterator[Any]:
         usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # for the processes that begin here
-        futures = [pool.submit(function, job) for job in jobs]
-        signal.signal(signal.SIGINT, usual)
+        try:
+            futures = [pool.submit(function, job) for job in jobs]
+        finally:
+            signal.signal(signal.SIGINT, usual)
         for future in as_completed(futures):
             yield future.result()
 

@@ -33,7 +33,7 @@ from bd_lightning.kernels import Kernel
 
 
 HIGHEST = 100.0
-"""Weight m̂/m_ref of a point at most: the exact kernel's spans twenty magnitudes in 32 dimensions, that of slices a few."""
+"""Weight m̂/m_ref of a point at most: the exact kernel's spans twenty magnitudes in 32 dimensions, slices' not one."""
 
 
 def call(
@@ -132,9 +132,9 @@ class Parametrisation(ABC):
 class Factored(Parametrisation):
     """h = S, g = ½ s S: EDM's denoiser. In training S meets m̂ in place of s.
 
-    By Stein's identity, alone or combined, S* = ∇log p_σ + ∇log E m̂, where m̂ stays below `HIGHEST` m_ref. By a probe alone it is ∇log p_σ + ½∇log E m̂²,
-    which differs by the noise of the kernel: by 5 to 6 % with one drawn slice in the plane, by nothing to speak of with
-    closed-form slices.
+    By Stein's identity, alone or combined, S* = ∇log p_σ + ∇log E m̂, where m̂ stays below `HIGHEST` m_ref. By a probe
+    alone it is ∇log p_σ + ½∇log E m̂², which differs by the noise of the kernel: by 5 to 6 % with one drawn slice in the
+    plane, by nothing to speak of with closed-form slices.
     """
 
     traces = ("stein", "combined", "hutchinson", "gaussian", "exact")

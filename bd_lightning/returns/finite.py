@@ -93,7 +93,7 @@ def mixed(parts: Sequence[tuple[float, Outcomes]]) -> Outcomes:
     Raises:
         UserError: for shares that are none, and for dynamics of other states or actions.
     """
-    if any(share < 0 for share, _ in parts) or abs(sum(share for share, _ in parts) - 1) > 1e-6:
+    if not (all(share >= 0 for share, _ in parts) and abs(sum(share for share, _ in parts) - 1) <= 1e-6):
         raise UserError(f"shares of dynamics must sum to one, none below zero; got {[share for share, _ in parts]}")
     parts = [(share, outcomes) for share, outcomes in parts if share]
     first = parts[0][1]

@@ -228,6 +228,7 @@ def test_tables_that_do_not_fit_are_refused():
     for wrong, sentence in (
         (lambda: mixed([(0.7, small), (0.7, small)]), "must sum to one"),
         (lambda: mixed([]), "must sum to one"),
+        (lambda: mixed([(math.nan, small), (0.5, small)]), "must sum to one"),
         (lambda: mixed([(1.5, small), (-0.5, small)]), "none below zero"),
         (lambda: mixed([(0.5, small), (0.5, large)]), "the same states and actions; these have 3 and 2, 4 and 2"),
         (lambda: backup(rep, small, torch.zeros(4, 2, rep.outputs), Policy()), "3 states and 2 actions need weights"),
