@@ -2,7 +2,7 @@
 
     uv run python -m tests.equivalence [--write] [config …]        e.g. experiment=mnist_small data=wine
 
-`tests/equivalence.json` was written at commit d1dd6dc (one thread, torch 2.15), when factored fields got their present
+`tests/equivalence.json` was written at commit e4eb2af (one thread, torch 2.15), when factored fields got their present
 weights; to compare with the code before its parts moved into rooms of their own, take that of commit c9f85d2.
 `--write` replaces it, row by row. Every config is cut to two cores as in `fuzz.needed`; parameters get seeded noise,
 since heads start at zero; steps are AdamW's on three batches of up to 96; samples are drawn from the noise of then

@@ -31,7 +31,6 @@ from bd_lightning.checks import UserError
 from bd_lightning.divergences import bcast
 from bd_lightning.kernels import Kernel
 
-
 HIGHEST = 100.0
 """Weight m̂/m_ref of a point at most: the exact kernel's spans twenty magnitudes in 32 dimensions, slices' not one."""
 
