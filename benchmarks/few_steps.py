@@ -206,8 +206,10 @@ def main() -> None:
     rows, results = Rows(options.out / "rows.jsonl"), {}
     judge: Any = None
     first: list[Any] = []
-    _, begun = checkpoints.load(options.checkpoints[0], Generator)  # type: ignore[type-abstract]
-    ddpms = {path: Peer(path, begun, options.calls) for path in options.ddpm}
+    ddpms = {}
+    for path in options.ddpm:
+        _, stored = checkpoints.load(options.checkpoints[0], Generator)  # type: ignore[type-abstract]
+        ddpms[path] = Peer(path, stored, options.calls)
     for path in options.checkpoints:
         model, stored = checkpoints.load(path, Generator)  # type: ignore[type-abstract]
         judge = judge or judge_of(stored, options)

@@ -38,18 +38,15 @@ def same_update(script: Path) -> tuple[float, float]:
     torch.manual_seed(0)
     scope: dict[str, Any] = {"nn": torch.nn, "torch": torch, "np": np}
     spaces = {"single_action_space": SimpleNamespace(n=2), "single_observation_space": SimpleNamespace(shape=(4,))}
-    try:
-        exec(network, scope)
-        theirs, target = (scope["QNetwork"](SimpleNamespace(**spaces), 51, 0.0, 100.0) for _ in range(2))
-    except Exception as error:  # it is the script's
-        raise UserError(f"{script} {OTHER} ({type(error).__name__}: {error}): give that file") from error
     observation, following = torch.randn(64, 4), torch.randn(64, 4)
     action, reward, done = torch.randint(2, (64,)), 3 * torch.rand(64) - 1, (torch.rand(64) < 0.2).float()
     data = {"observations": observation, "next_observations": following, "actions": action[:, None]}
     scope["data"] = SimpleNamespace(**data, rewards=reward[:, None], dones=done[:, None])
     scope["args"] = SimpleNamespace(gamma=0.99, v_min=0.0, v_max=100.0, n_atoms=51)
-    scope |= {"q_network": theirs, "target_network": target}
     try:
+        exec(network, scope)
+        theirs, target = (scope["QNetwork"](SimpleNamespace(**spaces), 51, 0.0, 100.0) for _ in range(2))
+        scope |= {"q_network": theirs, "target_network": target}
         exec(textwrap.dedent(update), scope)
         scope["loss"].backward()
     except Exception as error:  # it is the script's

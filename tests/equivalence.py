@@ -177,6 +177,7 @@ def main() -> int:
             except UserError as error:
                 # a game's package is missing, or data need another model than the default
                 print(f"{config} not measured: {error}", flush=True)
+                failed += config in before  # it was measured
                 continue
             if options.write:
                 before[config] = after

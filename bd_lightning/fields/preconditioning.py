@@ -32,7 +32,8 @@ from bd_lightning.divergences import bcast
 from bd_lightning.kernels import Kernel
 
 HIGHEST = 100.0
-"""Weight m̂/m_ref of a point at most: the exact kernel's spans twenty magnitudes in 32 dimensions, slices' not one."""
+"""Weight m̂/m_ref of a point at most: slices stay below √(2σ_d²/ε + 2), the exact kernel spans twenty magnitudes in 32
+dimensions."""
 
 
 def call(

@@ -91,6 +91,20 @@ def test_what_is_added_to_the_denoising_form_has_mean_zero(form, sigma, size):
     assert wrong.mean().abs() > 20 * wrong.std() / n**0.5
 
 
+def test_combined_with_a_probe_alone_is_the_weighted_divergence():
+    """The denoising form and all that is added to it: m̂(¼‖S‖² + ½ tr ∇S)/m_ref and terms without S (theory §4)."""
+    g = torch.Generator().manual_seed(0)
+    h, noise, grad_m = torch.randn(3, 20, DIM, generator=g).double()
+    m, m_ref, level, trace = torch.rand(4, 20, generator=g).double() + 0.1
+
+    def whole(S, trace):
+        form, given = Factored(), (noise, level, m, grad_m, m_ref)
+        return form.stein_loss(S, *given) + form.control(S, trace, *given)
+
+    expected = m / m_ref * (h.square().sum(1) / 4 + trace / 2)
+    torch.testing.assert_close(whole(h, trace) - whole(torch.zeros_like(h), torch.zeros_like(trace)), expected)
+
+
 def test_no_point_weighs_without_an_end():
     """The exact kernel's estimate in 32 dimensions lies between nothing and 10⁹ times m_ref."""
     x, sigma, g = torch.randn(64, 32), torch.full((64,), 0.3), torch.Generator().manual_seed(0)
@@ -101,6 +115,11 @@ def test_no_point_weighs_without_an_end():
     loss = form.stein_loss(torch.zeros(64, 32), noise, sigma, m, grad_m, m_ref)
     whole = form.stein_loss(torch.zeros(64, 32), noise, sigma, torch.ones(64), grad_m / m[:, None], torch.ones(64))
     torch.testing.assert_close(loss, whole * (m / m_ref).clamp_max(HIGHEST))
+    h, far = torch.zeros(64, 32, requires_grad=True), 10 * sigma  # m̂² and m̂ m_ref are below single precision there
+    point = 0.3 * x + far[:, None] * noise
+    m, grad_m = Pool(0.3 * x, torch.full((64, 64), 1 / 64)).mobility(kernel, point, far)
+    (slope,) = torch.autograd.grad(form.stein_loss(h, noise, far, m, grad_m, kernel.reference(far, 1.0, 32)).sum(), h)
+    assert slope.isfinite().all() and slope.abs().sum() > 0 and not (m * m).any()
 
 
 def test_a_noisy_kernel_moves_no_minimiser_of_factored_fields():
