@@ -185,7 +185,14 @@ def ratio(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[
 
 
 def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
-    """Print steps to thresholds, at the common rate and at each method's own; returns what curves are drawn of."""
+    """Print steps to thresholds, at the common rate and at each method's own; returns what curves are drawn of.
+
+    Raises:
+        ValueError: for a row of an experiment or method that there is none of.
+    """
+    for key, known in (("env", ENVS), ("method", METHODS)):
+        if unknown := {str(row[key]) for row in rows} - set(known):
+            raise ValueError(f"there is no {key} {', '.join(sorted(unknown))}")
     drawn: list[tuple] = []
     names = " | ".join(METHODS.values())
     print(f"| experiment | threshold | rates | {names} | baseline / fields, the best of each (95 %) | ms |")

@@ -129,6 +129,8 @@ def test_a_night_is_rehearsed_and_not_repeated(tmp_path, monkeypatch, capsys):
     "name, row",
     [
         ("control", {"env": "rl_frozen_lake", "method": "returns", "rate": 1e-3, "seeds": 3}),
+        ("control", {"env": "rl_frozen_lake", "method": "fields", "rate": 1e-3}),
+        ("control", {"env": "frozen_lake", "method": "returns", "rate": 1e-3}),
         ("evaluate", {"rewards": "discrete"}),
         ("peer", {"name": "a", "windows": "b"}),
         ("linear", [1]),
