@@ -25,6 +25,8 @@ def class_name(label: int | str, names: Sequence[str]) -> str:
     numbers = any(name.isdecimal() for name in names)
     if isinstance(label, int) and 0 <= label < len(names) and not numbers:
         return names[label]
+    if not names:
+        raise UserError(f"this data set has no classes, so '{label}' is none of them: leave classes out")
     known = f" The classes are {', '.join(names)}." if numbers else suggest(str(label), names)
     raise UserError(f"no class '{label}' in this data set.{known}")
 

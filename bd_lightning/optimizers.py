@@ -126,10 +126,11 @@ def _refuse_damaged(optimizer: torch.optim.Optimizer) -> None:
             sound = value is True if name == "train_mode" else name not in COUNTED or name == "params" or _counts(value)
             if not sound:
                 raise ValueError(f"{name} of the optimiser is {value!r}")
-    kinds = [sorted(map(str, state)) for state in optimizer.state.values()]
-    for (p, state), kind in zip(optimizer.state.items(), kinds):
+    states = {p: state for p, state in optimizer.state.items() if state}  # schedulefree's is empty without a gradient
+    kinds = [sorted(map(str, state)) for state in states.values()]
+    for (p, state), kind in zip(states.items(), kinds):
         if kind != kinds[0]:
-            raise ValueError(f"some weights have {', '.join(kinds[0])} and some {', '.join(kind) or 'nothing'}")
+            raise ValueError(f"some weights have {', '.join(kinds[0])} and some {', '.join(kind)}")
         for name, value in state.items():
             if name == "step":
                 if not _counts(value):

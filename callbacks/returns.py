@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from bd_lightning.checks import UserError, in_range, positive
-from callbacks.evaluation import Evaluation, Metric
+from callbacks.evaluation import Evaluation, Metric, remarked
 from callbacks.pictures import publish_animation, publish_image
 from callbacks.records import append_record, run_folder, step_of
 from datamodules.environments import Environment
@@ -151,25 +151,23 @@ class EpisodeReturns(Evaluation):
             if self.threshold is not None:
                 when = "reached" if mean >= self.threshold else "not reached"
                 if trained:
-                    when = "not reached" if self.solved is None else f"held from {self.solved} environment steps on"
+                    held = "not held over two evaluations"
+                    when = held if self.solved is None else f"held from {self.solved} environment steps on"
                 reached = f"; {self.threshold:g} was {when}"
             short = f", {cut.sum()} cut after at most {data.cap} steps" if cut.any() and data.cap is not None else ""
             (policy,) = pl_module.drawings()
             how = f" with {data.options}" if data.options else ""
             protocol = f"{self.episodes} greedy episodes of {data.env}{how} by {policy}, seed {seed}{short}"
-            append_record(
-                trainer,
-                self.record,
-                {
-                    "step": step_of(trainer),
-                    "drawn": policy,
-                    **{f"{stage}/{name}": value for name, value in values.items()},
-                    "episodes_cut": int(cut.sum()),
-                    "solved": self.solved,
-                    "protocol": protocol,
-                    "summary": f"return {mean:.3f} ± {error:.3f} over {protocol}{reached}",
-                },
-            )
+            row = {
+                "step": step_of(trainer),
+                "drawn": policy,
+                **{f"{stage}/{name}": value for name, value in values.items()},
+                "episodes_cut": int(cut.sum()),
+                "solved": self.solved,
+                "protocol": protocol,
+                "summary": f"return {mean:.3f} ± {error:.3f} over {protocol}{reached}",
+            }
+            append_record(trainer, self.record, remarked(row, data.remark))
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Evaluate the policy."""

@@ -129,6 +129,18 @@ def test_a_test_says_what_its_threshold_is_and_calls_are_of_other_samplers(tmp_p
     assert "calls are network calls of samplers of noise levels, and ReturnLearner has none" in capsys.readouterr().err
 
 
+def test_a_test_with_another_discount_says_so(tmp_path, capsys):
+    """And a threshold that one evaluation met was not held over two."""
+    assert train.main([*LAKE, "eval_every=4", "callbacks.returns.threshold=0", f"root={tmp_path}"]) == 0
+    assert "; 0 was not held over two evaluations" in capsys.readouterr().out
+    last = next(tmp_path.rglob("last.ckpt"))
+    assert train.main(["test", f"ckpt_path={last}", "data.gamma=0.9"]) == 0
+    told = "; data not as in training (data.gamma)"
+    assert told in capsys.readouterr().out
+    rows = [json.loads(path.read_text())[-1]["protocol"] for path in sorted(tmp_path.rglob("returns.json"))]
+    assert [told in protocol for protocol in rows] == [False, True]
+
+
 def test_exploration_fades_as_fast_in_a_run_that_goes_on():
     """ε of a run that is resumed twice, against one that is not: the same at as many steps after each warm-up."""
 

@@ -162,6 +162,8 @@ def test_a_number_is_the_name_of_a_class_where_names_are_numbers():
     assert class_name(1, ["cat", "dog"]) == "dog" and class_name(8, ["3", "8"]) == "8"
     with pytest.raises(UserError, match="no class '0' in this data set. The classes are 3, 8."):
         class_name(0, ["3", "8"])
+    with pytest.raises(UserError, match="this data set has no classes, so '0' is none of them: leave classes out"):
+        class_name(0, [])
 
 
 @pytest.mark.parametrize("command", ["test", "export"])

@@ -67,8 +67,10 @@ def tabulated(table: Mapping[int, Mapping[int, Sequence[Any]]], gamma: float) ->
 def remembered(batch: Sequence[Tensor], actions: int) -> Outcomes:
     """Outcomes as often as they were seen in transitions of one step, states one-hot (n, S); equal ones are one.
 
+    That a transition spans one step (data.n_step=1) cannot be seen in it.
+
     Raises:
-        UserError: for observations that are no states, and for transitions of more than one step.
+        UserError: for observations that are no states, and for transitions of 1 to n steps, for λ-returns.
     """
     observation, action, reward, discount, following = batch
     if reward.ndim != 1:

@@ -259,6 +259,24 @@ def test_schedule_free_is_judged_by_its_own_average():
     assert any((average[p] != 0).any() for p in average) and AdamW().averaged(optimizer) is None
 
 
+@pytest.mark.parametrize("choice", [AdamW(), ScheduleFree()], ids=lambda choice: type(choice).__name__)
+def test_weights_without_a_gradient_have_no_moments_and_are_no_damage(choice):
+    """A frozen layer and a head that nothing reads; moments that some weights lack are damage."""
+    if isinstance(choice, ScheduleFree):
+        pytest.importorskip("schedulefree", reason="schedulefree is not installed")
+    layers = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))
+    layers[1].requires_grad_(False)
+    optimizer = choice(layers, 1e-2)
+    layers[1](layers[0](torch.ones(1, 2))).sum().backward()
+    optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    choice(layers, 1e-2).load_state_dict(state)
+    name = next(name for name in state["state"][0] if name != "step")
+    del state["state"][0][name]
+    with pytest.raises(ValueError, match="some weights have .* and some"):
+        choice(layers, 1e-2).load_state_dict(state)
+
+
 def same(a, b):
     """Whether two nested states are equal, bit by bit."""
     if isinstance(a, dict):
