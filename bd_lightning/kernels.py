@@ -52,13 +52,12 @@ class NoClosedForm(NotImplementedError):
     """A mean that no formula is known for."""
 
 
-def leave_one_out(batch: int, pool: int | None = None, offset: int = 0, device: torch.device | None = None) -> Tensor:
+def leave_one_out(batch: int, pool: int | None = None, device: torch.device | None = None) -> Tensor:
     """Weights that average over every pair except a point with itself.
 
     Args:
         batch: number of query points B.
-        pool: number of partners N; the batch itself if None.
-        offset: where the batch starts in the pool; query i is left out at column offset + i.
+        pool: number of partners N ≥ B, the query points' own first; the batch itself if None.
         device: where to put the result.
 
     Returns:
@@ -71,9 +70,7 @@ def leave_one_out(batch: int, pool: int | None = None, offset: int = 0, device: 
     if pool < 2:
         raise ValueError(f"a kernel estimate needs a batch of at least 2 points, got {pool}; raise the batch size")
     weights = torch.full((batch, pool), 1 / (pool - 1), device=device)
-    rows = torch.arange(batch, device=device)
-    weights[rows, rows + offset] = 0
-    return weights
+    return weights.fill_diagonal_(0)
 
 
 def single_partner(batch: int, pool: int | None = None, device: torch.device | None = None) -> Tensor:

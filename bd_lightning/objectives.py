@@ -3,9 +3,10 @@ r"""What the fields are trained by: each way to learn is one small class.
     losses = objective(fields, queries, pool, generator)
 
 The queries are clean points with a noise level each (see `NoiseLevels`), or none at a single scale; the pool are their
-partners in the kernel estimates (see `Partners`). The losses (see `Losses`) are weighted so that the gradient field's
-is EDM's, (2σ/m)²(1 + σ²/σ_d²)/d, with m_ref(σ) for m, or the estimate for one m of the two (factored fields, traces by
-Stein's identity and combined), and the scalar field's is relative to m_ref(σ)².
+partners in the kernel estimates (see `Partners`). The losses (see `Losses`) of multi-scale field divergences are
+weighted so that the gradient field's is EDM's, (2σ/m)²(1 + σ²/σ_d²)/d, or flow matching's (`Velocity.weight`), with
+m_ref(σ) for m, or the estimate for one m of the two (factored fields, traces by Stein's identity and combined); the
+scalar field's is relative to m_ref(σ)².
 
 | objective | learns | by |
 |---|---|---|

@@ -94,10 +94,6 @@ class Table(DataModule):
     def load_split(self, split: str) -> Rows:
         return Rows(((self.rows[split] - self.center) / self.scale).float())
 
-    def to_units(self, x: Tensor) -> Tensor:
-        """Samples (*, d) in the model's units as float64 rows (*, d) in the table's units."""
-        return x.double() * self.scale.to(x.device) + self.center.to(x.device)
-
     def _choose(self, known: list[str], columns: list[str] | None, drop: list[str] | None) -> list[str]:
         for key, wanted in (("columns", columns), ("drop", drop)):
             for name in wanted or ():

@@ -141,6 +141,11 @@ def test_a_test_with_another_discount_says_so(tmp_path, capsys):
     assert [told in protocol for protocol in rows] == [False, True]
 
 
+def test_callbacks_of_points_are_not_for_environments(tmp_path, capsys):
+    assert train.main(["experiment=rl_frozen_lake", "callbacks=points", "logger=none", f"root={tmp_path}"]) == 2
+    assert "is for vectors, and FrozenLake-v1 is an environment: choose callbacks=returns" in capsys.readouterr().err
+
+
 def test_exploration_fades_as_fast_in_a_run_that_goes_on():
     """ε of a run that is resumed twice, against one that is not: the same at as many steps after each warm-up."""
 

@@ -14,6 +14,7 @@ from PIL import Image
 import train
 from bd_lightning import report
 from bd_lightning.checks import UserError
+from bd_lightning.report import comparison
 from bd_lightning.report.curves import Line, chart, smoothed, thinned, ticks
 from bd_lightning.report.folder import read_curves
 from callbacks import ImageMetrics, Report
@@ -149,9 +150,21 @@ def test_runs_of_one_protocol_are_compared_without_a_warning(tmp_path):
     assert "warning" not in report.compare_text(runs)
     other = report.read(make_run(tmp_path / "c", data="MNIST"))
     assert "losses do not compare, the data differs: a: Digits, c: MNIST" in report.compare_text([runs[0], other])
-    velocity = replace(runs[1], config={**runs[1].config, "model": {"parametrisation": "velocity"}})
-    told = "losses do not compare, the parametrisation differs: a: factored, b: velocity"
-    assert told in report.compare_text([runs[0], velocity])
+
+    def of(**model):
+        return [runs[0], replace(runs[1], config={**runs[1].config, "model": {**runs[0].config["model"], **model}})]
+
+    for model, told in [
+        ({"_target_": "m.Distilled", "noise": {"mean": 1}}, "the model differs: a: BellmanDiffusion, b: Distilled"),
+        ({"parametrisation": "velocity"}, "the parametrisation differs: a: factored, b: velocity"),
+        ({"objective": {"trace": "hutchinson"}}, "the models differ: model.objective.trace"),
+        ({"kernel": {"_target_": "k.Constant"}}, "the models differ: model.kernel._target_"),
+        ({"noise": {"mean": 1, "antithetic": 0.5}}, "the models differ: model.noise.mean"),
+        ({"representation": {"_target_": "r.Categorical", "nodes": 3}}, "the representation differs: a: None, b: Cat"),
+    ]:
+        (sentence,) = comparison.warnings(of(**model))
+        assert sentence.startswith(f"losses do not compare, {told}")
+    assert not comparison.warnings(of(noise={"antithetic": 0.5}, network={"width": 3}))
     tables = [replace(run, config={"data": {"_target_": "T", "file": f"{run.name}/t.csv"}}) for run in runs]
     assert "losses do not compare, the data differ: data.file" in report.compare_text(tables)
     tables[1].config["data"] = {

@@ -52,16 +52,12 @@ class Mixture(FieldPair):
     normalised, and need not be. It has the mobility and the floor of the first.
 
     Where the negative part N of the sum comes within `floor` of the positive part P, the sum is not a density there, or
-    the estimates are not good enough to tell; it is held at floor × P, and such points are counted.
+    the estimates are not good enough to tell; it is held at floor × P.
 
     Args:
         terms: sources and their weights: (C,), or (B, C) for one mixture per sample.
         mobility: "constant" or "density", m = 1 or m = ρ.
         floor: smallest share of the positive part.
-
-    Attributes:
-        queried: number of points asked for so far.
-        held: how many of them were held at the floor.
 
     Raises:
         ValueError: if base Gaussians differ, and when a mixture without a positive weight is used.
@@ -79,7 +75,6 @@ class Mixture(FieldPair):
         if len(bases) > 1:
             raise ValueError(f"the base Gaussians differ: sigma_data is {' and '.join(map(str, sorted(bases)))}")
         self.sigma_data, self.mobility, self.floor = bases.pop() if bases else 1.0, mobility, floor
-        self.queried = self.held = 0
 
     def __mul__(self, factor: float) -> "Mixture":
         if not isinstance(factor, (int, float)):
@@ -142,10 +137,7 @@ class Mixture(FieldPair):
         if not negative.any():
             return positive_log, positive_slope
         negative_log, negative_slope = total(negative)
-        share = (negative_log - positive_log).exp()  # N/P
-        self.queried += len(x)
-        self.held += int((share > 1 - self.floor).sum())
-        share = share.clamp_max(1 - self.floor)
+        share = (negative_log - positive_log).exp().clamp_max(1 - self.floor)  # N/P
         odds = bcast(share / (1 - share), x)
         return positive_log + (1 - share).log(), positive_slope + odds * (positive_slope - negative_slope)
 

@@ -17,15 +17,21 @@ IGNORED = ("format", "root", "data.root", "run_id", "ckpt_path", "trust", "n", "
 """Keys of configs that say nothing about how runs differ."""
 WHOSE_LOSSES = (
     ("data._target_", "data", None),
+    ("model._target_", "model", None),
+    ("model.representation._target_", "representation", None),
     ("model.objective._target_", "objective", None),
     ("model.parametrisation", "parametrisation", "factored"),
 )
 """Keys that losses depend on, what that is, and what it is where it is not said."""
+LEARNING = ("model.objective.", "model.noise.", "model.kernel.", "model.representation.")
+"""Beginnings of the keys that say what a model learns, and at which noise levels."""
 LOADING = {
     *("root", "batch_size", "total_batch_size", "eval_batch_size", "num_workers", "pin_memory", "download"),
     *("cache", "ckpt_path", "seed"),
 }
 """Arguments of data sets that change no held-out sample; an autoencoder's codes are told by the facts."""
+DRAWING = {"antithetic", "stratified"}
+"""Arguments of noise levels that change no loss in the mean."""
 
 
 def warnings(runs: Sequence[Run]) -> list[str]:
@@ -40,25 +46,29 @@ def warnings(runs: Sequence[Run]) -> list[str]:
         f"{', '.join(name for text, name in found if text == told)} do not compare, the protocols differ: {told}"
         for told in dict.fromkeys(text for text, _ in found)
     ]
+    said: list[str] = []
     for key, what, usual in WHOSE_LOSSES:
         values = {run.name: flat(run.config).get(key, usual) for run in runs}
-        if len(set(map(str, values.values()))) > 1:
+        if len(set(map(str, values.values()))) > 1 and not key.startswith(tuple(said)):
+            said.append(key.removesuffix("_target_"))
             told = ", ".join(f"{run}: {str(value).rpartition('.')[2]}" for run, value in values.items())
             sentences.append(f"losses do not compare, the {what} differs: {told}")
-    keys = _data_keys(runs)
-    if keys and "data._target_" not in keys:  # which was said
-        sentences.append(f"losses do not compare, the data differ: {', '.join(keys)}")
+    for what, starts, but in (("data", ("data.",), LOADING), ("models", LEARNING, DRAWING)):
+        keys = [key for key in _keys(runs, starts) if key.rpartition(".")[2] not in but]
+        keys = [key for key in keys if not key.startswith(tuple(said))]
+        if keys:
+            sentences.append(f"losses do not compare, the {what} differ: {', '.join(keys)}")
     return sentences
 
 
-def _data_keys(runs: Sequence[Run]) -> list[str]:
-    """Keys of data that runs differ in, but for loading; an exported folder has names for paths."""
+def _keys(runs: Sequence[Run], starts: tuple[str, ...]) -> list[str]:
+    """Keys with one of these beginnings that runs differ in; an exported folder has names for paths."""
     configs = [flat(run.config) for run in runs]
     found = []
-    for key in dict.fromkeys(key for config in configs for key in config if key.startswith("data.")):
+    for key in dict.fromkeys(key for config in configs for key in config if key.startswith(starts)):
         values = {str(config.get(key)) for config in configs}
         names = {name for value in values if (name := PurePath(value).name) != value}
-        if key.rpartition(".")[2] not in LOADING and len(values - names) > 1:
+        if len(values - names) > 1:
             found.append(key)
     return found
 

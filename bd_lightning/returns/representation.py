@@ -184,7 +184,7 @@ class GaussianFields(GaussianNodes):
         v_min: as for `GaussianNodes`.
         v_max: as for `GaussianNodes`.
         nodes: as for `GaussianNodes`.
-        bandwidth: as for `GaussianNodes`.
+        bandwidth: as for `GaussianNodes`; 0.5 at least for "density", 1.1 at most for "cumulative".
         padding: as for `GaussianNodes`.
         learn: "cumulative" or "density".
         mass: shift the weights of "density" to mass one, equally at all nodes.
@@ -212,7 +212,10 @@ class GaussianFields(GaussianNodes):
     ) -> None:
         super().__init__(v_min, v_max, nodes, bandwidth, padding)
         one_of(("cumulative", "density"), learn=learn)
-        in_range(0.5 if learn == "density" else 0.3, 1.5, bandwidth=bandwidth)  # shifted to mass one by sums over nodes
+        ends = (
+            (0.5, 1.5) if learn == "density" else (0.3, 1.1)
+        )  # sums over nodes are mass one; differences of c keep it
+        in_range(*ends, bandwidth=bandwidth)
         self.learn, self.mass, self.positive = learn, mass, positive
         x = v_min + self.spacing * (torch.arange(nodes, dtype=torch.float64) - padding)
         inside = torch.zeros(nodes, dtype=torch.float64)

@@ -141,7 +141,7 @@ def chain(ahead: float) -> dict:
     for s in range(3):
         on = [(ahead, s + 1, 1.0, s == 2), (1 - ahead, s, -1.0, False)]
         table[s] = {0: on, 1: [(1.0, 3, 0.5, True)]}
-    return table | {3: {a: [(1.0, 3, 0.0, True)] for a in (0, 1)}}
+    return table | {3: {a: [(1.0, 0, 5.0, False)] for a in (0, 1)}}  # where an episode has ended nothing follows
 
 
 def values(ahead: float) -> list[float]:

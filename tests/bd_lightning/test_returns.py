@@ -16,6 +16,7 @@ from bd_lightning.returns import (
     bellman_target,
     conditional_value_at_risk,
     mixed_policy,
+    monotone,
     normal,
     normal_cdf,
     quantile,
@@ -319,6 +320,13 @@ def test_mass_outside_the_range_is_counted():
         float(rep.outside(w, torch.tensor([r]), torch.tensor([0.9]))) for r in (0.0, 5.0, 10.0 - 0.9 * 9.0)
     )
     assert inside < 0.01 and outside > 0.99 and 0.2 < at_the_edge < 0.8
+    rep, moved = Categorical(0, 10, atoms=11), torch.tensor([[0.4], [0.6], [-0.4], [-0.6]])
+    ends = torch.eye(11)[[10, 10, 0, 0]]
+    assert rep.outside(ends, moved[:, 0], torch.ones(4)).tolist() == [0, 1, 0, 1]  # nearer to an end than a neighbour
+
+
+def test_a_distribution_function_that_falls_is_made_to_rise_between_both_ends():
+    assert monotone(torch.tensor([0.0, 0.6, 0.4, 1.2])).tolist() == pytest.approx([0, 0.5, 0.5, 1])
 
 
 @pytest.mark.parametrize(
@@ -330,6 +338,7 @@ def test_mass_outside_the_range_is_counted():
         (lambda: GaussianFields(0, 1, learn="score"), "learn must be one of cumulative, density; got 'score'"),
         (lambda: GaussianFields(0, 1, nodes=6), "nodes must lie between 8"),
         (lambda: GaussianFields(0, 1, bandwidth=4.0), "bandwidth must lie between 0.3 and 1.5"),
+        (lambda: GaussianFields(0, 1, bandwidth=1.2), "bandwidth must lie between 0.3 and 1.1"),
         (lambda: GaussianFields(0, 1, learn="density", bandwidth=0.4), "bandwidth must lie between 0.5 and 1.5"),
         (lambda: PositiveFields(0, 1, bandwidth=0.5), "bandwidth must lie between 0.6 and 1.5"),
         (lambda: UpperQuantile(1.0), "level must lie between 0 and 1, got 1"),

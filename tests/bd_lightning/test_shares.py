@@ -43,7 +43,11 @@ def test_weights_per_sample(points):
 def test_more_taken_than_there_is():
     fields = mixture(1, 1, -1.5, 1)
     x = MultistepDynamics(levels=20, sigma_max=10.0, sigma_min=0.01)(fields, SampleNoise(range(500), (2,)))
-    assert x.isfinite().all() and 0 < fields.held <= fields.queried
+    centre, level = torch.tensor(MEANS[2:3], dtype=torch.float64), torch.full((1,), 0.1, dtype=torch.float64)
+    near = fields.log_ratio(centre, level)[0]
+    assert x.isfinite().all() and (truth(1, 1, 1, 1).mode_of(x.double()) != 2).all()
+    positive = mixture(1, 1, 0, 1).log_ratio(centre, level)[0]
+    assert torch.allclose(near - positive, torch.tensor(0.01, dtype=torch.float64).log())  # held at the floor
     names = ["a", "b", "c", "d"]
     with pytest.warns(UserWarning, match="class 'c' has the negative share -0.2: that is not a density"):
         combine([(SOURCE, names, 1.0)], {"a": 0.6, "b": 0.6, "c": -0.2})
