@@ -165,7 +165,9 @@ class FieldDivergence(FieldObjective):
             positive(probed=self.probed)
             in_range(0, 1, probed=self.probed)
         if self.trace != "combined" and (self.crossover, self.probed) != (None, None):
-            raise ValueError(f"crossover and probed are of trace=combined: leave them out with trace={self.trace}")
+            raise ValueError(
+                f"crossover and probed are of trace=combined: leave them out with trace={self.trace}, or set them to null"
+            )
 
     @property
     def forward_mode(self) -> bool:
