@@ -166,7 +166,8 @@ class FieldDivergence(FieldObjective):
             in_range(0, 1, probed=self.probed)
         if self.trace != "combined" and (self.crossover, self.probed) != (None, None):
             raise ValueError(
-                f"crossover and probed are of trace=combined: leave them out with trace={self.trace}, or set them to null"
+                f"crossover and probed are of trace=combined: leave them out with trace={self.trace}, or set both to "
+                "null"
             )
 
     @property
