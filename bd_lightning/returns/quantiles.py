@@ -54,10 +54,11 @@ class Quantiles(Representation):
 
     def loss(self, y: Tensor, target: Tensor) -> Tensor:
         """The quantile Huber loss of every pair of quantile and target, summed over quantiles, mean over targets."""
-        error = (target[..., None, :] - self.read(y)[..., :, None]) / self.spacing
-        size = error.detach().abs()
-        huber = torch.where(size <= self.kappa, 0.5 * error.square(), self.kappa * (error.abs() - 0.5 * self.kappa))
-        return ((self.levels[:, None] - (error.detach() < 0).float()).abs() * huber / self.kappa).mean(-1).sum(-1)
+        error = (target / self.spacing)[..., None, :] - (self.read(y) / self.spacing)[..., :, None]
+        with torch.no_grad():
+            slope = error.clamp(-self.kappa, self.kappa)
+            weight = slope * torch.where(error < 0, 1 - self.levels[:, None], self.levels[:, None]) / self.kappa
+        return (weight * (error - 0.5 * slope)).mean(-1).sum(-1)  # with the slope held its gradient is Huber's
 
     def mean(self, w: Tensor) -> Tensor:
         """Their mean."""
