@@ -197,8 +197,9 @@ def measure(judge: Judge, name: str, mixture: Any, wanted: Tensor, way: str, n: 
 
 
 @torch.no_grad()
-def cost(rounds: int = 15) -> None:
-    """Print what a call of ten experts costs, in calls of one network of width 256 with heads of ten classes."""
+@torch.no_grad()
+def cost(rounds: int = 31) -> None:
+    """Print what a call of ten experts costs in a sampler, in calls of one network of width 256 with ten classes."""
 
     def fields(width: int, classes: int) -> RelativeFields:
         made = RelativeFields(MLP((32,), classes, per_class=True, width=width), 1.0, classes)
@@ -210,7 +211,7 @@ def cost(rounds: int = 15) -> None:
     for width in (64, 256):
         apart = Mixture([(fields(width, 1), torch.ones(1)) for _ in range(10)])
         asked = {"union": union, "apart": apart, "batched": batched(apart)}
-        for n in (1, 16, 64, 500):
+        for n in (1, 16, 64, 128, 500, 2000):
             x, seconds = torch.randn(n, 32), {name: [] for name in asked}
             for _ in range(rounds):
                 for name, mixture in asked.items():

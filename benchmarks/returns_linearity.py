@@ -15,7 +15,7 @@ from bd_lightning.returns import CVaR, GaussianFields, MeanReturn, Policy, Prefe
 from bd_lightning.returns.finite import Outcomes, backup, mixed, remembered, tabulated
 from benchmarks.returns_training import Training, build, learn, reached
 from datamodules import Environment
-from datamodules.experience import play
+from datamodules.experience import mean_of_worst, play
 
 Found = Iterator[tuple[str, int, dict[str, float | None]]]
 """What was done, the seed, and numbers by their names."""
@@ -137,20 +137,29 @@ def chance(outcomes: Outcomes, action: Tensor, reward: float, start: int) -> flo
 
 RISK: dict[str, Preference] = {"mean": MeanReturn(), "CVaR, worst 25 %": CVaR(0.25), "CVaR, worst 10 %": CVaR(0.1)}
 """What a policy along the cliff is greedy in; each by exact backups and learned."""
-EXPLORED = {"learned": None, "learned, exploring by the mean": MeanReturn()}
-"""How experience is collected: None explores by what the policy is greedy in."""
+BY_MEAN = ", exploring by the mean"
+LEARNED: dict[str, tuple[str, Preference | None]] = {
+    "learned": ("returns", None),
+    "learned" + BY_MEAN: ("returns", MeanReturn()),
+    "positive fields" + BY_MEAN: ("returns_positive", MeanReturn()),
+    "C51" + BY_MEAN: ("c51", MeanReturn()),
+    "QR-DQN" + BY_MEAN: ("qr_dqn", MeanReturn()),
+}
+"""What is learned, and how experience is collected: None explores by what the policy is greedy in."""
 
 
 def caution(way: str, seeds: range, steps: int) -> Found:
     """Policies that are greedy in the mean or in CVaR along a cliff on ice, in 1,000 episodes of each."""
     name, _, how = way.partition(": ")
     policy = Policy(RISK[name])
-    _, (data,), (model,) = build(["experiment=rl_frozen_cliff"], [0])
-    outcomes, rep, envs = outcomes_of(data), model.representation, data.make(20)
-    if how in EXPLORED:
-        training = Training(["experiment=rl_frozen_cliff"], seeds)
+    _, (data,), (exact,) = build(["experiment=rl_frozen_cliff"], [0])
+    outcomes, rep, envs = outcomes_of(data), exact.representation, data.make(20)
+    if how in LEARNED:
+        model, explored = LEARNED[how]
+        training = Training(["experiment=rl_frozen_cliff", f"model={model}"], seeds)
+        rep = training.runs.model.representation
         training.runs.model.policy = policy
-        training.runs.model.exploration = EXPLORED[how] or policy.preference
+        training.runs.model.exploration = explored or policy.preference
         for _ in range(steps):
             training.step()
         found = list(training.runs.weights())
@@ -162,7 +171,7 @@ def caution(way: str, seeds: range, steps: int) -> Found:
         act = action.numpy()
         returns, cut = play(envs, data.shape, lambda seen, act=act: act[seen.argmax(1)], 1000, 1)
         numbers: dict[str, float | None] = {"mean return": returns.mean()}
-        numbers["mean of the worst 10 %"] = np.sort(returns)[: len(returns) // 10].mean()
+        numbers["mean of the worst 10 %"] = mean_of_worst(returns, 0.1)
         numbers["falls, %"] = 100 * chance(outcomes, action, -15, start)
         numbers["cut after 100 steps, %"] = 100 * cut.mean()
         yield way, seed, numbers
@@ -246,7 +255,7 @@ EXAMPLES = {
     "caution": Example(
         caution,
         [f"{name}: {how}" for how in ("exact backups", "learned") for name in RISK]
-        + [f"{name}: learned, exploring by the mean" for name in list(RISK)[1:]],
+        + [f"{name}: {how}" for how in LEARNED if how.endswith(BY_MEAN) for name in list(RISK)[1:]],
         4000,
     ),
     "transfer": Example(transfer, list(TRANSFER), 4000),

@@ -13,7 +13,7 @@ from bd_lightning.cli import config as configs
 from bd_lightning.modules import ReturnLearner
 from bd_lightning.returns import Preference, td_loss
 from datamodules import Environment
-from datamodules.experience import Greedy, play
+from datamodules.experience import Greedy, mean_of_worst, play
 
 
 class Seeds:
@@ -131,7 +131,8 @@ def learn(words: list[str], seeds: range | list[int], steps: int, eval_every: in
         stop: end when every run has held this return over two evaluations.
 
     Returns:
-        "env_steps" (E,), "returns" (R, E), and "seconds" of training and collection for one run, without evaluations.
+        "env_steps" (E,), mean "returns" (R, E) of the episodes that count, and "seconds" of training and collection for
+        one run, without evaluations.
     """
     training = Training(words, seeds)
     options, data = training.config["callbacks"]["returns"], training.data[0]
@@ -148,7 +149,7 @@ def learn(words: list[str], seeds: range | list[int], steps: int, eval_every: in
             for i, row in enumerate(returns):
                 policy = training.runs.of(i)
                 found, _ = play(evaluation, data.shape, policy, options["episodes"], options.get("seed", 1))
-                row.append(float(found.mean()))
+                row.append(mean_of_worst(found, options.get("worst", 1.0)))
             if all(reached(env_steps, row, stop) < math.inf for row in returns):
                 break
     return {

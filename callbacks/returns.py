@@ -17,7 +17,7 @@ from callbacks.evaluation import Evaluation, Metric, remarked
 from callbacks.pictures import publish_animation, publish_image
 from callbacks.records import append_record, run_folder, step_of
 from datamodules.environments import Environment
-from datamodules.experience import Greedy, play
+from datamodules.experience import Greedy, mean_of_worst, play
 
 TEST = 10_000
 """How far the seed of a test's episodes is from that of validations."""
@@ -52,7 +52,8 @@ class EpisodeReturns(Evaluation):
     """Plays episodes under the greedy policy at every validation and test, and watches those of the training.
 
     Logged under <stage>/: `return`, the mean undiscounted return, its standard error `return_error`, and `env_steps`,
-    the environment steps of all processes, which make equally many; while training, at every logging step,
+    the environment steps of all processes, which make equally many, and `return_worst` where only the `worst` of the
+    episodes are to count; while training, at every logging step,
     `train/env_steps`, `train/epsilon`, and of the first process alone `train/return` (of the last 100 finished
     episodes), `train/episodes_cut`, how many episodes so far a limit of steps ended, and `train/returns_outside`, how
     many had a discounted return outside [v_min, v_max]. The first return outside, and the first episode that
@@ -62,21 +63,32 @@ class EpisodeReturns(Evaluation):
     Args:
         episodes: episodes of one evaluation.
         num_envs: environments that play them together; divides `episodes`.
-        threshold: the mean return that counts as solved; None watches for none.
+        threshold: the mean return that counts as solved, of the episodes that count; None watches for none.
         seed: seed of the episodes, the same at every validation; a test has another, since the best checkpoint was
             chosen by these.
+        worst: the share of episodes, the worst of them, whose mean return counts: that of the whole for 1. To choose
+            the best checkpoint by it takes `callbacks.best.monitor=val/return_worst`.
     """
 
     metrics = (Metric("return", 3, "max"), Metric("return_error", 3))
-    more = ("env_steps",)
+    more = ("env_steps", "return_worst")
     record: str = "returns.json"
 
-    def __init__(self, episodes: int = 50, num_envs: int = 10, threshold: float | None = None, seed: int = 1) -> None:
-        positive(episodes=episodes, num_envs=num_envs)
+    def __init__(
+        self,
+        episodes: int = 50,
+        num_envs: int = 10,
+        threshold: float | None = None,
+        seed: int = 1,
+        worst: float = 1.0,
+    ) -> None:
+        positive(episodes=episodes, num_envs=num_envs, worst=worst)
         in_range(0, math.inf, seed=seed)
+        in_range(0, 1, worst=worst)
         if episodes % num_envs:
             raise ValueError(f"episodes must be a multiple of num_envs, got {episodes} and {num_envs}")
         self.episodes, self.num_envs, self.threshold, self.seed = episodes, num_envs, threshold, seed
+        self.worst = worst
         self.above: int | None = None
         self.solved: int | None = None
         self.envs: Any = None
@@ -139,21 +151,24 @@ class EpisodeReturns(Evaluation):
         one = len(returns) == 1  # of which there is no error to be told
         mean, error = float(returns.mean()), float(returns.std(ddof=1 - one) / len(returns) ** 0.5)
         steps = data.experience.steps * trainer.world_size if data.experience is not None else 0
+        counts = mean_of_worst(returns, self.worst)
         values = {"return": mean, "return_error": error} | ({"env_steps": float(steps)} if steps else {})
+        values |= {"return_worst": counts} if self.worst < 1 else {}
         pl_module.log_dict({f"{stage}/{name}": value for name, value in values.items()}, sync_dist=True)
         trained = trainer.state.fn == "fit"
         if trained and self.threshold is not None and self.solved is None:
-            if mean >= self.threshold and self.above is not None:
+            if counts >= self.threshold and self.above is not None:
                 self.solved = self.above
-            self.above = (self.above or steps) if mean >= self.threshold else None
+            self.above = (self.above or steps) if counts >= self.threshold else None
         if trainer.is_global_zero:
             reached = ""
             if self.threshold is not None:
-                when = "reached" if mean >= self.threshold else "not reached"
+                when = "reached" if counts >= self.threshold else "not reached"
                 if trained:
                     held = "not held over two evaluations"
                     when = held if self.solved is None else f"held from {self.solved} environment steps on"
                 reached = f"; {self.threshold:g} was {when}"
+            low = f", the worst {self.worst:.0%} {counts:.3f}" if self.worst < 1 else ""
             short = f", {cut.sum()} cut after at most {data.cap} steps" if cut.any() and data.cap is not None else ""
             (policy,) = pl_module.drawings()
             how = f" with {data.options}" if data.options else ""
@@ -165,7 +180,7 @@ class EpisodeReturns(Evaluation):
                 "episodes_cut": int(cut.sum()),
                 "solved": self.solved,
                 "protocol": protocol,
-                "summary": f"return {mean:.3f} ± {error:.3f} over {protocol}{reached}",
+                "summary": f"return {mean:.3f} ± {error:.3f}{low} over {protocol}{reached}",
             }
             append_record(trainer, self.record, remarked(row, data.remark))
 

@@ -1,5 +1,6 @@
 """What is experienced in environments: transitions for replay, and whole episodes under a greedy policy."""
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -216,6 +217,12 @@ class LambdaExperience(Experience):
 def seeds(count: int, *numbers: int) -> list[int]:
     """Seeds of environments that are stepped together: of other numbers others, where counting up would share most."""
     return np.random.SeedSequence(numbers).generate_state(count).tolist()
+
+
+def mean_of_worst(returns: np.ndarray, share: float) -> float:
+    """The mean of the worst of some returns (n,), of this share of them, rounded up; of all for a share of 1."""
+    count = math.ceil(share * len(returns) - 1e-9)
+    return float((np.sort(returns)[:count] if count < len(returns) else returns).mean())
 
 
 def play(envs: Any, shape: tuple[int, ...], greedy: Greedy, episodes: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

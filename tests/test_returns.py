@@ -14,6 +14,7 @@ from bd_lightning.modules import ReturnLearner
 from bd_lightning.modules import returns as learners
 from bd_lightning.returns import GaussianFields
 from callbacks import EpisodeReturns, ReturnFigures
+from datamodules.experience import mean_of_worst
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
 
@@ -77,6 +78,24 @@ def test_environment_steps_are_those_of_all_processes():
         module = SimpleNamespace(log_dict=lambda values, count=count: rows.update({count: values}))
         EpisodeReturns().on_train_batch_end(trainer, module, None, None, 0)
     assert rows[1]["train/env_steps"] == 70 and rows[3]["train/env_steps"] == 210
+
+
+def test_the_worst_episodes_may_be_those_that_count(tmp_path, monkeypatch):
+    """Ten of known returns: the worst three have a mean of −4, which the threshold is held against."""
+    monkeypatch.setattr(
+        "callbacks.returns.play", lambda *_: (np.array([5.0, -6, 5, 5, -3, 5, 5, -3, 5, 5]), np.zeros(10, bool))
+    )
+    words = [*QUICK, "steps=20", "eval_every=10", "logger=none", "callbacks.figures=null"]
+    counted = ["callbacks.returns.worst=0.3", "callbacks.best.monitor=val/return_worst"]
+    for name, threshold, solved in (("low", -4.5, 540), ("high", -3.9, None)):
+        words_of_one = [f"run_id={name}", f"callbacks.returns.threshold={threshold}", *counted]
+        assert launch(tmp_path, *words, *words_of_one) == 0
+        row = json.loads((tmp_path / "bellman-diffusion" / name / "returns.json").read_text())[-1]
+        assert row["val/return"] == pytest.approx(2.3) and row["val/return_worst"] == -4 and row["solved"] == solved
+        assert "return 2.300" in row["summary"] and ", the worst 30% -4.000 over" in row["summary"]
+    assert mean_of_worst(np.array([3.0, 1, 2]), 0.34) == 1.5 and mean_of_worst(np.array([3.0, 1, 2]), 0.1) == 1
+    with pytest.raises(ValueError, match="worst"):
+        EpisodeReturns(worst=1.5)
 
 
 def test_a_broken_target_does_not_learn(tmp_path, monkeypatch):
