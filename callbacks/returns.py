@@ -71,7 +71,6 @@ class EpisodeReturns(Evaluation):
     """
 
     metrics = (Metric("return", 3, "max"), Metric("return_error", 3))
-    more = ("env_steps", "return_worst")
     record: str = "returns.json"
 
     def __init__(
@@ -89,6 +88,7 @@ class EpisodeReturns(Evaluation):
             raise ValueError(f"episodes must be a multiple of num_envs, got {episodes} and {num_envs}")
         self.episodes, self.num_envs, self.threshold, self.seed = episodes, num_envs, threshold, seed
         self.worst = worst
+        self.more = ("env_steps", "return_worst") if worst < 1 else ("env_steps",)
         self.above: int | None = None
         self.solved: int | None = None
         self.envs: Any = None

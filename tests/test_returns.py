@@ -94,6 +94,7 @@ def test_the_worst_episodes_may_be_those_that_count(tmp_path, monkeypatch):
         assert row["val/return"] == pytest.approx(2.3) and row["val/return_worst"] == -4 and row["solved"] == solved
         assert "return 2.300" in row["summary"] and ", the worst 30% -4.000 over" in row["summary"]
     assert mean_of_worst(np.array([3.0, 1, 2]), 0.34) == 1.5 and mean_of_worst(np.array([3.0, 1, 2]), 0.1) == 1
+    assert launch(tmp_path, *words, counted[1]) == 2  # nothing logs it
     with pytest.raises(ValueError, match="worst"):
         EpisodeReturns(worst=1.5)
 
