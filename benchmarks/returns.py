@@ -9,12 +9,12 @@
     uv run benchmarks/returns.py examples
     uv run benchmarks/returns.py table [--out runs/returns] [--figure docs/returns.png]
 
-`control` trains `train.py experiment=rl_… model=returns|returns_positive|c51|qr_dqn` (--only some of them), at the
-common rate of 2.5e-4 and at the rate that took each method the fewest steps on other seeds: all are tried with the same
-rates, and with more by factors of two while the best is the smallest or largest (with --rates, with these alone). Seeds
-of one job are trained at once, with one batched product for each layer; the steps are those of train.py, and
-`tests/test_returns_benchmark.py` compares the two. `linear` is what linearity gives in control
-(`benchmarks/returns_linearity.py`).
+`control` trains `train.py experiment=rl_…` with the representations of model=returns, returns_positive, c51 and qr_dqn
+(--only some of them), at the common rate of 2.5e-4 and at the rate that took each method the fewest steps on other
+seeds: all are tried with the same rates, and with more by factors of two while the best is the smallest or largest
+(with --rates, with these alone). Seeds of one job are trained at once, with one batched product for each layer; the
+steps are those of train.py, and `tests/test_returns_benchmark.py` compares the two. `linear` is what
+linearity gives in control (`benchmarks/returns_linearity.py`).
 
 `evaluate` learns the returns of Markov reward processes and measures the 1-Wasserstein distance to 20,000 simulated
 returns of each state, the mean over states, in units of the mean standard deviation of a state's return.
@@ -56,7 +56,7 @@ from benchmarks.returns_tables import (
     finished,
     table,
 )
-from benchmarks.returns_training import build, learn
+from benchmarks.returns_training import build, learn, words_of
 from benchmarks.rows import Rows, sound
 
 SMOKE = 20
@@ -78,8 +78,7 @@ def work(job: tuple) -> tuple[tuple, list[dict], float]:
         rows = returns_linearity.example(*arguments)
     else:
         env, method, rate, seeds, steps, eval_every = arguments
-        words = [f"experiment={env}", f"model={method}", f"model.lr={rate}"]
-        found = learn(words, seeds, steps, eval_every, stop=max(ENVS[env].thresholds))
+        found = learn(words_of(env, method, rate), seeds, steps, eval_every, stop=max(ENVS[env].thresholds))
         rows = [{"env": env, "method": method, "rate": rate, "seeds": list(seeds), **found}]
     return job, rows, time.time() - start
 

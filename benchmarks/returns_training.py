@@ -1,5 +1,6 @@
 """Several runs of a learner of returns at once, with the steps and evaluations of train.py."""
 
+import json
 import math
 import time
 
@@ -84,6 +85,15 @@ class Seeds:
         if self.steps % model.target_every == 0:
             self.copy()
         return losses.detach()
+
+
+def words_of(experiment: str, method: str, rate: float) -> list[str]:
+    """The words for an experiment by a method, as its file in `configs/model` represents returns, at a learning rate.
+
+    `model=method` would leave out what the experiment says of the model: its convolution, or that it is cautious.
+    """
+    representation = json.dumps(configs.named("model", method)["representation"])
+    return [f"experiment={experiment}", f"model.representation={representation}", f"model.lr={rate}"]
 
 
 def build(words: list[str], seeds: range | list[int]) -> tuple[dict, list[Environment], list[ReturnLearner]]:

@@ -12,7 +12,9 @@ import torch
 
 import train
 from bd_lightning.checks import UserError
+from bd_lightning.cli import config as configs
 from bd_lightning.modules import returns as learners
+from bd_lightning.returns import CVaR
 from bd_lightning.returns.finite import Outcomes
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
@@ -21,6 +23,18 @@ from benchmarks import common, returns, returns_peer, returns_tables
 from benchmarks import returns_linearity as linearity
 from benchmarks import returns_training as benchmark
 from benchmarks.rows import Rows
+
+
+@pytest.mark.parametrize("method", returns_tables.METHODS)
+def test_a_method_keeps_what_the_experiment_says_of_the_model(method):
+    """Its representation alone is another: the caution and the convolution stay, and it is as model=METHOD has it."""
+    _, _, (cautious,) = benchmark.build(benchmark.words_of("rl_frozen_cliff_cautious", method, 3e-3), [0])
+    _, _, (own,) = benchmark.build(["experiment=rl_frozen_cliff", f"model={method}"], [0])
+    same = [torch.equal(a, b) for a, b in zip(cautious.representation.buffers(), own.representation.buffers())]
+    assert cautious.policy.preference == CVaR(0.1) and cautious.lr == 3e-3
+    assert type(cautious.representation) is type(own.representation) and all(same) and same
+    composed = configs.compose(configs.parse(benchmark.words_of("rl_breakout", method, 3e-3)))["model"]
+    assert composed["features"]["channels"] == [16] and composed["hidden"] == [128]
 
 
 @pytest.mark.parametrize("method", ["returns", "c51"])
