@@ -28,7 +28,7 @@ def class_name(label: int | str, names: Sequence[str]) -> str:
     if not names:
         raise UserError(f"this data set has no classes, so '{label}' is none of them: leave classes out")
     known = f" The classes are {', '.join(names)}." if numbers else suggest(str(label), names)
-    raise UserError(f"no class '{label}' in this data set.{known}")
+    raise UserError(f"no class '{label}' was learned.{known}")
 
 
 def choose_labels(asked: Sequence[int | str], facts: Facts, model: Any) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bd_lightning import checkpoints, facts
+from bd_lightning import checkpoints, combinations, facts
 from bd_lightning.addresses import digest
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build
@@ -67,6 +67,14 @@ class Models(dict[str, Any]):
             self["all"], self.names = loaded[0][0], [name for _, names, _ in self.given for name in names]
             if twice := {name for name in self.names if self.names.count(name) > 1}:
                 raise UserError(f"--model: several have the class {min(twice)}: give models of different classes")
+            first, stored = loaded[0]
+            mine = combinations.identity(first, facts.read(stored["facts"]))
+            for path, (one, its) in zip(options.model[1:], loaded[1:]):
+                for what, theirs in combinations.identity(one, facts.read(its["facts"])).items():
+                    if mine[what] != theirs:
+                        raise UserError(
+                            f"--model: {path} does not fit {options.model[0]}: {what} {theirs} against {mine[what]}"
+                        )
             if "sde" not in (has := loaded[0][0].samplers):
                 path, own = options.model[0], ", ".join(has)
                 raise UserError(f"--model {path}: samples are drawn by its sampler sde, and it has {own}")

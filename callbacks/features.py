@@ -5,6 +5,7 @@ import pickle
 import re
 import time
 from abc import abstractmethod
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ class ImageFeatures(nn.Module):
     description: str
     key: tuple
     kid_scale: float = 1.0
+    heed: Callable[[], None] = staticmethod(lambda: None)
+    """Called between the steps of what takes long to prepare; it may raise, to end it. Callbacks set it."""
 
     def check(self, data: ImageDataModule) -> None:
         """Refuse what can be refused before a run begins; nothing by itself. Called on every rank, on rank 0 first.
@@ -181,6 +184,7 @@ class ClassifierFeatures(ImageFeatures):
             step = 0
             while True:
                 for x, y in loader:
+                    self.heed()
                     optimizer.zero_grad()
                     F.cross_entropy(self.head(self.trunk(x)), y).backward()
                     optimizer.step()

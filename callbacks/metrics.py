@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import cast
 
 import lightning as L
@@ -15,7 +16,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 from bd_lightning.checks import UserError, in_range, positive
 from bd_lightning.kernels import whole_products
 from callbacks import references
-from callbacks.drawing import SampleModule, all_or_none, data_of, draw, manner
+from callbacks.drawing import SampleModule, all_or_none, data_of, draw, heed, manner
 from callbacks.evaluation import Evaluation, Findings, Metric
 from callbacks.export import Export
 from callbacks.features import ImageFeatures, features_of, refuse_untold
@@ -158,6 +159,7 @@ class ImageMetrics(Evaluation):
         if stage not in ("fit", "validate", "test"):
             return
         super().setup(trainer, pl_module, stage)
+        self.features.heed = partial(heed, trainer)
         data = cast(ImageDataModule, data_of(trainer).observed)
         if self._from_file:
             load_statistics(str(self.reference), self.features.num_features, self.features.protocol)
@@ -205,6 +207,7 @@ class ImageMetrics(Evaluation):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Free the features."""
         self.features.to("cpu")
+        self.features.heed = type(self.features).heed
         self.references.clear()
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

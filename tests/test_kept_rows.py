@@ -492,6 +492,11 @@ def test_models_that_cannot_be_asked_are_refused(tmp_path, monkeypatch, capsys, 
     bench = Bench(linearity, tmp_path, monkeypatch, capsys)
     with pytest.raises(UserError, match="samples are drawn by its sampler sde, and it has tracked"):
         bench("--model", str(path))
+    stored = torch.load(experts[1], weights_only=True)
+    stored["hyper_parameters"]["facts"]["sigma_data"] = 0.7
+    torch.save(stored, other := tmp_path / "scale.ckpt")
+    with pytest.raises(UserError, match=r"--model: .*scale.ckpt does not fit .*: .*sigma.* 0.7 against"):
+        bench("--model", experts[0], str(other))
     with pytest.raises(UserError, match="--model: several have the class 8: give models of different classes"):
         bench("--model", experts[0], experts[1], experts[0])
 

@@ -120,9 +120,10 @@ def test_a_pattern_merges_all_that_it_stands_for(halves, classify):
     ("words", "sentence"),
     [
         (["merge={'nowhere/*.ckpt': 1.0}"], "is at 'nowhere/*.ckpt': check the pattern, or name them one by one"),
-        (["mix={cat: 1.0}"], "no class 'cat' in this data set"),
+        (["mix={cat: 1.0}"], "no class 'cat' was learned"),
         (["mix={3: -1.0}"], "the weights of the mixture sum to -1; they must sum to a positive number"),
-        (["remove=[0,1,2,3,4,5,6,7,8,9]"], "the weights of the mixture sum to 0"),
+        (["remove=[0,1,2,3,4,5,6,7,8,9]"], "sum to a positive number, and a class in remove has none"),
+        (["mix={1: 1, '1': 2}"], "is not valid YAML (Conflicting integer and string keys: 1 and '1')"),
         (["mix={3: much}"], "'mix.3' must be float, got 'much'"),
         (["remove={7: 1}"], "'remove' must be"),
         (["remove=[7,7]"], "remove names class '7' twice"),
@@ -160,7 +161,7 @@ def test_merged_models_are_named_once_and_mix_says_the_weights(halves, capsys):
 
 def test_a_number_is_the_name_of_a_class_where_names_are_numbers():
     assert class_name(1, ["cat", "dog"]) == "dog" and class_name(8, ["3", "8"]) == "8"
-    with pytest.raises(UserError, match="no class '0' in this data set. The classes are 3, 8."):
+    with pytest.raises(UserError, match="no class '0' was learned. The classes are 3, 8."):
         class_name(0, ["3", "8"])
     with pytest.raises(UserError, match="this data set has no classes, so '0' is none of them: leave classes out"):
         class_name(0, [])

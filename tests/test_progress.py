@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from bd_lightning import progress
 from bd_lightning.checks import UserError
@@ -35,6 +36,21 @@ def test_the_classifier_says_what_and_how_much(at_once, tmp_path, capfd):
     assert "classifier of Digits for FID" in said and "/3 [" in said
     features.prepare(Digits(root=str(tmp_path)))  # kept
     assert "classifier" not in capfd.readouterr().err
+
+
+def test_sigterm_ends_the_training_of_the_classifier(tmp_path):
+    """It takes minutes of a slow machine, and a cluster waits for seconds."""
+    trainer = SimpleNamespace(
+        datamodule=Digits(root=str(tmp_path)), is_global_zero=True, strategy=SingleDeviceStrategy(), world_size=1
+    )
+    trainer.received_sigterm = True
+    metrics, module = ImageMetrics(ClassifierFeatures()), SimpleNamespace(samplers={}, device=torch.device("cpu"))
+    metrics.setup(trainer, module, "fit")
+    with pytest.raises(SIGTERMException):
+        metrics.prepare(trainer, module, "val")
+    assert not list(tmp_path.rglob("*classifier*.pt"))
+    metrics.teardown(trainer, module, "fit")
+    metrics.features.heed()
 
 
 def test_training_does_not_wait_for_what_the_first_validation_needs(tmp_path, monkeypatch):

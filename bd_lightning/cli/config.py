@@ -133,8 +133,9 @@ def _parse_value(key: str, text: str) -> Any:
     try:
         value = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)["value"]  # type: ignore
     except Exception as error:  # whatever the YAML reader raises, the text is at fault
-        reason = f" ({error.problem})" if isinstance(error, yaml.MarkedYAMLError) and error.problem else ""
-        raise ConfigError(f"cannot read the value of '{key}': {text!r} is not valid YAML{reason}") from error
+        reason = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error).partition("\n")[0]
+        why = f" ({reason})" if reason else ""
+        raise ConfigError(f"cannot read the value of '{key}': {text!r} is not valid YAML{why}") from error
     if isinstance(value, Mapping) and value and ": " not in text and all(one is None for one in value.values()):
         raise ConfigError(f"cannot read the value of '{key}': YAML wants a space after each colon of {text!r}")
     return value

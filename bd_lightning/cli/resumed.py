@@ -180,7 +180,8 @@ def data_keys(plan: Plan) -> list[str]:
 def other_data(plan: Plan) -> str:
     """What protocols of an evaluation say of data that are not as they were trained on; empty if they are."""
     keys = ", ".join(sorted(data_keys(plan)))
-    return f"data not as in training ({keys}): what is held out here may have been trained on" if keys else ""
+    said = "what is held out here may have been trained on, and losses may be of another scale"
+    return f"data not as in training ({keys}): {said}" if keys else ""
 
 
 LEFT_OUT = "left out"

@@ -150,7 +150,8 @@ def combine(
     total = sum(w * share for _, shares, weights in parts for w, share in zip(weights, shares))
     if not total > ROUNDING * size:
         shown = 0.0 if abs(total) <= ROUNDING * size else total
-        raise UserError(f"the weights of the mixture sum to {shown:.3g}; they must sum to a positive number")
+        taken = ", and a class in remove has none" if remove else ""
+        raise UserError(f"the weights of the mixture sum to {shown:.3g}; they must sum to a positive number{taken}")
     whole = all(names for names, *_ in parts)  # else what a class has in a source without names is not known
     for name, part in asked.items():
         if whole and part < -0.01 * total:

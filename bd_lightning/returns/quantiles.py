@@ -7,6 +7,10 @@ from bd_lightning.checks import in_range, positive
 from bd_lightning.returns.representation import Representation
 
 
+TIE = 1e-6
+"""Cumulated shares this near to a level are taken for equal to it; single precision of shares and levels is finer."""
+
+
 class Quantiles(Representation):
     """Quantiles θ at the levels τ_i = (i + ½)/N, learned by the quantile Huber loss.
 
@@ -45,12 +49,18 @@ class Quantiles(Representation):
         return reward[:, None] + discount[:, None] * w
 
     def mixture(self, shares: Tensor, w: Tensor) -> Tensor:
-        """Quantiles of the mixture, at the same levels."""
-        each = (shares / self.outputs)[..., None].expand(w.shape).flatten(-2)
+        """Quantiles of the mixture, at the same levels.
+
+        Where a level is reached exactly at the end of one quantile's share, as of an even number of actions alike, it
+        is the middle between that quantile and the next, as of a median: the lower one would lower every mean.
+        """
+        each = (shares.double() / self.outputs)[..., None].expand(w.shape).flatten(-2)
         ordered, place = w.flatten(-2).sort(-1)
         total = each.gather(-1, place).cumsum(-1)
-        levels = self.levels.expand(*total.shape[:-1], -1).contiguous()
-        return ordered.gather(-1, torch.searchsorted(total, levels).clamp_max(ordered.shape[-1] - 1))
+        levels = self.levels.double().expand(*total.shape[:-1], -1)
+        sides = [torch.searchsorted(total, (levels + side * TIE).contiguous()) for side in (-1, 1)]
+        low, high = (ordered.gather(-1, side.clamp_max(ordered.shape[-1] - 1)) for side in sides)
+        return (low + high) / 2
 
     def loss(self, y: Tensor, target: Tensor) -> Tensor:
         """The quantile Huber loss of every pair of quantile and target, summed over quantiles, mean over targets."""

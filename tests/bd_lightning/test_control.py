@@ -74,8 +74,24 @@ def test_quantiles_move_and_mix():
     assert torch.equal(rep.mixture(torch.tensor([0.0, 1.0]), both), both[1])  # a greedy policy
     x = torch.linspace(-5, 15, 4001)
     s, _ = rep.fields(w[0], x)
+    narrow, slope = rep.fields(torch.tensor([3.0]), torch.tensor([2.9, 3.1]))
+    assert narrow.tolist() == pytest.approx([2.5, 2.5]) and slope.tolist() == pytest.approx([25.0, -25.0])
     assert float(rep.cdf(w[0], x)[-1]) == 1.0 and float(s.sum() * (x[1] - x[0])) == pytest.approx(1, abs=1e-3)
     assert float((x * s).sum() * (x[1] - x[0])) == pytest.approx(5.0, abs=1e-2)
+
+
+@pytest.mark.parametrize("actions", [2, 3, 4])
+def test_mixtures_of_alike_shares_keep_the_mean(actions):
+    """The uniform policy where actions differ by what they pay at once: V = E[r]/(1 − γ), with ties at every level."""
+    rep, reward = Quantiles(0, 10), torch.linspace(0, 1, actions)
+    shares, w = torch.full((actions,), 1 / actions), rep.read(torch.zeros(51))
+    for _ in range(200):
+        w = rep.mixture(shares, rep.target(w.expand(actions, -1), reward, torch.full((actions,), 0.9)))
+    assert float(rep.mean(w)) == pytest.approx(5.0, abs=0.03)  # the lower of two neighbours has 4.60 for two actions
+    assert (
+        float(rep.mixture(torch.ones(2) / 2, torch.tensor([[0.0, 0.0], [1.0, 1.0]]).repeat(1, 26)[:, :51]).mean())
+        == 0.5
+    )
 
 
 def test_our_quantile_loss_is_that_of_another_implementation():
