@@ -6,7 +6,6 @@ from torch import Tensor
 from bd_lightning.checks import in_range, positive
 from bd_lightning.returns.representation import Representation
 
-
 TIE = 1e-6
 """Cumulated shares this near to a level are taken for equal to it; single precision of shares and levels is finer."""
 
