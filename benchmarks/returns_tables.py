@@ -60,7 +60,6 @@ SETTINGS = (
     Setting("rl_cartpole", (195.0, 475.0), 30_000, 500, (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
     Setting("rl_cliff", (-100.0,), 20_000, 500, (1e-3, 2e-3, 4e-3, 8e-3)),
     Setting("rl_frozen_cliff_cautious", (-10.0,), 6000, 250, (1e-3, 2e-3, 4e-3, 8e-3)),
-    Setting("rl_frozen_bridge_cautious", (-19.0,), 8000, 250, (1e-3, 2e-3, 4e-3, 8e-3)),
     Setting("rl_acrobot", (-150.0, -100.0), 20_000, 500, (5e-4, 1e-3, 2e-3, 4e-3)),
     Setting("rl_lunar_lander", (0.0, 200.0), 50_000, 1000, (2.5e-4, 5e-4, 1e-3, 2e-3), tuning=3),
     Setting("rl_breakout", (2.0, 5.0), 60_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
