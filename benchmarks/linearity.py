@@ -197,7 +197,6 @@ def measure(judge: Judge, name: str, mixture: Any, wanted: Tensor, way: str, n: 
 
 
 @torch.no_grad()
-@torch.no_grad()
 def cost(rounds: int = 31) -> None:
     """Print what a call of ten experts costs in a sampler, in calls of one network of width 256 with ten classes."""
 

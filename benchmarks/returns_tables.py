@@ -16,7 +16,7 @@ from benchmarks.rows import Rows, sound
 METHODS = {"returns": "fields", "returns_positive": "positive fields", "c51": "C51", "qr_dqn": "QR-DQN"}
 """Methods, as train.py's `model`, and their names in tables."""
 OURS = ("returns", "returns_positive")
-"""Those of which the best is compared with the best of the others."""
+"""Those that the others are compared with."""
 SEEDS, TUNING_SEEDS = 0, 100
 """First seeds of the runs that are reported, and of those that choose rates."""
 COMMON_RATE = 2.5e-4
@@ -177,7 +177,10 @@ def _near(rate: float, setting: Setting) -> bool:
 
 
 def ratio(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[float, float, float]:
-    """Ratio of the means of their steps to ours, and its 95 % interval by resampling the seeds of either."""
+    """Ratio of the means of their steps to ours, and its 95 % interval by resampling the seeds of either.
+
+    Of five seeds such an interval holds the ratio of equal methods in about 86 % of the cases.
+    """
     random = np.random.default_rng(0)
     a, b = np.array(ours), np.array(theirs)
     means = [rows[random.integers(len(rows), size=(draws, len(rows)))].mean(1) for rows in (b, a)]
@@ -196,7 +199,7 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
             raise ValueError(f"there is no {key} {', '.join(sorted(unknown))}")
     drawn: list[tuple] = []
     names = " | ".join(METHODS.values())
-    print(f"| experiment | threshold | rates | {names} | baseline / fields, the best of each (95 %) | ms |")
+    print(f"| experiment | threshold | rates | {names} | baseline / fields (95 %) | ms |")
     print("|---|---|---|" + "---|" * len(METHODS) + "---|---|")
     for setting in settings:
         if not any(row["env"] == setting.name for row in rows):
@@ -227,12 +230,13 @@ def line(env: str, threshold: float, rates: dict[str, float], rows: dict[str, Ro
         counted[method] = [min(steps, most) for steps in found]
         there += sum(f < math.inf for f in found)
         cells.append(f"{np.mean(counted[method]):,.0f}, {sum(f < math.inf for f in found)}/{len(found)}")
-    ours, others = ([s for m, s in counted.items() if (m in OURS) == own] for own in (True, False))
-    compared = "–"  # where no run of any method got there, or no baseline was run
-    if there and others:
-        best = min(ours, key=np.mean)
-        value, low, high = ratio(best, min(others, key=np.mean))
-        compared = f"{value:.2f} ({low:.2f} to {high:.2f})" if len(best) > 1 else f"{value:.2f} (one seed)"
+    pairs = [(ours, other) for ours in counted for other in counted if ours in OURS and other not in OURS]
+    ratios = []
+    for ours, other in pairs if there else ():  # all of them: the best of several would be chosen by these very seeds
+        value, low, high = ratio(counted[ours], counted[other])
+        interval = f"{low:.2f} to {high:.2f}" if len(counted[ours]) > 1 else "one seed"
+        ratios.append(f"{METHODS[other]} / {METHODS[ours]} {value:.2f} ({interval})")
+    compared = "; ".join(ratios) or "–"
     shown = ", ".join(f"{rates[m]:g}" for m in rows)
     costs = ", ".join(f"{row['milliseconds']:.2f}" for row in rows.values())
     return f"| {env} | {threshold:g} | {shown} | {' | '.join(cells)} | {compared} | {costs} |"
@@ -244,7 +248,7 @@ def evaluation_table(rows: list[dict]) -> None:
     print("|---|---|---|---|---|---|---|---|")
     groups: dict[tuple, dict[int, dict]] = {}  # a seed that was run twice counts once
     for row in rows:
-        groups.setdefault((row["rewards"], row["gamma"], row["learner"], row["rate"]), {})[row["seed"]] = row
+        groups.setdefault((row["rewards"], row["gamma"], row["learner"], row["rate"]), {}).setdefault(row["seed"], row)
     for (rewards, gamma, learner, rate), seeds in sorted(groups.items()):
         cells, group = [], list(seeds.values())
         for key in ("w1", "mean_error", "sd_ratio"):
@@ -267,7 +271,7 @@ def linear_table(rows: list[dict]) -> None:
     """Print what linearity gives in control: the mean ± the standard error of every number over seeds."""
     groups: dict[tuple[str, str], dict[int, dict]] = {}  # a seed that was run twice counts once
     for row in rows:
-        groups.setdefault((row["example"], row["way"]), {})[row["seed"]] = row["numbers"]
+        groups.setdefault((row["example"], row["way"]), {}).setdefault(row["seed"], row["numbers"])
     shown = None
     for (example, way), seeds in groups.items():
         numbers = list(seeds.values())

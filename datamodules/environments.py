@@ -270,8 +270,7 @@ class Environment(Data):
     def held_out_transitions(self, stage: str) -> Transitions:
         """Transitions under random actions, of "val" or "test", made at their first use."""
         if stage not in self.held:
-            size = max(self.held_out, self.streams["size"])
-            stream = self.open(10_000 + ("val", "test").index(stage), size=size)
+            stream = self.open(10_000 + ("val", "test").index(stage), size=self.held_out)
             while stream.replay.count < self.held_out:
                 stream.step(None)
             self.held[stage] = stream.replay

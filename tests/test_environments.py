@@ -369,8 +369,7 @@ def test_refusals_reach_the_command_line(tmp_path, capsys):
 EXPERIMENTS = {  # the package that it needs, and what makes it quick
     "rl_acrobot": ("gymnasium", ("data.max_steps=50",)),
     "rl_cliff": ("gymnasium", ("data.max_steps=30",)),
-    "rl_frozen_cliff": ("gymnasium", ()),
-    "rl_frozen_cliff_cautious": ("gymnasium", ("data.max_steps=30", "callbacks.best=null")),
+    "rl_frozen_cliff_cautious": ("gymnasium", ("data.max_steps=30",)),
     "rl_breakout": ("minatar", ("data.size=2000", "data.max_steps=30")),
     "rl_asterix": ("minatar", ("data.size=2000", "data.max_steps=30")),
     "rl_lunar_lander": ("Box2D", ("data.max_steps=50",)),

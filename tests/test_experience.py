@@ -86,7 +86,10 @@ def test_neighbouring_seeds_share_no_environment():
 
 
 def test_as_many_transitions_are_held_out_as_were_asked_for():
-    assert len(Environment("CartPole-v1", 0, 100, size=10, held_out=25).held_out_transitions("val")) == 25
+    """By four environments, whatever the size of the replay."""
+    for size in (10, 1000):
+        data = Environment("CartPole-v1", 0, 100, size=size, held_out=25)
+        assert len(data.held_out_transitions("val")) == 25
 
 
 def test_time_limits_do_not_end_the_return():

@@ -242,6 +242,11 @@ def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyon
     assert returns_tables.score(found, setting, 5000) == pytest.approx(
         (2000 * 2000 * 1000 * 4000 * 4000 * 2000) ** (1 / 6)
     )
+    lost = row(1e-3, [100, 101, 102], 5, [[-9, 0, 0, 0, 0], [-9] * 5, [0, 250, 250, 250, 250]])
+    assert returns_tables.budget([lost, second], setting) == 5000
+    assert returns_tables.score(lost, setting, 5000) == pytest.approx(
+        (2000 * 10_000 * 1000 * 10_000 * 10_000 * 2000) ** (1 / 6)
+    )
     fewer = row(1e-3, [100, 101], 2, [[-9, -9]] * 2)  # of another number of seeds: what was there before counts
     assert returns_tables.gathered([first, second, fewer], setting, method, 1e-3, 100) == found
     few = dataclasses.replace(setting, tuning=2)
@@ -271,12 +276,12 @@ def test_no_ratio_where_no_run_got_there():
     }
     rates = dict.fromkeys(rows, 1e-3)
     assert "20, 0/1 | – | 20, 0/1 | – | – | 1.00, 1.00 |" in returns_tables.line("e", 2.0, rates, rows, 20)
-    assert "| 1.00 (one seed) |" in returns_tables.line("e", 0.0, rates, rows, 20)
+    assert "| C51 / fields 1.00 (one seed) |" in returns_tables.line("e", 0.0, rates, rows, 20)
     rows = {method: {**row, "returns": row["returns"] * 2} for method, row in rows.items()}
-    assert "| 1.00 (1.00 to 1.00) |" in returns_tables.line("e", 0.0, rates, rows, 20)
+    assert "| C51 / fields 1.00 (1.00 to 1.00) |" in returns_tables.line("e", 0.0, rates, rows, 20)
 
 
-def test_the_best_of_either_side_is_compared():
+def test_every_baseline_is_compared_with_either_kind_of_fields():
     rows = {
         method: {
             "env_steps": list(range(1, 11)),
@@ -286,7 +291,11 @@ def test_the_best_of_either_side_is_compared():
         for method, at in {"returns": 4, "returns_positive": 2, "c51": 6, "qr_dqn": 3}.items()
     }
     said = returns_tables.line("e", 1.0, dict.fromkeys(rows, 1e-3), rows, 10)
-    assert "| 4, 1/1 | 2, 1/1 | 6, 1/1 | 3, 1/1 | 1.50 (one seed) |" in said
+    ratios = {"fields": (1.5, 0.75), "positive fields": (3.0, 1.5)}
+    pairs = [
+        f"{name} / {ours} {a:.2f} (one seed)" for ours, its in ratios.items() for name, a in zip(("C51", "QR-DQN"), its)
+    ]
+    assert f"| 4, 1/1 | 2, 1/1 | 6, 1/1 | 3, 1/1 | {'; '.join(pairs)} |" in said
     ours = {method: row for method, row in rows.items() if method in returns_tables.OURS}
     assert "| – | – | – |" in returns_tables.line("e", 1.0, dict.fromkeys(ours, 1e-3), ours, 10)
 

@@ -11,7 +11,7 @@ from bd_lightning.fields import preconditioning
 from bd_lightning.fields.mixture import Mixture
 from bd_lightning.fields.relative import RelativeFields
 
-FEW = 150
+FEW = 100
 """Points that a CPU is not busy enough with for one network at a time."""
 
 

@@ -51,7 +51,8 @@ class Quantiles(Representation):
         """Quantiles of the mixture, at the same levels.
 
         Where a level is reached exactly at the end of one quantile's share, as of an even number of actions alike, it
-        is the middle between that quantile and the next, as of a median: the lower one would lower every mean.
+        is the middle between that quantile and the next, as of a median: the lower one would lower every mean. Means of
+        skewed mixtures still move a little, as quantiles at these levels are what is nearest in W1.
         """
         each = (shares.double() / self.outputs)[..., None].expand(w.shape).flatten(-2)
         ordered, place = w.flatten(-2).sort(-1)
