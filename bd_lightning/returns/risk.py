@@ -36,9 +36,10 @@ def quantile(x: Tensor, cdf: Tensor, levels: Tensor) -> Tensor:
 def conditional_value_at_risk(x: Tensor, cdf: Tensor, level: float) -> Tensor:
     """CVaR, the mean return over the worst share `level` of outcomes, shape (*,).
 
-    By its dual form, CVaR_a = q − E[(q − G)₊]/a at the a-quantile q, with E[(q − G)₊] = ∫_{−∞}^q F. The quantile is of
-    F made `monotone`, the integral of F as it is: errors of both signs where there is no mass would else all count
-    downwards, divided by a.
+    By its dual form, CVaR_a = q − E[(q − G)₊]/a at the a-quantile q, with E[(q − G)₊] = ∫_{−∞}^q F, of F made
+    `monotone`. Where F has errors of both signs, as that of fields of any sign has where there is no mass, they so all
+    count downwards, divided by a: by 0.9 in a range of 25 for errors of 0.005 and a = 0.1. With F as it is there is no
+    such bias, but policies that are greedy in it stand still (docs/returns.md).
 
     Args:
         x: grid, shape (Q,), rising and even.
@@ -50,8 +51,9 @@ def conditional_value_at_risk(x: Tensor, cdf: Tensor, level: float) -> Tensor:
     """
     positive(level=level)
     in_range(0, 1, level=level)
-    q = quantile(x, cdf, cdf.new_full((*cdf.shape[:-1], 1), level))
-    below = cdf.clamp_max(level)
+    f = monotone(cdf)
+    q = quantile(x, f, f.new_full((*f.shape[:-1], 1), level))
+    below = torch.minimum(f, f.new_tensor(level))
     width = (torch.minimum(x[1:], q) - torch.minimum(x[:-1], q)).clamp_min(0)
     return q[..., 0] - ((below[..., 1:] + below[..., :-1]) / 2 * width).sum(-1) / level
 

@@ -279,12 +279,12 @@ def test_risk_measures_of_a_gaussian():
     assert float(ruin(x, cdf, -0.2)) == pytest.approx(float(normal_cdf(torch.tensor(-1.0))), abs=0.003)
 
 
-def test_errors_of_a_distribution_function_do_not_all_count_against_it():
-    """N(−6.5, 0.7²) on a wide range, with errors of F of either sign, as fields of any sign have: no bias to tell."""
+def test_errors_of_a_distribution_function_count_against_it():
+    """N(−6.5, 0.7²) on a wide range, with errors of F of either sign, as fields of any sign have: caution, by 0.9."""
     x = torch.linspace(-25, 0, 201)
-    cdf = normal_cdf((x + 6.5) / 0.7) + 0.01 * torch.randn(400, 201, generator=torch.Generator().manual_seed(0))
+    cdf = normal_cdf((x + 6.5) / 0.7) + 0.005 * torch.randn(400, 201, generator=torch.Generator().manual_seed(0))
     exact = -6.5 - 0.7 * 1.755  # φ(Φ⁻¹(0.1))/0.1
-    assert float(conditional_value_at_risk(x, cdf, 0.1).mean()) == pytest.approx(exact, abs=0.1)
+    assert -1.1 < float(conditional_value_at_risk(x, cdf, 0.1).mean()) - exact < -0.6
 
 
 def test_wasserstein_of_shifted_samples():
