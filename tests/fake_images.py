@@ -43,7 +43,7 @@ def fake_trainer(data, model, folder):
     )
     return SimpleNamespace(
         datamodule=data, lightning_module=model, global_rank=0, world_size=1, precision_plugin=Precision(),
-        global_step=0, is_global_zero=True,
+        global_step=0, is_global_zero=True, received_sigterm=False,
         strategy=strategy, sanity_checking=False, default_root_dir=str(folder), loggers=[],
     )  # fmt: skip
 

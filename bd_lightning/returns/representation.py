@@ -179,6 +179,8 @@ class GaussianFields(GaussianNodes):
     """Fields with weights of any sign, which networks give linearly: all of the Bellman equation is linear in outputs.
 
     Outputs are deviations from the uniform distribution over [v_min, v_max], with which learning therefore starts.
+    Mass that a target puts well beyond the range does not go to its ends, as with the other representations: the last
+    nodes take it with large weights of either sign, by which means go astray. So v_min and v_max have to hold.
 
     Args:
         v_min: as for `GaussianNodes`.
