@@ -51,6 +51,12 @@ def identity(model: Any, facts: Facts) -> dict[str, Any]:
     return {**model.mixture_identity(), **facts.units}
 
 
+def misfit(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
+    """What does not agree of two identities, with both values; empty if all does."""
+    other = [f"{what} {value} against {mine[what]}" for what, value in theirs.items() if value != mine[what]]
+    return other[0] if other else ""
+
+
 def combined(
     model: Any,
     facts: Facts,
@@ -84,9 +90,8 @@ def combined(
     for other_path, weight in (merge or {}).items():
         other, stored = checkpoints.load(other_path, type(model))
         its = facts_of.read(stored["facts"])
-        for what, theirs in identity(other, its).items():
-            if mine[what] != theirs:
-                raise UserError(f"{other_path} cannot be merged with {path}: {what} {theirs} against {mine[what]}")
+        if different := misfit(mine, identity(other, its)):
+            raise UserError(f"{other_path} cannot be merged with {path}: {different}")
         others.append(other)
         networks.append(stored["model"]["network"])
         sources.append((other.mixture_source(), its.class_names, weight))

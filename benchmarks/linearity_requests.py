@@ -67,14 +67,10 @@ class Models(dict[str, Any]):
             self["all"], self.names = loaded[0][0], [name for _, names, _ in self.given for name in names]
             if twice := {name for name in self.names if self.names.count(name) > 1}:
                 raise UserError(f"--model: several have the class {min(twice)}: give models of different classes")
-            first, stored = loaded[0]
-            mine = combinations.identity(first, facts.read(stored["facts"]))
-            for path, (one, its) in zip(options.model[1:], loaded[1:]):
-                for what, theirs in combinations.identity(one, facts.read(its["facts"])).items():
-                    if mine[what] != theirs:
-                        raise UserError(
-                            f"--model: {path} does not fit {options.model[0]}: {what} {theirs} against {mine[what]}"
-                        )
+            identities = [combinations.identity(one, facts.read(stored["facts"])) for one, stored in loaded]
+            for path, theirs in zip(options.model, identities):
+                if different := combinations.misfit(identities[0], theirs):
+                    raise UserError(f"--model: {path} does not fit {options.model[0]}: {different}")
             if "sde" not in (has := loaded[0][0].samplers):
                 path, own = options.model[0], ", ".join(has)
                 raise UserError(f"--model {path}: samples are drawn by its sampler sde, and it has {own}")
