@@ -20,6 +20,8 @@ OURS = ("returns", "returns_positive")
 SEEDS, TUNING_SEEDS = 0, 100
 """First seeds of the runs that are reported, and of those that choose rates."""
 COMMON_RATE = 2.5e-4
+TOGETHER = 10
+"""Seeds of one job: one batched product of small networks serves them all."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,6 @@ class Setting:
         rates: learning rates that every method is tried with.
         seeds: number of seeds that are reported.
         tuning: number of seeds that choose a rate.
-        together: seeds in one job: with a small network a batched product serves them all.
         wider: how often a rate beyond either end is tried, a factor of two away, while the best is at that end.
     """
 
@@ -45,13 +46,12 @@ class Setting:
     rates: tuple[float, ...]
     seeds: int = 10
     tuning: int = 5
-    together: int = 10
     wider: int = 2
 
     def chunks(self, first: int, count: int) -> list[range]:
         """Seeds of the jobs of one row."""
         last = first + count
-        return [range(k, min(k + self.together, last)) for k in range(first, last, self.together)]
+        return [range(k, min(k + TOGETHER, last)) for k in range(first, last, TOGETHER)]
 
 
 SETTINGS = (
@@ -62,8 +62,8 @@ SETTINGS = (
     Setting("rl_frozen_cliff_cautious", (-10.0,), 6000, 250, (1e-3, 2e-3, 4e-3, 8e-3)),
     Setting("rl_acrobot", (-150.0, -100.0), 20_000, 500, (5e-4, 1e-3, 2e-3, 4e-3)),
     Setting("rl_lunar_lander", (0.0, 200.0), 50_000, 1000, (2.5e-4, 5e-4, 1e-3, 2e-3), tuning=3),
-    Setting("rl_breakout", (2.0, 5.0), 60_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
-    Setting("rl_asterix", (2.0, 5.0), 60_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2, 1),
+    Setting("rl_breakout", (2.0, 5.0), 60_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2),
+    Setting("rl_asterix", (2.0, 5.0), 60_000, 2500, (2.5e-4, 5e-4, 1e-3), 5, 2),
 )
 ENVS = {setting.name: setting for setting in SETTINGS}
 
