@@ -349,6 +349,8 @@ def test_convolutions_read_grids_with_channels_last():
     observation = torch.rand(7, 4, 5, 3)
     assert torch.equal(network(observation.flatten(1)), observation[:, :2, 1:4, 2].flatten(1)) and width == 6
     assert Flat()((4, 5)) == ([], 20)
+    layers, width = Convolutions(channels=[2, 3], size=2)((6, 5, 4))
+    assert torch.nn.Sequential(*layers)(torch.rand(7, 120)).shape == (7, width) and width == 3 * 4 * 3
 
 
 @pytest.mark.parametrize("shape", [(16,), (10, 10), (2, 10, 3)])

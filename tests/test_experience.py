@@ -1,4 +1,4 @@
-"""Transitions of environments: their lengths, ends, limits and mixtures."""
+"""Transitions of environments: their lengths, ends, limits and mixtures; whole episodes."""
 
 import sys
 
@@ -16,7 +16,7 @@ pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --g
 
 from datamodules import Environment
 from datamodules.environments import LONGEST, make_envs
-from datamodules.experience import Experience, LambdaExperience, play
+from datamodules.experience import Experience, LambdaExperience, Transitions, mean_of_worst, play
 from tests.corridor import Corridor
 
 
@@ -51,6 +51,71 @@ def test_transitions_of_all_lengths_and_their_mixture():
     assert model.compute(batch, None)[0]["loss"].isfinite()
     with pytest.raises(UserError, match="λ-returns need transitions of 1 to n steps: choose data=frozen_lake_lambda"):
         model.compute((observation, action, reward[:, 0], discount[:, 0], following[:, 0]), None)
+
+
+def test_a_full_replay_keeps_the_newest_transitions():
+    replay = Transitions(3, (1,))
+    for k in range(5):
+        replay.add([k], k, float(k), 0.5, [k + 1])
+    assert len(replay) == 3 and sorted(replay.action.tolist()) == [2, 3, 4]
+    assert replay.reward.tolist() == replay.action.tolist() == replay.observation[:, 0].tolist()
+
+
+def test_batches_are_drawn_of_what_was_seen_alone():
+    stream = Experience(Corridor(), (4,), gamma=0.5, size=1000, warmup=6)
+    stream.fill()
+    assert (stream.draw()[0].sum(1) == 1).all()
+
+
+def test_actions_are_random_with_the_probability_of_exploration():
+    for epsilon, least, most in ((0.0, 200, 200), (0.5, 120, 180), (1.0, 65, 135)):  # within five standard deviations
+        stream = Experience(Corridor(), (4,), gamma=0.5, epsilon=(epsilon, epsilon), size=200)
+        for _ in range(200):
+            stream.step(np.array([1]))  # of two actions
+        assert least <= stream.replay.action.sum() <= most
+
+
+def test_before_every_batch_as_many_steps_are_made_as_are_asked_for():
+    stream = Experience(Corridor(), (4,), gamma=0.5, warmup=6, collect=3).bind(lambda observation: np.array([0]))
+    batches = iter(stream)
+    assert [next(batches) and stream.steps for _ in range(2)] == [9, 12]
+
+
+def test_extremes_are_those_of_all_episodes_and_rounding_is_not_outside():
+    class Paying(Corridor):
+        pay = [1.5, 1.0, 2.0, 1.5]  # for every step of an episode
+
+        def step(self, action):
+            observed, _, done, *rest = super().step(action)
+            return observed, np.array([self.pay.pop(0) if done else self.pay[0]]), done, *rest
+
+    nearly = np.nextafter(1.75, 2), np.nextafter(3.5, 0)  # 1 + ½ + ¼, and twice that
+    stream = Experience(Paying(), (4,), gamma=0.5, warmup=12, returns_range=nearly)
+    stream.fill()
+    assert stream.episodes == 4 and stream.outside == 0 and stream.extremes == (1.75, 3.5)
+
+
+def test_episodes_of_an_evaluation_are_the_first_of_every_environment():
+    class Unequal:
+        """Episodes of one step in the first environment and of three in the second."""
+
+        num_envs, steps = 2, 0
+
+        def reset(self, seed=None):
+            return np.zeros(2, dtype=int), {}
+
+        def step(self, action):
+            self.steps += 1
+            ended = np.array([True, self.steps % 3 == 0])
+            return np.zeros(2, dtype=int), np.array([float(self.steps), 100.0]), ended, np.zeros(2, bool), {}
+
+    returns, cut = play(Unequal(), (1,), lambda observation: np.zeros(2, dtype=int), 4, 0)
+    assert returns.tolist() == [1, 2, 300, 300] and not cut.any()
+
+
+def test_the_worst_seven_of_a_hundred_are_seven():
+    assert 0.07 * 100 > 7  # in double precision
+    assert mean_of_worst(np.arange(100.0), 0.07) == 3 and mean_of_worst(np.arange(100.0), 0.071) == 3.5
 
 
 def test_the_mass_outside_is_that_of_the_target():

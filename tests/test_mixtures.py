@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 import train
 from bd_lightning.checks import UserError
-from bd_lightning.combinations import class_name
+from bd_lightning.combinations import class_name, corrected
 from callbacks import ClassifierFeatures
 from datamodules import Digits
 
@@ -78,6 +78,21 @@ def test_calibration_brings_the_shares_to_what_was_asked(whole, classify):
     """As the fields of a short training see them: the classifier finds 0.62 with and without."""
     shares = classify(predict(whole, 8, "mix={3: 0.75, 0: 0.25}", "calibrate=1000"))
     assert shares[3] == pytest.approx(0.75, abs=0.18) and shares[3] + shares[0] > 0.75
+
+
+def test_pilot_samples_are_all_different_and_none_that_a_user_draws(monkeypatch):
+    drawn = []
+
+    class Model:
+        def sample(self, indices, seed, fields):
+            drawn.append((list(indices), seed, fields))
+            return torch.zeros(len(indices), 2)
+
+    monkeypatch.setattr("bd_lightning.fields.calibrated", lambda mixture, draw: len(draw(mixture)))
+    assert corrected(Model(), "a mixture", 1200) == 1200
+    assert [index for indices, *_ in drawn for index in indices] == list(range(1200)) and len(drawn) > 1
+    assert all(seed >= 2**32 and fields == "a mixture" for _, seed, fields in drawn)
+    assert corrected(Model(), "a mixture", 0) == "a mixture"
 
 
 def test_remove_leaves_a_class_out(whole, classify):

@@ -7,7 +7,15 @@ import torch
 from bd_lightning.checks import UserError
 from bd_lightning.modules import FreeReturnLearner, ReturnLearner
 from bd_lightning.modules.base import told
-from bd_lightning.returns import Categorical, Flat, GaussianFields, MeanReturn, UpperQuantile, normal_cdf
+from bd_lightning.returns import (
+    Categorical,
+    FieldNetworks,
+    Flat,
+    GaussianFields,
+    MeanReturn,
+    UpperQuantile,
+    normal_cdf,
+)
 
 pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
 
@@ -93,6 +101,13 @@ def free_learner(positive=False, **options):
     model.target_network.load_state_dict(model.network.state_dict())
     batch = (torch.eye(4)[:2], torch.tensor([0, 1]), torch.ones(2), torch.full((2,), 0.5), torch.eye(4)[1:3])
     return model, batch
+
+
+def test_networks_in_x_are_zero_outside_their_range():
+    network = FieldNetworks(4, 2, [8], low=-1.0, high=3.0)
+    s, g = network(torch.randn(5, 4), torch.tensor([-1.1, -0.9, 2.9, 3.1]))
+    for field in (s, g):
+        assert field.shape == (5, 4, 2) and not field[:, [0, 3]].any() and field[:, 1:3].all()
 
 
 def test_the_error_of_g_has_its_weight():

@@ -64,6 +64,7 @@ def test_the_animation_has_what_was_drawn_before_a_run_was_resumed(tmp_path, mon
             figures.on_validation_epoch_end(trainer, module)
         figures.on_train_end(trainer, module)
         (tmp_path / "figures" / "returns-mine.png").touch()  # of no step
+        (tmp_path / "figures" / "returns-0000090.png").touch()  # of a step that is still to come, after a resumption
     with Image.open(tmp_path / "samples" / "trajectory-returns.gif") as animation:
         assert animation.n_frames == 3
 
@@ -80,6 +81,25 @@ def test_environment_steps_are_those_of_all_processes():
     assert rows[1]["train/env_steps"] == 70 and rows[3]["train/env_steps"] == 210
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_a_threshold_is_held_from_the_first_of_two_evaluations_on(resumed, monkeypatch):
+    found, logged = iter([5.0, 0, 5, 0, 5, 6, 0, 5, 5]), []  # twice by one alone, and not lost when they fall again
+    data = SimpleNamespace(env="a", shape=(1,), cap=None, experience=SimpleNamespace(steps=0), options=None)
+    monkeypatch.setattr("callbacks.returns.need_environment", lambda *_: data)
+    monkeypatch.setattr("callbacks.returns.play", lambda *_: (np.full(4, next(found)), np.zeros(4, bool)))
+    trainer = SimpleNamespace(world_size=2, state=SimpleNamespace(fn="fit"), is_global_zero=False)  # steps of two
+    module = SimpleNamespace(greedy=None, log_dict=lambda values, **_: logged.append(values))
+    callback = EpisodeReturns(threshold=5.0)
+    for k in range(1, 10):
+        data.experience.steps = 50 * k
+        callback.on_validation_epoch_end(trainer, module)
+        if resumed:
+            state, callback = callback.state_dict(), EpisodeReturns(threshold=5.0)
+            callback.load_state_dict(state)
+        assert callback.solved == (500 if k >= 6 else None)
+    assert [values["val/env_steps"] for values in logged] == [100 * k for k in range(1, 10)]
+
+
 def test_the_worst_episodes_may_be_those_that_count(tmp_path, monkeypatch):
     """Ten of known returns: the worst three have a mean of −4, which the threshold is held against."""
     monkeypatch.setattr(
@@ -92,6 +112,7 @@ def test_the_worst_episodes_may_be_those_that_count(tmp_path, monkeypatch):
         assert launch(tmp_path, *words, *words_of_one) == 0
         row = json.loads((tmp_path / "bellman-diffusion" / name / "returns.json").read_text())[-1]
         assert row["val/return"] == pytest.approx(2.3) and row["val/return_worst"] == -4 and row["solved"] == solved
+        assert row["val/return_error"] == pytest.approx((176.1 / 9 / 10) ** 0.5)  # 229 − 10 · 2.3²
         assert "return 2.300" in row["summary"] and ", the worst 30% -4.000 over" in row["summary"]
     assert mean_of_worst(np.array([3.0, 1, 2]), 0.34) == 1.5 and mean_of_worst(np.array([3.0, 1, 2]), 0.1) == 1
     assert launch(tmp_path, *words, counted[1]) == 2  # nothing logs it

@@ -239,11 +239,13 @@ def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyon
     assert returns_tables.gathered([slow, second], setting, method, 1e-3, returns_tables.TUNING_SEEDS) is None
     found = returns_tables.gathered([second, first], setting, method, 1e-3, returns_tables.TUNING_SEEDS)
     assert found["env_steps"][-1] == 5000 and found["returns"][2] == [0, 250, 250, 250, 250]
+    assert found["seconds"] == 1 and found["milliseconds"] == pytest.approx(1000 / (13_000 / 3))  # a step of one run
     assert returns_tables.score(found, setting, 5000) == pytest.approx(
         (2000 * 2000 * 1000 * 4000 * 4000 * 2000) ** (1 / 6)
     )
     lost = row(1e-3, [100, 101, 102], 5, [[-9, 0, 0, 0, 0], [-9] * 5, [0, 250, 250, 250, 250]])
-    assert returns_tables.budget([lost, second], setting) == 5000
+    other = {**lost, "env": "rl_cliff", "env_steps": [9000]}
+    assert returns_tables.budget([lost, second, other], setting) == 5000
     assert returns_tables.score(lost, setting, 5000) == pytest.approx(
         (2000 * 10_000 * 1000 * 10_000 * 10_000 * 2000) ** (1 / 6)
     )
@@ -268,6 +270,42 @@ def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyon
     assert returns_tables.beyond(2e-3, [1e-3, 2e-3], dataclasses.replace(setting, wider=0)) is None
     assert returns_tables.beyond(1e-3, [5e-4, 1e-3, 2e-3], setting) is None
     assert returns_tables.ratio([1.0, 1.0], [2.0, 2.0]) == pytest.approx((2.0, 2.0, 2.0))
+
+
+def test_the_interval_of_a_ratio_is_that_of_the_means():
+    theirs = 2 + 0.5 * np.random.default_rng(1).standard_normal(50)
+    for ours in (1.0, 4.0):
+        value, low, high = returns_tables.ratio([ours] * 50, theirs.tolist())
+        error = theirs.std() / 50**0.5 / ours
+        assert value == pytest.approx(theirs.mean() / ours)
+        assert [(value - low) / error, (high - value) / error] == pytest.approx([1.96, 1.96], rel=0.06)  # normal
+
+
+def test_each_method_is_reported_at_the_rate_that_was_best_in_tuning(capsys):
+    setting = dataclasses.replace(returns_tables.ENVS["rl_cliff"], rates=(1e-3, 2e-3, 4e-3), seeds=1, tuning=1)
+    row = {"env": "rl_cliff", "seconds": 1.0, "env_steps": [500, 1000, 1500]}
+    reached = {1e-3: [-200.0, -9, -9], 2e-3: [-9.0, -9, -9], 4e-3: [-200.0, -9, -9]}
+    rows = [
+        {**row, "method": method, "rate": rate, "seeds": [seed], "returns": [run]}
+        for method in ("returns", "c51")
+        for rate, run in reached.items()
+        for seed in (0, 100)
+    ]
+    ((found, rates, these),) = returns_tables.control_table(rows, [setting])
+    assert found == setting and rates == dict.fromkeys(("returns", "c51"), 2e-3) and these.keys() == rates.keys()
+    assert "| rl_cliff | -100 | 0.002, 0.002 | 500, 1/1 | – | 500, 1/1 | – |" in capsys.readouterr().out
+
+
+def test_tables_count_a_seed_once_and_say_the_spread_of_all(capsys):
+    seeds = ((0, 1.0), (1, 3.0), (0, 99.0))  # the first run of a seed counts
+    row = {"rewards": "discrete", "gamma": 0.9, "learner": "c51", "rate": 1e-3, "parameters": 1000}
+    returns_tables.evaluation_table([{**row, "seed": s, "w1": x, "mean_error": 1.0, "sd_ratio": x} for s, x in seeds])
+    said = capsys.readouterr().out
+    assert "| discrete | 0.9 | c51 | 0.001 | 2.000 ± 1.414 | 1.000 ± 0.000 | 2.000 ± 1.414 | 1,000 |" in said  # sd
+    returns_tables.peer_table([{"name": "a", "seed": s, "windows": [10 * x, 20.0]} for s, x in seeds])
+    assert "CartPole, a: 20 ± 10, 20 ± 0\n" in capsys.readouterr().out  # standard error
+    returns_tables.linear_table([{"example": "e", "way": "b", "seed": s, "numbers": {"x": x}} for s, x in seeds])
+    assert "| b | 2 ± 1 | 2 |" in capsys.readouterr().out
 
 
 def test_no_ratio_where_no_run_got_there():

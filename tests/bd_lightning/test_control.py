@@ -80,6 +80,18 @@ def test_quantiles_move_and_mix():
     assert float((x * s).sum() * (x[1] - x[0])) == pytest.approx(5.0, abs=1e-2)
 
 
+def test_a_quantile_is_spread_over_the_distance_between_quantiles():
+    rep = Quantiles(0, 10, quantiles=50)
+    f = rep.cdf(torch.tensor([3.0]), torch.tensor([2.9, 2.95, 3.0, 3.1]))
+    assert f.tolist() == pytest.approx([0, 0.25, 0.5, 1], abs=1e-5)
+
+
+def test_quantiles_are_outside_beyond_half_of_their_distance():
+    rep = Quantiles(0, 10, quantiles=10)
+    w = torch.tensor([[-0.6, -0.4, 0.4, 2.0, 4.0, 6.0, 8.0, 9.6, 10.4, 10.6]])
+    assert float(rep.outside(w, torch.zeros(1), torch.ones(1))) == pytest.approx(0.2)
+
+
 @pytest.mark.parametrize("actions", [2, 4])
 def test_mixtures_of_alike_shares_keep_the_mean(actions):
     """The uniform policy where actions differ by what they pay at once: V = E[r]/(1 − γ), with ties at every level."""
@@ -228,6 +240,7 @@ def test_outcomes_are_remembered_and_unknown_pairs_stay():
     best = rep.mean(w).amax(1)
     hand = (2 * (1 + GAMMA * best[1]) + (-1 + GAMMA * best[0])) / 3
     assert float(rep.mean(new)[0, 0]) == pytest.approx(float(hand), abs=0.01)
+    assert float(rep.mean(new)[0, 1]) == pytest.approx(0.5, abs=0.01)  # where the episode ended
     both = mixed([(0.3, seen), (0.7, tabulated(chain(0.5), GAMMA))])
     totals = torch.zeros(8).index_add(0, both.pair, both.share)
     assert torch.allclose(totals, torch.ones(8))

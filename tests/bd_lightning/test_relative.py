@@ -9,6 +9,7 @@ from bd_lightning import divergences
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import AnnealedDynamics, MultistepDynamics, ProbabilityFlow, SampleNoise, TrackedPosterior
 from bd_lightning.fields import (
+    AnalyticFields,
     AnalyticRelative,
     AnalyticSource,
     Mixture,
@@ -16,7 +17,7 @@ from bd_lightning.fields import (
     combine,
     log_ratio,
 )  # fmt: skip
-from bd_lightning.kernels import Constant
+from bd_lightning.kernels import ClosedFormSlices, Constant
 from bd_lightning.modules import BellmanDiffusion, RelativeDensities
 from bd_lightning.networks import MLP, UNet
 from bd_lightning.objectives import DensityRatio, NoiseLevels
@@ -136,6 +137,17 @@ def test_counts_of_classes_do_not_stop_at_the_largest_integer_of_single_precisio
     assert 0.55 < fields.shares[0] < 0.8 and fields.counts.max() < 2**23
 
 
+def test_learned_fields_are_those_of_all_classes_and_of_the_one_that_is_asked_for():
+    fields, x, sigma = learned(1, classes=3)[0], torch.randn(6, 3), torch.rand(6) + 0.1
+    a, _ = fields.components(x, sigma)
+    assert torch.allclose(fields(x, sigma)[0], a.exp().sum(1))  # their ratios to the base Gaussian add up
+    label = torch.tensor([0, 2, 1, 1, 0, 2])
+    each = fields.conditioned(label).score(x, sigma)
+    for c in range(3):
+        one = Mixture([(fields, torch.eye(3)[c])]).score(x, sigma)
+        assert torch.allclose(each[label == c], one[label == c], atol=1e-5)
+
+
 def test_of_one_density_tracked_chains_are_those_of_the_dynamics():
     noise = [SampleNoise(range(5), (2,)) for _ in range(2)]
     settings = {"levels": 12, "sigma_max": 10.0, "sigma_min": 0.1}
@@ -145,6 +157,25 @@ def test_of_one_density_tracked_chains_are_those_of_the_dynamics():
     )
     with pytest.raises(UserError, match="here is a negative weight: take another model.sampler than tracked"):
         TrackedPosterior()(mixture(1, 1, -0.5, 0), noise[0])
+
+
+def test_tracked_chains_follow_the_score_that_is_asked_for():
+    one, chains = truth(1, 0, 0, 0), {}  # one density; with another mobility its score is S less its slope
+    settings = {"levels": 4, "sigma_max": 2.0, "sigma_min": 1.0}
+    for exact in (False, True):
+        sampler = TrackedPosterior(**settings, exact_score=exact)
+        chains[exact] = sampler(AnalyticFields(one, ClosedFormSlices(0.01)), SampleNoise(range(5), (2,)))
+    constant = TrackedPosterior(**settings)(AnalyticFields(one, Constant()), SampleNoise(range(5), (2,)))
+    torch.testing.assert_close(chains[True], constant)
+    assert (chains[False] - constant).abs().max() > 1e-3
+
+
+def test_a_density_as_the_mobility_is_not_cut_where_it_is_small():
+    fields = mixture(1, 1, 1, 1, mobility="density")
+    x, sigma = torch.tensor([[1.0, 1.0], [3.0, 1.0], [3.5, 1.0]], dtype=torch.float64), torch.full((3,), 0.1)
+    log, _ = fields.log_ratio(x, sigma)
+    assert log[0] > 0 and log[1] < -10 and log[2] < -20
+    assert torch.allclose(fields(x, sigma)[0].log(), log)
 
 
 def test_ratio_loss_is_minimised_by_the_log_ratios():

@@ -11,6 +11,8 @@ from bd_lightning.returns import (
     GaussianFields,
     Policy,
     PositiveFields,
+    Quantiles,
+    ReturnFields,
     Spread,
     UpperQuantile,
     bellman_target,
@@ -21,6 +23,7 @@ from bd_lightning.returns import (
     normal_cdf,
     quantile,
     ruin,
+    sample_by_inverse_cdf,
     sample_by_sde,
     wasserstein1,
 )
@@ -127,6 +130,23 @@ def test_mass_is_one_whatever_the_network_says():
         assert torch.allclose(w.sum(1), torch.ones(50), atol=1e-3)
     free = GaussianFields(-3, 3, learn="density", mass=False)
     assert (free.read(torch.ones(1, free.outputs)).sum(1) - 1).abs() > 0.5
+
+
+@pytest.mark.parametrize("learn", LEARN)
+def test_learning_starts_with_the_uniform_distribution_over_the_range(learn):
+    rep = GaussianFields(0, 1, nodes=150, padding=50, learn=learn)  # and no share for the padding
+    x = torch.tensor([0.0, 0.25, 1.0])
+    assert torch.allclose(rep.cdf(rep.read(torch.zeros(rep.outputs)), x), x, atol=rep.spacing)
+
+
+@pytest.mark.parametrize(
+    "rep",
+    [GaussianFields(0, 1, padding=0), PositiveFields(0, 1, padding=0), Categorical(0, 1), Quantiles(0, 1)],
+    ids=lambda rep: type(rep).__name__,
+)
+def test_grids_reach_beyond_all_mass(rep):
+    f = rep.cdf(rep.read(torch.zeros(rep.outputs)), rep.grid())
+    assert f[[0, -1]].tolist() == pytest.approx([0, 1], abs=1e-5)
 
 
 def test_positive_fields_are_backed_up_exactly():
@@ -268,6 +288,17 @@ def test_policies_mix_and_targets_follow():
     assert torch.allclose(greedy, rep.target(rep.read(y)[range(4), best], r, gamma), atol=1e-6)
 
 
+def test_quantiles_of_levels_below_a_distribution_function_are_the_first_point():
+    x = torch.tensor([1.0, 2.0, 4.0])
+    found = quantile(x, torch.tensor([0.2, 0.6, 1.0]), torch.tensor([0.0, 0.1, 0.4, 0.6, 1.0]))
+    assert found.tolist() == pytest.approx([1, 1, 1.5, 2, 4])
+
+
+def test_ruin_between_the_points_of_a_grid_and_beyond_them():
+    x, cdf = torch.tensor([0.0, 1.0, 2.0]), torch.tensor([0.0, 0.2, 1.0])
+    assert [float(ruin(x, cdf, at)) for at in (-1.0, 0.5, 1.25, 9.0)] == pytest.approx([0, 0.1, 0.4, 1])
+
+
 def test_risk_measures_of_a_gaussian():
     rep = GaussianFields(-6, 8, nodes=60)
     w, x = fitted(rep, 1.0, 1.2), rep.grid()
@@ -305,6 +336,45 @@ def test_categorical_densities_have_mass_one_and_their_slopes():
     assert float((rep.cdf(w, x)[1:] - rep.cdf(w, x)[:-1]).sum()) == pytest.approx(1, abs=1e-5)
 
 
+def test_categorical_steps_are_reached_at_their_atoms():
+    rep = Categorical(0, 2, atoms=3, interpolate=False)
+    w, x = torch.tensor([0.2, 0.5, 0.3]), torch.tensor([-0.1, 0.0, 0.9, 1.0, 2.0])
+    assert rep.cdf(w, x).tolist() == pytest.approx([0, 0.2, 0.2, 0.7, 1])
+
+
+def test_fields_of_one_distribution_are_none_where_its_density_is_negative():
+    fields = ReturnFields(torch.tensor([0.0, 2.0]), 0.5, torch.tensor([1.5, -0.5]))
+    x, sigma = torch.tensor([[0.0], [2.0]]), torch.zeros(2)
+    s, g = fields(x, sigma)
+    assert s[0] > 0 and s[1] == 0 and g[1] == 0
+    _, S, slope = fields.log_gradients(x, sigma)
+    assert S[1] == 0 and slope[1] == 0
+
+
+def test_the_typical_density_of_one_return_is_the_mean_of_its_density():
+    fields, x = ReturnFields(torch.tensor([3.0]), 0.5, torch.ones(1)), torch.linspace(-10, 16, 4001)
+    for level in (0.0, 1.2):
+        s, _ = fields(x[:, None], x.new_full((len(x),), level))
+        mean = float(s.square().sum() * (x[1] - x[0]))
+        assert float(fields.reference(torch.tensor(level))) == pytest.approx(mean, rel=1e-3)
+
+
+def test_the_sde_ends_with_the_width_of_the_kernel():
+    rep = GaussianFields(0, 10)
+    draws = sample_by_sde(rep, torch.eye(len(rep.x))[[25]], range(1000))
+    assert float(draws.mean()) == pytest.approx(float(rep.x[25]), abs=0.1 * rep.h)
+    assert float(draws.std()) == pytest.approx(rep.h, rel=0.1)
+
+
+def test_returns_by_inverse_cdf_have_noise_of_their_own():
+    rep = GaussianFields(0, 10)
+    w = fitted(rep, 5.0, 1.0)
+    one, other = sample_by_inverse_cdf(rep, torch.stack([w, w]), range(2000)).T
+    for draws in (one, other):
+        assert float(draws.mean()) == pytest.approx(5, abs=0.1) and float(draws.std()) == pytest.approx(1, abs=0.06)
+    assert abs(float(torch.corrcoef(torch.stack([one, other]))[0, 1])) < 0.1
+
+
 def test_sde_with_an_annealed_width_draws_the_returns():
     """Two modes far apart, weights .3 and .7: the dynamics at the kernel's own width freeze from a uniform start."""
     rep = GaussianFields(0, 10, nodes=57)
@@ -332,6 +402,13 @@ def test_mass_outside_the_range_is_counted():
     rep, moved = Categorical(0, 10, atoms=11), torch.tensor([[0.4], [0.6], [-0.4], [-0.6]])
     ends = torch.eye(11)[[10, 10, 0, 0]]
     assert rep.outside(ends, moved[:, 0], torch.ones(4)).tolist() == [0, 1, 0, 1]  # nearer to an end than a neighbour
+
+
+def test_negative_weights_outside_the_range_do_not_cancel_positive_ones():
+    rep = GaussianFields(0, 10)
+    w = torch.zeros(1, len(rep.x))
+    w[0, [0, 1, 25]] = torch.tensor([1.0, -1.0, 1.0])
+    assert float(rep.outside(w, torch.zeros(1), torch.ones(1))) == pytest.approx(0.5)
 
 
 def test_a_distribution_function_that_falls_is_made_to_rise_between_both_ends():

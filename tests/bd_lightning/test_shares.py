@@ -11,10 +11,14 @@ from bd_lightning.dynamics import MultistepDynamics, SampleNoise
 from bd_lightning.fields import (
     AnalyticSource,
     Mixture,
+    RelativeFields,
     batched,
     calibrated,
     combine,
 )  # fmt: skip
+from bd_lightning.fields.experts import Experts
+from bd_lightning.fields.shares import PILOTS
+from bd_lightning.networks import MLP
 from bd_lightning.targets import GaussianMixture
 from four_modes import MEANS, PARTS, SOURCE, WEIGHTS, learned, mixture, noised_points, same, truth
 
@@ -79,6 +83,9 @@ def test_classes_by_name(points):
     assert torch.allclose(both.score(*points), sum_.score(*points), atol=1e-9)
     shared = combine([(low, names[:2], 1.0), (high, names[1:], 1.0)], {"b": 1.0})  # the average of the two
     assert torch.allclose(shared.score(*points), PARTS[1].score(*points), atol=1e-9)
+    some = combine([(low, names[:2], 1.0), (high, names[1:], 1.0)], {"a": 0.5, "b": 0.5})  # a in one, b in both
+    alike = GaussianMixture(MEANS[:2], [0.5, 0.5], sd=0.3)
+    assert torch.allclose(some.score(*points), alike.score(*points), atol=1e-9) and some.mass() == pytest.approx(1)
     less = combine([(SOURCE, names, 1.0), (high, names[1:], -0.5)])  # shares 0.4, 0.3 - 0.25, 0.2 - 0.15, 0.1 - 0.1
     assert len(less.terms) == 1 and abs(less.mass() - 0.5) < 1e-6
     rest = GaussianMixture(MEANS[:3], [0.4, 0.05, 0.05], sd=0.3)
@@ -113,6 +120,12 @@ def test_what_rounding_leaves_of_a_sum_is_nothing(weights):
     assert not (parts[0] + parts[1] + parts[2]).terms and not sum(parts).terms
 
 
+def test_what_rounding_leaves_of_densities_without_names_is_nothing():
+    wholes = [AnalyticSource(PARTS[:1], [1.0], 1.1) for _ in range(3)]
+    with pytest.raises(UserError, match="the weights of the mixture sum to 0; they must"):
+        combine([(one, [], w) for one, w in zip(wholes, (1.1, 2.2, -3.3))])  # 4e-16 in double precision
+
+
 def test_a_source_of_one_density_knows_no_classes():
     names = ["a", "b", "c", "d"]
     whole = AnalyticSource(PARTS[:1], [1.0], 1.1)
@@ -124,6 +137,15 @@ def test_a_source_of_one_density_knows_no_classes():
             combine([(SOURCE, names, 1.0), (whole, names, 1.0)], **asked)
     with pytest.raises(ValueError, match="3 names for the 4 classes"):
         combine([(SOURCE, names[:3], 1.0)])
+
+
+def test_classes_that_were_not_seen_have_no_share():
+    names, low = ["a", "b", "c", "d"], AnalyticSource(PARTS, [0.6, 0.4, 0.0, 0.0], 1.1)
+    with pytest.raises(UserError, match="class 'c' was not seen in training"):
+        combine([(low, names, 1.0)], {"a": 1.0, "c": 1.0})
+    untrained = RelativeFields(MLP((3,), 2, per_class=True, width=8, depth=1), 1.1, classes=2)
+    with pytest.raises(UserError, match="the weights of the mixture sum to 0; they must"):
+        combine([(untrained, names[:2], 1.0)])
 
 
 def test_weights_of_sources_beside_those_of_classes_are_refused():
@@ -156,6 +178,16 @@ def test_the_algebra_of_mixtures(points):
         batched(wide)
 
 
+def test_sums_have_the_mobility_and_the_floor_of_the_first():
+    first, other = (
+        Mixture([(one, torch.ones(2))], mobility, floor)
+        for one, mobility, floor in zip(learned(2), ("density", "constant"), (0.2, 0.01))
+    )
+    sums = [first + other, first - other, sum([first, other]), 2 * first, first / 2, -first]
+    sums += [batched(first + other), calibrated(first, lambda _: torch.zeros(5, 3))]
+    assert [(one.mobility, one.floor) for one in sums] == [("density", 0.2)] * len(sums)
+
+
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (0.2, 3.0, 0.5), (1.0, 2.0, -0.1)])
 def test_experts_are_asked_in_one_call(weights):
     members = learned(3)
@@ -183,8 +215,7 @@ def test_experts_of_some_of_which_points_have_weights_of_their_own():
 
 def test_many_points_on_a_cpu_are_given_to_one_expert_after_the_other():
     members, calls = learned(3), []
-    together = batched(sum((Mixture([(one, torch.ones(2))]) for one in members[1:]),
-                           Mixture([(members[0], torch.ones(2))])))  # fmt: skip
+    together = batched(Mixture([(one, torch.tensor(w)) for one, w in zip(members, ([1.0, 2], [0.1, 5], [3, 0.4]))]))
     for one in members:
         one.network.register_forward_hook(lambda *_: calls.append(1))
     x, sigma = torch.randn(120, 3), torch.rand(120) + 0.1
@@ -217,6 +248,8 @@ def test_an_expert_that_comes_later():
     with pytest.raises(ValueError, match=r"the base Gaussians differ: sigma_data is 1\.1 and 2\.0"):
         late.sigma_data = 2.0
         batched(Mixture([(first[0], torch.ones(2))]) + Mixture([(late, torch.ones(2))]))
+    with pytest.raises(ValueError, match=r"the base Gaussians differ: sigma_data is 1\.1 and 2\.0"):
+        Experts([first[0], late])
 
 
 def test_calibration_corrects_a_drift():
@@ -247,3 +280,35 @@ def test_calibration_corrects_a_drift():
     exact = mixture(1, 1, 0, 3)
     weights = calibrated(exact, pilot).terms[0][1]
     assert torch.allclose(weights, exact.terms[0][1], rtol=0.1)  # nothing to correct
+
+
+def test_calibration_leaves_samples_that_have_the_shares_asked_for_alone():
+    asked, generator = mixture(1, 0, 0.2, 0), torch.Generator().manual_seed(0)  # shares 10/11 and 1/11
+    pilots = torch.cat([PARTS[c].sample(count, generator) for c, count in ((0, 1000), (2, 100))])
+    weights = calibrated(asked, lambda _: pilots).terms[0][1]  # the noise level of the posterior is below the modes' sd
+    assert torch.allclose(weights, asked.terms[0][1], rtol=0.02)
+
+
+def test_each_round_of_a_calibration_draws_of_what_the_last_one_made():
+    drawn, asked = [], mixture(1, 1, 1, 1)
+
+    def draw(one):
+        drawn.append(one.terms[0][1])
+        return truth(1, 1, 1, 2).sample(500, torch.Generator().manual_seed(0))
+
+    found = [calibrated(asked, draw, rounds=rounds).terms[0][1] for rounds in (1, 2)]
+    assert len(drawn) == 3 and torch.equal(drawn[1], asked.terms[0][1]) and torch.equal(drawn[2], found[0])
+    assert not torch.equal(*found)
+
+
+def test_pilot_samples_count_alike_whatever_they_are_asked_with():
+    asked, generator = mixture(3, 4, 0, 0), torch.Generator().manual_seed(0)  # of equal shares
+    pilots = torch.cat([PARTS[0].sample(PILOTS, generator), PARTS[1].sample(PILOTS // 5, generator)])
+    found = calibrated(asked, lambda _: pilots, rounds=1)
+    assert found.terms[0][1].tolist() == pytest.approx([3 * 0.6, 4 * 3, 0, 0], rel=1e-2)
+
+
+def test_a_class_of_which_no_pilot_sample_was_drawn_keeps_its_weight():
+    asked = mixture(1, 1, 0, 0)
+    found = calibrated(asked, lambda _: PARTS[0].sample(50, torch.Generator().manual_seed(0)), rounds=1)
+    assert found.terms[0][1].tolist() == pytest.approx([4 / 7, 1, 0, 0], rel=1e-3)
