@@ -206,8 +206,7 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
             continue
         tell_of_unfinished(rows, setting)
         most, choices = budget(rows, setting), [dict.fromkeys(METHODS, COMMON_RATE)]
-        tuned = [m for m in METHODS if gathered(rows, setting, m, setting.rates[-1], TUNING_SEEDS)]
-        choices.append({m: best_rate(rows, setting, m)[0] for m in tuned})
+        choices.append({m: best_rate(rows, setting, m)[0] for m in METHODS if _tuned(rows, setting, m)})
         for rates in choices:
             found = {m: gathered(rows, setting, m, rate, SEEDS) for m, rate in rates.items()}
             these = {m: row for m, row in found.items() if row is not None}
@@ -217,6 +216,15 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
             for threshold in setting.thresholds:
                 print(line(setting.name, threshold, rates, these, most))
     return drawn
+
+
+def _tuned(rows: list[dict], setting: Setting, method: str) -> bool:
+    """Whether a method was tried with all rates of a setting; says so if it was with some of them."""
+    tried = [rate for rate in setting.rates if gathered(rows, setting, method, rate, TUNING_SEEDS)]
+    if 0 < len(tried) < len(setting.rates):
+        more = f"{len(tried)} of {len(setting.rates)} rates are there (see --rates)"
+        print(f"{setting.name}, {METHODS[method]} is not tuned: {more}", file=sys.stderr)
+    return len(tried) == len(setting.rates)
 
 
 def line(env: str, threshold: float, rates: dict[str, float], rows: dict[str, Row], most: int) -> str:

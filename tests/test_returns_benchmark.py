@@ -228,7 +228,7 @@ def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyon
     """Two jobs of a row of synthetic evaluations, of which the second ended early."""
     env, method = "rl_lunar_lander", "c51"
     setting = returns_tables.ENVS[env]
-    assert [list(c) for c in dataclasses.replace(setting, together=2).chunks(100, 3)] == [[100, 101], [102]]
+    assert [len(c) for c in setting.chunks(100, 12)] == [10, 2]
 
     def row(rate, seeds, steps, returns):
         return {"env": env, "method": method, "rate": rate, "seeds": seeds, "seconds": 1.0,
@@ -294,6 +294,9 @@ def test_each_method_is_reported_at_the_rate_that_was_best_in_tuning(capsys):
     ((found, rates, these),) = returns_tables.control_table(rows, [setting])
     assert found == setting and rates == dict.fromkeys(("returns", "c51"), 2e-3) and these.keys() == rates.keys()
     assert "| rl_cliff | -100 | 0.002, 0.002 | 500, 1/1 | – | 500, 1/1 | – |" in capsys.readouterr().out
+    some = [row for row in rows if (row["method"], row["rate"], row["seeds"]) != ("c51", 1e-3, [100])]
+    assert not returns_tables.control_table(some, [setting])  # not by the better of those that there are
+    assert "rl_cliff, C51 is not tuned: 2 of 3 rates are there (see --rates)" in capsys.readouterr().err
 
 
 def test_tables_count_a_seed_once_and_say_the_spread_of_all(capsys):
