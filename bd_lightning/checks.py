@@ -86,6 +86,17 @@ def positive(**values: float) -> None:
             raise ValueError(f"{name} must be positive{' and finite' * (value > 0)}, got {value}")
 
 
+def count(**values: int) -> None:
+    """Refuse what no counter counts: other than whole numbers from 0 on that fit in 64 bits.
+
+    Raises:
+        ValueError: naming the first offending argument.
+    """
+    for name, value in values.items():
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise ValueError(f"{name} must be a whole number from 0 on, got {value!r}")
+
+
 def in_range(low: float, high: float, **values: float) -> None:
     """Refuse values outside the closed interval [low, high].
 

@@ -82,10 +82,14 @@ def finished(path: Path) -> list[dict]:
         raise UserError(
             f"{path} holds a row a line, as an earlier version wrote it: choose another --out, or move it away"
         )
-    with sound(path):
-        rows = [dict(row) for line in lines for row in line["rows"]]
-        for row in rows:
-            _refuse_lost(row)
+    rows = []
+    for line in lines.rows:
+        with sound(line.place):
+            rows += [dict(row) for row in line["rows"]]
+            _refuse_lost(line["rows"])
+            for row in line["rows"]:
+                if "env" in row:  # of control
+                    _refuse_torn(row)
     return rows
 
 
@@ -99,6 +103,26 @@ def _refuse_lost(value: Any) -> None:
         raise ValueError(f"it holds {value}")
     for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
         _refuse_lost(part)
+
+
+def _refuse_torn(row: Row) -> None:
+    """Refuse a row of `control` whose evaluations are not those of its seeds and environment steps.
+
+    Raises:
+        ValueError: naming what is wrong.
+    """
+    steps, seeds, returns = row["env_steps"], row["seeds"], row["returns"]
+    if not (isinstance(steps, list) and steps and all(type(step) is int for step in steps)):
+        raise ValueError(f"env_steps are {steps!r:.60}")
+    if not (isinstance(seeds, list) and all(type(seed) is int for seed in seeds)):
+        raise ValueError(f"seeds are {seeds!r:.60}")
+    if not (isinstance(returns, list) and [len(run) for run in returns] == [len(steps)] * len(seeds)):
+        raise ValueError(f"returns are not {len(steps)} of each of {len(seeds)} seeds")
+    numbers = [row["rate"], row["seconds"], *(value for run in returns for value in run)]
+    if not all(isinstance(value, (int, float)) for value in numbers):
+        raise ValueError("its rate, its seconds or one of its returns is no number")
+    if not isinstance(row["env"], str) or not isinstance(row["method"], str):
+        raise ValueError(f"env and method are {row['env']!r:.60} and {row['method']!r:.60}")
 
 
 def gathered(rows: Iterable[dict], setting: Setting, method: str, rate: float, first: int) -> Row | None:
@@ -199,8 +223,8 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
             raise ValueError(f"there is no {key} {', '.join(sorted(unknown))}")
     drawn: list[tuple] = []
     names = " | ".join(METHODS.values())
-    print(f"| experiment | threshold | rates | {names} | baseline / fields (95 %) | ms |")
-    print("|---|---|---|" + "---|" * len(METHODS) + "---|---|")
+    lines = [f"| experiment | threshold | rates | {names} | baseline / fields (95 %) | ms |"]
+    lines += ["|---|---|---|" + "---|" * len(METHODS) + "---|---|"]
     for setting in settings:
         if not any(row["env"] == setting.name for row in rows):
             continue
@@ -213,8 +237,12 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
             if len(these) < 2 or not these.keys() & set(OURS):
                 continue
             drawn.append((setting, rates, these))
-            for threshold in setting.thresholds:
-                print(line(setting.name, threshold, rates, these, most))
+            lines += [line(setting.name, threshold, rates, these, most) for threshold in setting.thresholds]
+        if not any(which == setting for which, *_ in drawn):
+            needed = "all reported seeds of fields of a kind and of another method, at the common or their best rates"
+            print(f"{setting.name} is left out: a line of the table needs {needed}", file=sys.stderr)
+    if drawn:
+        print("\n".join(lines))
     return drawn
 
 

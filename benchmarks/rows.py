@@ -100,7 +100,7 @@ class Rows(Sequence[dict[str, Any]]):
 
 
 @contextmanager
-def sound(path: Path) -> Iterator[None]:
+def sound(path: Path | str) -> Iterator[None]:
     """What is computed inside comes from the rows of a file, which may have been edited by hand.
 
     Raises:

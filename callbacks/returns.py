@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from bd_lightning.checks import UserError, in_range, positive
+from bd_lightning.checks import UserError, count, in_range, positive
 from callbacks.evaluation import Evaluation, Metric, remarked
 from callbacks.pictures import publish_animation, publish_image
 from callbacks.records import append_record, run_folder, step_of
@@ -112,8 +112,14 @@ class EpisodeReturns(Evaluation):
         return {"above": self.above, "solved": self.solved}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.above, self.solved = state_dict["above"], state_dict["solved"]
+        """Go on from there.
+
+        Raises:
+            ValueError: for what are no environment steps.
+        """
+        reached = {name: state_dict[name] for name in ("above", "solved")}
+        count(**{name: steps for name, steps in reached.items() if steps is not None})
+        self.above, self.solved = reached["above"], reached["solved"]
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check that the data is an environment."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from bd_lightning.checks import UserError, in_range, positive
+from bd_lightning.checks import UserError, count, in_range, positive
 from bd_lightning.facts import PROBES, EnvironmentFacts
 from datamodules.base import Data
 from datamodules.experience import Experience, LambdaExperience, Transitions, encode, seeds
@@ -109,6 +109,8 @@ def make_envs(name: str, count: int, options: dict[str, Any] | None = None, scal
         )
     if not isinstance(states, (gymnasium.spaces.Discrete, gymnasium.spaces.Box)):
         raise DataError(f"'{name}' has observations in {states}: only Box and Discrete are supported")
+    if 0 in (states.shape or ()):
+        raise DataError(f"'{name}' observes nothing: its observation_space is {states}")
     if isinstance(states, gymnasium.spaces.Box) and np.issubdtype(states.dtype, np.integer):
         raise DataError(
             f"'{name}' observes whole numbers ({states.dtype}, up to {states.high.max()}), and no scale is declared: "
@@ -317,9 +319,17 @@ class Environment(Data):
         return {"steps": stream.steps, "epsilon": float(stream.exploration), "left": left}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from these."""
-        self.steps, self.resumed_epsilon = state_dict.get("steps", 0), state_dict.get("epsilon", 1.0)
-        self.left = min(1.0, state_dict.get("left", 1.0))
+        """Go on from these.
+
+        Raises:
+            ValueError: for states that no training has.
+        """
+        steps = state_dict.get("steps", 0)
+        epsilon, left = state_dict.get("epsilon", 1.0), state_dict.get("left", 1.0)
+        count(steps=steps)
+        in_range(0, 1, epsilon=epsilon)
+        in_range(0, np.inf, left=left)  # of a longer decay than the present one
+        self.steps, self.resumed_epsilon, self.left = steps, epsilon, min(1.0, left)
 
 
 class LambdaEnvironment(Environment):

@@ -18,7 +18,9 @@ BATCHES = 10**9  # the stream has no end; a length keeps Lightning from fetching
 def encode(observations: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Observations as the network reads them, (n, *shape): vectors as they are, states of a finite set one-hot."""
     if observations.ndim == 1 and len(shape) == 1:
-        return np.eye(shape[0], dtype=np.float32)[observations]
+        states = np.zeros((len(observations), *shape), dtype=np.float32)
+        states[np.arange(len(observations)), observations] = 1
+        return states
     return observations.astype(np.float32)
 
 

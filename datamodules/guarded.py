@@ -1,6 +1,5 @@
 """What environments are stepped through, so that a mistake in their code is named as theirs."""
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,8 @@ import gymnasium
 import numpy as np
 
 from datamodules.splits import DataError
+
+LARGEST = float(np.finfo(np.float32).max)
 
 
 class Guarded(gymnasium.Wrapper):
@@ -20,7 +21,7 @@ class Guarded(gymnasium.Wrapper):
 
     Raises:
         DataError: for whatever `reset` or `step` raise, observations that are not of the environment's own space, and
-            rewards that are no finite numbers.
+            rewards that are no finite numbers in single precision.
     """
 
     def __init__(self, env: gymnasium.Env, name: str) -> None:
@@ -41,22 +42,24 @@ class Guarded(gymnasium.Wrapper):
         self._check(observed, "step")
         with self._named("step"):
             value = float(reward)
-        if not math.isfinite(value):
-            raise DataError(f"'{self.name}' gives the reward {value} in step(): rewards must be finite numbers")
+        if not abs(value) <= LARGEST:
+            raise DataError(
+                f"'{self.name}' gives the reward {value} in step(): rewards must be finite numbers in single precision"
+            )
         return observed, reward, terminated, truncated, info
 
     def _check(self, observed: Any, method: str) -> None:
         space = self.observation_space
         with self._named(method):
             value = np.asarray(observed)
-            finite = bool(np.isfinite(value).all())
+            finite = bool((np.abs(value, dtype=float) <= LARGEST).all())
         if value.shape != space.shape:
             raise DataError(
                 f"'{self.name}' observes the shape {list(value.shape)} in {method}(), and its observation_space says "
                 f"{list(space.shape or ())}"
             )
         if not finite:
-            raise DataError(f"'{self.name}' observes numbers that are not finite in {method}()")
+            raise DataError(f"'{self.name}' observes numbers that are not finite in single precision in {method}()")
         if isinstance(space, gymnasium.spaces.Discrete) and not space.contains(observed):
             raise DataError(
                 f"'{self.name}' observes {observed!r} in {method}(), and its observation_space has the integers "

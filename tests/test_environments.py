@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import sys
 from types import SimpleNamespace
 
@@ -20,8 +21,10 @@ import gymnasium
 
 from benchmarks import returns_linearity as linearity
 from benchmarks import returns_training as benchmark
+from callbacks import EpisodeReturns
 from datamodules import Environment
 from datamodules.environments import make_envs
+from datamodules.experience import encode
 from datamodules.splits import DataError
 
 
@@ -114,6 +117,39 @@ def test_averages_of_a_return_model_begin_and_go_on(tmp_path):
     assert train.main([f"ckpt_path={last}", "steps=6", "callbacks.progress=null"]) == 0
     kept = torch.load(last, weights_only=True)
     assert kept["global_step"] == 6 and kept["state_dict"]["probes"].abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["steps", "epsilon", "left", "above", "solved"])
+def test_counts_and_shares_that_no_training_has_are_refused(name):
+    values = ("many", -5, 2.5, 10**30, True) if name not in ("epsilon", "left") else (math.nan, -3.0)
+    holder = Environment("FrozenLake-v1", 0, 1) if name in ("steps", "epsilon", "left") else EpisodeReturns()
+    sound = holder.state_dict()
+    for value in values:
+        with pytest.raises(ValueError, match=f"{name} must "):
+            holder.load_state_dict({**sound, name: value})
+        assert holder.state_dict() == sound
+
+
+def test_damaged_states_of_returns_are_one_sentence(tmp_path, capsys):
+    assert train.main([*LAKE, f"root={tmp_path}"]) == 0
+    last, changed = next(tmp_path.rglob("last.ckpt")), tmp_path / "changed.ckpt"
+
+    def answer(place, values, *words):
+        kept = node = torch.load(last, weights_only=True)
+        for key in place:
+            node = node[key]
+        node.update(values)
+        torch.save(kept, changed)
+        return train.main([*words, f"ckpt_path={changed}"]), capsys.readouterr().err
+
+    for place, values in ((["Environment"], {"steps": -5}), (["callbacks", "EpisodeReturns"], {"above": "x"})):
+        status, said = answer(place, values, "steps=6", f"root={tmp_path / 'other'}")
+        assert status == 2 and "its states are damaged" in said and said.count("error: ") == 1, said
+    for probes in (torch.zeros(4, 7), torch.zeros(0, 16), torch.zeros(4, 16, dtype=torch.long), torch.tensor(1.0)):
+        status, said = answer(["state_dict"], {"probes": probes}, "predict", "n=3")
+        assert status == 2 and "do not fit the model" in said, said
+    half = torch.load(last, weights_only=True)["state_dict"]["probes"].half()
+    assert answer(["state_dict"], {"probes": half}, "predict", "n=3")[0] == 0  # as weights in half precision are
 
 
 def test_a_test_says_what_its_threshold_is_and_calls_are_of_other_samplers(tmp_path, capsys):
@@ -224,7 +260,9 @@ class Faulty(gymnasium.Env):
             if self.fault == "raise":
                 raise RuntimeError("motor on fire")
             seen = {"shape": np.zeros(3, np.float32), "nan": np.full(2, np.nan, np.float32)}.get(self.fault, seen)
-            reward = {"reward": float("nan"), "none": None, "inf": float("inf")}.get(self.fault, reward)
+            seen = np.full(2, -1e39) if self.fault == "far" else seen
+            rewards = {"reward": float("nan"), "none": None, "inf": float("inf"), "1e39": -1e39}
+            reward = rewards.get(self.fault, reward)
         return seen, reward, self.at == 5, False, {}
 
 
@@ -233,9 +271,11 @@ class Faulty(gymnasium.Env):
     [
         ("raise", r"'Faulty-v0' failed in step\(\): RuntimeError: motor on fire"),
         ("shape", r"'Faulty-v0' observes the shape \[3\] in step\(\), and its observation_space says \[2\]"),
-        ("nan", r"'Faulty-v0' observes numbers that are not finite in step\(\)"),
+        ("nan", r"'Faulty-v0' observes numbers that are not finite in single precision in step\(\)"),
         ("reward", r"'Faulty-v0' gives the reward nan in step\(\): rewards must be finite numbers"),
         ("inf", r"'Faulty-v0' gives the reward inf in step\(\): rewards must be finite numbers"),
+        ("1e39", r"'Faulty-v0' gives the reward -1e\+39 in step\(\): rewards must be .* single precision"),
+        ("far", r"'Faulty-v0' observes numbers that are not finite in single precision in step\(\)"),
         ("none", r"'Faulty-v0' failed in step\(\): TypeError: .*NoneType"),
     ],
 )
@@ -275,6 +315,22 @@ def test_states_outside_their_space_are_named(place, monkeypatch):
         envs.reset(seed=0)
         for _ in range(4):
             envs.step(np.zeros(2, dtype=int))
+
+
+def test_many_states_are_encoded_one_by_one():
+    observed = np.array([3, 10**6 - 1])
+    states = encode(observed, (10**6,))  # of which all are a matrix of 4 TB
+    assert states.dtype == np.float32 and states.argmax(1).tolist() == observed.tolist() and states.sum() == 2
+
+
+def test_environments_without_an_observation_are_refused(monkeypatch):
+    class Blind(Pixels):
+        observation_space = gymnasium.spaces.Box(-1, 1, (0,), np.float32)
+
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    gymnasium.register("Blind-v0", entry_point=Blind, disable_env_checker=True)
+    with pytest.raises(DataError, match="'Blind-v0' observes nothing: its observation_space is Box"):
+        make_envs("Blind-v0", 1)
 
 
 def test_spaces_that_do_not_start_at_zero_and_single_numbers(monkeypatch):

@@ -14,7 +14,6 @@ from callbacks.metrics import ImageMetrics
 from datamodules import Digits
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = ["steps=2", "eval_every=2", "callbacks.metrics.n=100", "callbacks.figures=null", "callbacks.trajectory=null"]
 
 
 def blocks(page, language):
@@ -22,17 +21,28 @@ def blocks(page, language):
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    """Trains for two steps with a module `mine` and a config; returns the run folder."""
+def launch(tmp_path, monkeypatch):
+    """Trains for two steps with a module `mine`; returns the run folder."""
 
-    def train_with(mine, config, *words):
+    def train_with(mine, *words):
         (tmp_path / "mine.py").write_text(mine)
-        (tmp_path / "mine.yaml").write_text(config)
         monkeypatch.syspath_prepend(tmp_path)
         monkeypatch.delitem(sys.modules, "mine", raising=False)
-        words = ["experiment=gaussians_2d", "--config", str(tmp_path / "mine.yaml"), *SMALL, *words]
-        assert train.main([*words, "logger=none", f"root={tmp_path}", "run_id=mine"]) == 0
+        words = [*words, "steps=2", "eval_every=2", "callbacks.figures=null", "logger=none"]
+        assert train.main([*words, f"root={tmp_path}", "run_id=mine"]) == 0
         return tmp_path / "bellman-diffusion" / "mine"
+
+    return train_with
+
+
+@pytest.fixture
+def run(launch, tmp_path):
+    """Trains on points with a module `mine` and a config; returns the run folder."""
+
+    def train_with(mine, config, *words):
+        (tmp_path / "mine.yaml").write_text(config)
+        small = ["callbacks.metrics.n=100", "callbacks.trajectory=null"]
+        return launch(mine, "experiment=gaussians_2d", "--config", str(tmp_path / "mine.yaml"), *small, *words)
 
     return train_with
 
@@ -60,6 +70,14 @@ def test_the_recipes_for_everything_else_train(run, capsys):
     assert "radius" in (folder / "radius.json").read_text()
     assert train.main(["predict", f"ckpt_path={ckpt}", "n=4", "trust=true"]) == 0
     assert "4 rows of samples.csv" in capsys.readouterr().out
+
+
+def test_the_recipes_for_returns_train(launch):
+    pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
+    words = ["experiment=rl_frozen_lake", "model.representation._target_=mine.Cramer"]
+    words += ["model.preference._target_=mine.Entropic", "callbacks.returns.episodes=10", "data.warmup=20"]
+    folder = launch("\n".join(blocks("docs/guide/extending.md", "python")), *words)
+    assert "by Entropic(risk=0.5)" in (folder / "returns.json").read_text()
 
 
 def test_the_recipe_for_features_judges_images(tmp_path):

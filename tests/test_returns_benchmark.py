@@ -139,23 +139,37 @@ def test_a_night_is_rehearsed_and_not_repeated(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == table
 
 
+RUN = {"env": "rl_cliff", "method": "c51", "rate": 1e-3, "seeds": [0], "seconds": 1.0, "env_steps": [500, 1000],
+       "returns": [[-9.0, -9.0]]}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "name, row",
     [
-        ("control", {"env": "rl_frozen_lake", "method": "returns", "rate": 1e-3, "seeds": 3}),
-        ("control", {"env": "rl_frozen_lake", "method": "fields", "rate": 1e-3}),
-        ("control", {"env": "frozen_lake", "method": "returns", "rate": 1e-3}),
+        ("control, line 1", {"env": "rl_frozen_lake", "method": "returns", "rate": 1e-3, "seeds": 3}),
+        ("control", RUN | {"method": "fields"}),
+        ("control", RUN | {"env": "frozen_lake"}),
+        ("control, line 1", RUN | {"env": ["rl_cliff"]}),
+        ("control, line 1", RUN | {"env_steps": []}),
+        ("control, line 1", RUN | {"env_steps": ["500"]}),
+        ("control, line 1", RUN | {"seeds": [0, 1]}),
+        ("control, line 1", RUN | {"returns": "high"}),
+        ("control, line 1", RUN | {"returns": [[-9.0]]}),
+        ("control, line 1", RUN | {"returns": [["-9", "-9"]]}),
+        ("control, line 1", RUN | {"rate": "1e-3"}),
+        ("control, line 1", RUN | {"seconds": None}),
         ("evaluate", {"rewards": "discrete"}),
         ("peer", {"name": "a", "windows": "b"}),
-        ("linear", [1]),
+        ("linear, line 1", [1]),
     ],
 )
 def test_rows_that_were_edited_by_hand_are_named(tmp_path, monkeypatch, capsys, name, row):
+    name, comma, line = name.partition(",")
     (tmp_path / f"{name}.jsonl").write_text(json.dumps({"job": "a", "seconds": 1, "rows": [row]}) + "\n")
     with pytest.raises(SystemExit):
         command(monkeypatch, "table", "--out", str(tmp_path))
     said = capsys.readouterr().err.strip()
-    assert f"{name}.jsonl has a row with a value that is none of its kind" in said and "\n" not in said
+    assert f"{name}.jsonl{comma}{line} has a row with a value that is none of its kind" in said and "\n" not in said
 
 
 def test_a_job_that_was_cut_leaves_nothing_and_is_done_anew(tmp_path, monkeypatch, capsys):
@@ -211,16 +225,22 @@ def test_runs_whose_seeds_are_not_all_there_are_said_to_be_left_out(capsys):
            "returns": [[-9.0]] * 2}  # fmt: skip
     returns_tables.control_table([row, {**row, "seeds": [100], "returns": [[-9.0]]}], [returns_tables.ENVS["rl_cliff"]])
     said = capsys.readouterr()
-    assert said.err == "rl_cliff, C51 at 0.001 is left out: 2 of 10 seeds are there (see --seeds)\n"
-    returns_tables.control_table([row], [dataclasses.replace(returns_tables.ENVS["rl_cliff"], seeds=2)])
-    assert not capsys.readouterr().err
+    assert said.err.startswith("rl_cliff, C51 at 0.001 is left out: 2 of 10 seeds are there (see --seeds)\n")
+    assert "rl_cliff is left out: a line of the table needs all reported seeds of fields" in said.err and not said.out
+    two = [dataclasses.replace(returns_tables.ENVS["rl_cliff"], seeds=2, tuning=1, rates=(1e-3,))]
+    rows = [
+        {**row, "method": m, "seeds": s, "returns": [[-9.0]] * len(s)}
+        for m in ("c51", "returns")
+        for s in ([0, 1], [100])
+    ]
+    assert returns_tables.control_table(rows, two) and not capsys.readouterr().err
 
 
 def test_a_number_that_is_none_is_no_result(tmp_path):
     path = tmp_path / "evaluate.jsonl"
     for number in ("NaN", "[1.0, Infinity]"):
         path.write_text('{"rows": [{"w1": ' + number + "}]}\n")
-        with pytest.raises(UserError, match=r"evaluate\.jsonl has a row .* it holds (nan|inf)"):
+        with pytest.raises(UserError, match=r"evaluate\.jsonl, line 1 has a row .* it holds (nan|inf)"):
             returns_tables.finished(path)
 
 

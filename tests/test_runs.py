@@ -240,6 +240,12 @@ def test_names_of_folders_of_samples_stay_inside(tmp_path):
         folder.mkdir(parents=True)
 
 
+def test_checkpoints_are_called_as_their_runs_or_as_they_are(tmp_path):
+    names = ("mine/checkpoints/last.ckpt", "kept/zeros.ckpt")
+    assert [folders.called(tmp_path / name) for name in names] == ["mine", "zeros"]
+    assert folders.called(tmp_path) == tmp_path.name  # an export
+
+
 # ---- damage
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from bd_lightning.checks import suggest
 from bd_lightning.cli import signatures
-from bd_lightning.cli.config import GROUPS, TOP_LEVEL, ConfigError
+from bd_lightning.cli.config import GROUPS, TOP_LEVEL, ConfigError, names
 from bd_lightning.upgrade import refuse_old
 
 MOST_CALLS = 10_000
@@ -217,6 +217,8 @@ def locate(path: str, key: str) -> Any:
         found = getattr(importlib.import_module(module), name, None)
     except (Exception, SystemExit) as error:  # a module of the user's own may do anything while it is imported
         reason = str(error) if isinstance(error, (ImportError, SyntaxError)) else repr(error)
+        if isinstance(error, ModuleNotFoundError) and error.name == module and module not in OWN:
+            reason += f": {module}.py has to be beside train.py, or in a folder of PYTHONPATH"
         raise ConfigError(f"'{key}._target_': cannot import {path!r} ({reason})") from error
     own = module.partition(".")[0] in OWN
     if not inspect.isclass(found) or own and found.__module__.partition(".")[0] not in OWN:
@@ -245,7 +247,9 @@ def signature_of(cls: type) -> dict[str, tuple[Any, bool]]:
 
 def _class_of(node: Any, key: str) -> type:
     if not isinstance(node, Mapping):
-        raise ConfigError(f"'{key}' must be a mapping with a _target_, got {node!r}")
+        file = f": the file configs/{key}/{node}.yaml is chosen by {key}={node} on the command line, or under defaults"
+        known = key in GROUPS and node in names(key)
+        raise ConfigError(f"'{key}' must be a mapping with a _target_, got {node!r}{file if known else ''}")
     if "_target_" not in node:
         raise ConfigError(f"'{key}' has no _target_: name the class it configures, or choose a file with {key}=name")
     return locate(node["_target_"], key)

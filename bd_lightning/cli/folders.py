@@ -108,6 +108,12 @@ def folder_of(checkpoint: str | Path) -> Path:
     return path if path.is_dir() else path.parent.parent
 
 
+def called(checkpoint: str | Path) -> str:
+    """The name of the run or export that a checkpoint is of; its own where it lies in no run folder."""
+    path = Path(checkpoint).resolve()
+    return folder_of(path).name if path.is_dir() or path.parent.name == "checkpoints" else path.stem
+
+
 def newest(run: str | Path) -> str:
     """The last checkpoint of a run folder; a checkpoint is given back as it is.
 

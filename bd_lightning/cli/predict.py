@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from bd_lightning import fields
 from bd_lightning.checks import UserError
 from bd_lightning.cli import build, objects
-from bd_lightning.cli.folders import folder_for, folder_of, keep_settings, made, short, writing
+from bd_lightning.cli.folders import called, folder_for, keep_settings, made, short, writing
 from bd_lightning.cli.plan import Plan, settings_of
 from bd_lightning.combinations import choose_labels, combined, corrected
 from bd_lightning.facts import Facts
@@ -139,7 +139,7 @@ def folder_name(plan: Plan, sampler: str) -> str:
     words += [f"without-{label}" for label in config["remove"] or []]
     merged = config["merge"] or {}
     words += (
-        [f"{folder_of(path).name}x{weight:g}" for path, weight in merged.items()]
+        [f"{called(path)}x{weight:g}" for path, weight in merged.items()]
         if len(merged) < 4
         else [f"merged-{len(merged) + 1}"]
     )

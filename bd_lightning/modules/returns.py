@@ -159,9 +159,9 @@ class DistributionalLearner(Module):
         self.probes = self.trainer.datamodule.probes.to(self.device)  # type: ignore[attr-defined]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the number of probes from the checkpoint."""
+        """Take the number of probes, one at least, from the checkpoint."""
         super().on_load_checkpoint(checkpoint)
-        self.probes = torch.zeros_like(checkpoint["state_dict"]["probes"], device=self.device)
+        self.probes = self.probes.new_zeros(max(1, len(checkpoint["state_dict"]["probes"])), *self.shape)
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Copy the network to the target network when it is due."""

@@ -212,12 +212,12 @@ class GaussianFields(GaussianNodes):
         mass: bool = True,
         positive: bool = False,
     ) -> None:
-        super().__init__(v_min, v_max, nodes, bandwidth, padding)
         one_of(("cumulative", "density"), learn=learn)
         ends = (
             (0.5, 1.5) if learn == "density" else (0.3, 1.1)
         )  # sums over nodes are mass one; differences of c keep it
         in_range(*ends, bandwidth=bandwidth)
+        super().__init__(v_min, v_max, nodes, bandwidth, padding)
         self.learn, self.mass, self.positive = learn, mass, positive
         x = v_min + self.spacing * (torch.arange(nodes, dtype=torch.float64) - padding)
         inside = torch.zeros(nodes, dtype=torch.float64)
@@ -281,8 +281,8 @@ class PositiveFields(GaussianNodes):
     shares: Tensor
 
     def __init__(self, v_min: float, v_max: float, nodes: int = 52, bandwidth: float = 0.7, padding: int = 3) -> None:
-        super().__init__(v_min, v_max, nodes, bandwidth, padding)
         in_range(0.6, 1.5, bandwidth=bandwidth)  # sums over the nodes stand for integrals
+        super().__init__(v_min, v_max, nodes, bandwidth, padding)
         self.outputs = nodes
         self._keep(shares=self._shares(self.x[:, None] - self.x).T)
 

@@ -225,7 +225,10 @@ MISTAKES = [
     ("model.lr=[1", "cannot read the value of 'model.lr': '[1' is not valid YAML"),
     ("model.lr=${nothing}", "cannot resolve 'model.lr': Interpolation key 'nothing' not found"),
     ("model.network._target_=bd_lightning.networks.Unet", "has no class 'Unet'. Did you mean 'UNet'?"),
-    ("model.network._target_=nowhere.UNet", "'model.network._target_': cannot import 'nowhere.UNet'"),
+    (
+        "model.network._target_=nowhere.UNet",
+        "cannot import 'nowhere.UNet' (No module named 'nowhere': nowhere.py has to be beside train.py, or",
+    ),
     ("model.network=3", "'model.network' must be Network, got 3"),
     ("data.keep={_target_:os.system}", "'data.keep' must be"),
     ("model.lr={_target_:os.system}", "'model.lr' must be float, got"),
@@ -246,6 +249,15 @@ MISTAKES = [
     ("logger.projct=a", "unknown key 'logger.projct' for WandB. Did you mean 'project'?"),
     ("data=folder", "'data.folder' is missing: ImageFolder needs it"),
 ]
+
+
+def test_the_name_of_a_file_where_its_content_belongs(tmp_path):
+    file = tmp_path / "mine.yaml"
+    for text, told in (("logger: none", True), ("logger: nobody", False), ("logger: {_target_: 3}", False)):
+        file.write_text(text)
+        with pytest.raises(UserError) as caught:
+            composed("--config", str(file))
+        assert ("configs/logger/none.yaml is chosen by logger=none on the command line" in str(caught.value)) == told
 
 
 def test_a_mapping_wants_spaces():
