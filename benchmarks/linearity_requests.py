@@ -55,7 +55,7 @@ class Models(dict[str, Any]):
         given: their fields with the names of the classes of each.
 
     Raises:
-        UserError: for models that cannot be drawn by "sde", or share a class.
+        UserError: for models that cannot be drawn by "sde", share a class, or know none.
     """
 
     def __init__(self, options: argparse.Namespace, seed: int) -> None:
@@ -74,6 +74,7 @@ class Models(dict[str, Any]):
             if "sde" not in (has := loaded[0][0].samplers):
                 path, own = options.model[0], ", ".join(has)
                 raise UserError(f"--model {path}: samples are drawn by its sampler sde, and it has {own}")
+            combine(self.given, dict.fromkeys(self.names, 1.0))  # refuses those that cannot be asked for their classes
             config = replaced(loaded[0][1]["data"], "keep", None) if len(loaded) > 1 else loaded[0][1]["data"]
             known = [digest(path) for path in options.model]
             self.known = known[0] if len(known) == 1 else hashlib.sha256(" ".join(known).encode()).hexdigest()

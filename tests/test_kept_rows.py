@@ -497,6 +497,12 @@ def test_models_that_cannot_be_asked_are_refused(tmp_path, monkeypatch, capsys, 
     torch.save(stored, other := tmp_path / "scale.ckpt")
     with pytest.raises(UserError, match=r"--model: .*scale.ckpt does not fit .*: .*sigma.* 0.7 against"):
         bench("--model", experts[0], str(other))
+    stored = torch.load(experts[0], weights_only=True)
+    stored["hyper_parameters"]["facts"]["class_names"] = ["3", "8"]
+    stored["hyper_parameters"]["model"]["network"]["per_class"] = False  # one density of both
+    torch.save(stored, whole := tmp_path / "whole.ckpt")
+    with pytest.raises(UserError, match="a model of all its data as one density knows no class"):
+        bench("--model", str(whole))
     with pytest.raises(UserError, match="--model: several have the class 8: give models of different classes"):
         bench("--model", experts[0], experts[1], experts[0])
 
