@@ -423,7 +423,7 @@ def test_a_distribution_function_that_falls_is_made_to_rise_between_both_ends():
         (lambda: Categorical(0, math.inf), "both finite"),
         (lambda: GaussianFields(0, 1, learn="score"), "learn must be one of cumulative, density; got 'score'"),
         (lambda: GaussianFields(0, 1, nodes=6), "nodes must lie between 8"),
-        (lambda: GaussianFields(0, 1, bandwidth=4.0), "bandwidth must lie between 0.3 and 1.5"),
+        (lambda: GaussianFields(0, 1, bandwidth=4.0), "bandwidth must lie between 0.3 and 1.1"),
         (lambda: GaussianFields(0, 1, bandwidth=1.2), "bandwidth must lie between 0.3 and 1.1"),
         (lambda: GaussianFields(0, 1, learn="density", bandwidth=0.4), "bandwidth must lie between 0.5 and 1.5"),
         (lambda: PositiveFields(0, 1, bandwidth=0.5), "bandwidth must lie between 0.6 and 1.5"),
