@@ -333,6 +333,16 @@ def test_damaged_checkpoints_are_one_sentence(damage, tmp_path, capsys):
     assert ("do not fit the model: leave model as it was" if damage == "other model" else "is not a checkpoint") in said
 
 
+def test_classes_cannot_have_been_seen_less_often_than_never(tmp_path, capsys):
+    """Counts are the weights of mixtures."""
+    checkpoint = torch.load(V1 / "relative.ckpt", weights_only=True)
+    checkpoint["state_dict"]["fields.counts"][1] *= -1
+    torch.save(checkpoint, path := tmp_path / "a.ckpt")
+    said = refused(["predict", f"ckpt_path={path}", f"root={tmp_path}", "mix={0: 1}"], tmp_path, capsys)
+    assert "the checkpoint is damaged" in said and "fields.counts" in said
+    assert "the checkpoint is damaged" in refused(["fit", f"ckpt_path={path}", f"root={tmp_path}"], tmp_path, capsys)
+
+
 def test_calibrating_needs_a_mixture(capsys):
     assert train.main(["predict", f"ckpt_path={V1 / 'relative.ckpt'}", "calibrate=100"]) == 2
     assert "calibrate corrects the weights of a mixture" in capsys.readouterr().err

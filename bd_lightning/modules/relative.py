@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bd_lightning.checks import UserError
 from bd_lightning.dynamics import Sampler
 from bd_lightning.fields import RelativeFields
 from bd_lightning.modules.generator import Generator
@@ -78,6 +79,16 @@ class RelativeDensities(Generator):
         assert self.noise is not None  # refused before
         points, _ = queries(x, label, self.noise, self.fields.sigma_data, generator)
         return self.objective(self.fields, points, None, generator)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Look at the counts of classes, which are the weights of mixtures.
+
+        Raises:
+            UserError: if one of them is negative.
+        """
+        super().on_load_checkpoint(checkpoint)
+        if (checkpoint["state_dict"]["fields.counts"] < 0).any():
+            raise UserError("the checkpoint is damaged: it has seen a class less often than never (fields.counts)")
 
     def mixture_source(self) -> RelativeFields:
         """The fields that mixtures are made of."""

@@ -116,9 +116,18 @@ class LinearRepresentation(Representation):
         """Matrices (B, outputs, N) from weights to targets, for rewards and discounts (B,)."""
 
     def target(self, w: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
-        """A matrix for each reward and discount, times the weights."""
+        """A matrix for each reward and discount, times the weights.
+
+        Raises:
+            UserError: if `matrix` gives others than of one row for each output and one column for each weight.
+        """
         pairs, place = torch.stack([reward, discount], 1).unique(dim=0, return_inverse=True)
         matrices = self.matrix(pairs[:, 0], pairs[:, 1])
+        if matrices.shape != (needed := (len(pairs), self.outputs, w.shape[-1])):
+            raise UserError(
+                f"{type(self).__name__}.matrix gives the shape {list(matrices.shape)} for {len(pairs)} pairs of a reward "
+                f"and a discount, and not {list(needed)}: a row for each output, a column for each weight"
+            )
         if GROUP * len(pairs) <= len(w):  # few distinct rewards: one product for each
             return product(w, matrices.mT)[place, torch.arange(len(w), device=w.device)]
         return product(matrices[place], w[..., None])[..., 0]

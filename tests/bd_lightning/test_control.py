@@ -37,6 +37,20 @@ def test_transitions_of_several_lengths_are_for_lambda_returns():
         ReturnLearner.backup(None, y, torch.zeros(3, 5), torch.zeros(3, 5))
 
 
+class Short(Categorical):
+    """A representation whose matrix lacks a row."""
+
+    def matrix(self, reward, discount):
+        return super().matrix(reward, discount)[:, 1:]
+
+
+def test_a_matrix_of_another_shape_is_refused():
+    """Fields of one's own: each row is for an output, and too few of them would fail in the loss, without a word why."""
+    rep, same = Short(0, 1, 5), torch.zeros(2)
+    with pytest.raises(UserError, match=r"Short.matrix gives the shape \[1, 4, 5\] .* not \[1, 5, 5\]: a row for each"):
+        rep.target(torch.full((2, 5), 0.2), same, same + 0.9)
+
+
 def test_quantiles_minimise_their_loss():
     """Against many draws of N(1, 0.5²), and where the Huber loss is all but linear."""
     rep = Quantiles(-2, 4, quantiles=11, kappa=0.01)
