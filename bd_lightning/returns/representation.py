@@ -125,8 +125,8 @@ class LinearRepresentation(Representation):
         matrices = self.matrix(pairs[:, 0], pairs[:, 1])
         if matrices.shape != (needed := (len(pairs), self.outputs, w.shape[-1])):
             raise UserError(
-                f"{type(self).__name__}.matrix gives the shape {list(matrices.shape)} for {len(pairs)} pairs of a reward "
-                f"and a discount, and not {list(needed)}: a row for each output, a column for each weight"
+                f"{type(self).__name__}.matrix gives the shape {list(matrices.shape)} for {len(pairs)} rewards and "
+                f"discounts, and not {list(needed)}: a row for each output, a column for each weight"
             )
         if GROUP * len(pairs) <= len(w):  # few distinct rewards: one product for each
             return product(w, matrices.mT)[place, torch.arange(len(w), device=w.device)]

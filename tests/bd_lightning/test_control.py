@@ -45,7 +45,7 @@ class Short(Categorical):
 
 
 def test_a_matrix_of_another_shape_is_refused():
-    """Fields of one's own: each row is for an output, and too few of them would fail in the loss, without a word why."""
+    """Fields of one's own: too few rows would fail in the loss, without a word why."""
     rep, same = Short(0, 1, 5), torch.zeros(2)
     with pytest.raises(UserError, match=r"Short.matrix gives the shape \[1, 4, 5\] .* not \[1, 5, 5\]: a row for each"):
         rep.target(torch.full((2, 5), 0.2), same, same + 0.9)
