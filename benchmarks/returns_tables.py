@@ -174,8 +174,16 @@ def score(row: Row, setting: Setting, most: int) -> float:
     return float(np.exp(np.mean(np.log(steps))))
 
 
+def late(row: Row) -> list[float]:
+    """Mean return of each run in the last quarter of the evaluations."""
+    return [float(np.mean(run[-max(1, len(run) // 4) :])) for run in row["returns"]]
+
+
 def best_rate(rows: list[dict], setting: Setting, method: str) -> tuple[float, list[float]]:
-    """The rate of the tuning runs with the best score, and all that were tried: the setting's, and those `beyond`."""
+    """The rate of the tuning runs with the best score, and all that were tried: the setting's, and those `beyond`.
+
+    Of equal scores, as where no run gets to a threshold, the one of the best returns at the end.
+    """
     tried = sorted({row["rate"] for row in rows if row["env"] == setting.name and row["method"] == method})
     ends = min(setting.rates), max(setting.rates)
     tried = [
@@ -183,8 +191,12 @@ def best_rate(rows: list[dict], setting: Setting, method: str) -> tuple[float, l
     ]
     found = {rate: gathered(rows, setting, method, rate, TUNING_SEEDS) for rate in tried}
     most = budget(rows, setting)
-    rates = [rate for rate, row in found.items() if row is not None]
-    return min(rates, key=lambda rate: (score(found[rate] or {}, setting, most), rate)), rates
+    whole = {rate: row for rate, row in found.items() if row is not None}
+
+    def badness(rate: float) -> tuple[float, float, float]:
+        return score(whole[rate], setting, most), -float(np.mean(late(whole[rate]))), rate
+
+    return min(whole, key=badness), list(whole)
 
 
 def beyond(rate: float, tried: list[float], setting: Setting) -> float | None:
@@ -205,11 +217,23 @@ def ratio(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[
 
     Of five seeds such an interval holds the ratio of equal methods in about 86 % of the cases.
     """
+    b, a = _resampled(theirs, ours, draws)
+    low, high = np.quantile(b / a, [0.025, 0.975])
+    return float(np.mean(theirs) / np.mean(ours)), float(low), float(high)
+
+
+def difference(ours: list[float], theirs: list[float], draws: int = 10_000) -> tuple[float, float, float]:
+    """Theirs less ours, and its 95 % interval, as `ratio`."""
+    b, a = _resampled(theirs, ours, draws)
+    low, high = np.quantile(b - a, [0.025, 0.975])
+    return float(np.mean(theirs) - np.mean(ours)), float(low), float(high)
+
+
+def _resampled(first: list[float], second: list[float], draws: int) -> list[np.ndarray]:
+    """Means (draws,) of either, its seeds resampled."""
     random = np.random.default_rng(0)
-    a, b = np.array(ours), np.array(theirs)
-    means = [rows[random.integers(len(rows), size=(draws, len(rows)))].mean(1) for rows in (b, a)]
-    low, high = np.quantile(means[0] / means[1], [0.025, 0.975])
-    return float(b.mean() / a.mean()), float(low), float(high)
+    both = (np.array(values) for values in (first, second))
+    return [rows[random.integers(len(rows), size=(draws, len(rows)))].mean(1) for rows in both]
 
 
 def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
@@ -238,6 +262,8 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
                 continue
             drawn.append((setting, rates, these))
             lines += [line(setting.name, threshold, rates, these, most) for threshold in setting.thresholds]
+            if not any(there(row, setting.thresholds[-1]) for row in these.values()):  # so no job has ended early
+                lines.append(line_of_returns(setting.name, rates, these))
         if not any(which == setting for which, *_ in drawn):
             needed = "all reported seeds of fields of a kind and of another method, at the common or their best rates"
             print(f"{setting.name} is left out: a line of the table needs {needed}", file=sys.stderr)
@@ -255,27 +281,47 @@ def _tuned(rows: list[dict], setting: Setting, method: str) -> bool:
     return len(tried) == len(setting.rates)
 
 
+def there(row: Row, threshold: float) -> int:
+    """How many runs get to a threshold."""
+    return sum(reached(row["env_steps"], run, threshold) < math.inf for run in row["returns"])
+
+
 def line(env: str, threshold: float, rates: dict[str, float], rows: dict[str, Row], most: int) -> str:
     """One line of the table of steps to thresholds."""
-    counted, cells, there = {}, [], 0
-    for method in METHODS:
-        if method not in rows:
-            cells.append("–")
-            continue
-        found = [reached(rows[method]["env_steps"], run, threshold) for run in rows[method]["returns"]]
-        counted[method] = [min(steps, most) for steps in found]
-        there += sum(f < math.inf for f in found)
-        cells.append(f"{np.mean(counted[method]):,.0f}, {sum(f < math.inf for f in found)}/{len(found)}")
-    pairs = [(ours, other) for ours in counted for other in counted if ours in OURS and other not in OURS]
-    ratios = []
-    for ours, other in pairs if there else ():  # all of them: the best of several would be chosen by these very seeds
-        value, low, high = ratio(counted[ours], counted[other])
-        interval = f"{low:.2f} to {high:.2f}" if len(counted[ours]) > 1 else "one seed"
-        ratios.append(f"{METHODS[other]} / {METHODS[ours]} {value:.2f} ({interval})")
-    compared = "; ".join(ratios) or "–"
-    shown = ", ".join(f"{rates[m]:g}" for m in rows)
+    counted, cells = {}, {}
+    for method, row in rows.items():
+        counted[method] = [min(reached(row["env_steps"], run, threshold), most) for run in row["returns"]]
+        cells[method] = f"{np.mean(counted[method]):,.0f}, {there(row, threshold)}/{len(row['returns'])}"
+    if not any(there(row, threshold) for row in rows.values()):
+        return _line(env, f"{threshold:g}", rates, rows, cells, [])
+    return _line(env, f"{threshold:g}", rates, rows, cells, _pairs(counted, "/", ratio))
+
+
+def line_of_returns(env: str, rates: dict[str, float], rows: dict[str, Row]) -> str:
+    """The line of the returns at the end of training, ± the standard error of their mean over seeds."""
+    values = {method: late(row) for method, row in rows.items()}
+    spread = {m: f" ± {np.std(v, ddof=1) / len(v) ** 0.5:.2f}" if len(v) > 1 else "" for m, v in values.items()}
+    cells = {method: f"{np.mean(found):.2f}{spread[method]}" for method, found in values.items()}
+    return _line(env, "return, last quarter", rates, rows, cells, _pairs(values, "−", difference))
+
+
+def _pairs(values: dict[str, list[float]], sign: str, compare: Callable) -> list[str]:
+    """Each baseline against each kind of fields, all of them: the best of several would be chosen by these seeds."""
+    pairs = [(ours, other) for ours in values for other in values if ours in OURS and other not in OURS]
+    found = []
+    for ours, other in pairs:
+        value, low, high = compare(values[ours], values[other])
+        interval = f"{low:.2f} to {high:.2f}" if len(values[ours]) > 1 else "one seed"
+        found.append(f"{METHODS[other]} {sign} {METHODS[ours]} {value:.2f} ({interval})")
+    return found
+
+
+def _line(env: str, what: str, rates: dict, rows: dict[str, Row], cells: dict[str, str], compared: list[str]) -> str:
+    """A line of the table, a cell for each method, – for one that is not there."""
+    shown = ", ".join(f"{rates[method]:g}" for method in rows)
     costs = ", ".join(f"{row['milliseconds']:.2f}" for row in rows.values())
-    return f"| {env} | {threshold:g} | {shown} | {' | '.join(cells)} | {compared} | {costs} |"
+    found = " | ".join(cells.get(method, "–") for method in METHODS)
+    return f"| {env} | {what} | {shown} | {found} | {'; '.join(compared) or '–'} | {costs} |"
 
 
 def evaluation_table(rows: list[dict]) -> None:

@@ -319,6 +319,33 @@ def test_each_method_is_reported_at_the_rate_that_was_best_in_tuning(capsys):
     assert "rl_cliff, C51 is not tuned: 2 of 3 rates are there (see --rates)" in capsys.readouterr().err
 
 
+def test_where_no_run_gets_there_returns_at_the_end_choose_and_are_told(capsys):
+    setting = dataclasses.replace(returns_tables.ENVS["rl_asterix"], rates=(1e-3, 2e-3), seeds=2, tuning=2, wider=0)
+    ends = {
+        ("c51", 1e-3): (1.0, 2.0),
+        ("c51", 2e-3): (2.5, 3.5),
+        ("returns", 1e-3): (1.5, 2.5),
+        ("returns", 2e-3): (0, 1),
+    }
+    rows = [
+        {"env": "rl_asterix", "method": method, "rate": rate, "seconds": 1.0, "seeds": [first, first + 1],
+         "env_steps": list(range(8)), "returns": [[0.0, 9.0, 0.0, 9.0, 0.0, 0.0, x - 0.5, x + 0.5] for x in found]}
+        for (method, rate), found in ends.items()
+        for first in (0, 100)
+    ]  # fmt: skip
+    assert returns_tables.late(rows[0]) == list(ends["c51", 1e-3])
+    ((_, rates, _),) = returns_tables.control_table(rows, [setting])
+    assert rates == {"c51": 2e-3, "returns": 1e-3}  # not the smallest, by whose steps nothing is told apart
+    said = capsys.readouterr().out
+    cells = "| 2.00 ± 0.50 | – | 3.00 ± 0.50 | – | C51 − fields 1.00 (0.00 to 2.00) |"
+    assert f"| rl_asterix | return, last quarter | 0.001, 0.002 {cells}" in said
+    assert "| rl_asterix | 5 | 0.001, 0.002 | 7, 0/2 | – | 7, 0/2 | – | – |" in said
+    for row in rows[::2]:
+        row["returns"][0][2:4] = 9.0, 9.0  # one gets there, and others may end early: what is last is not alike
+    returns_tables.control_table(rows, [setting])
+    assert "last quarter" not in capsys.readouterr().out
+
+
 def test_tables_count_a_seed_once_and_say_the_spread_of_all(capsys):
     seeds = ((0, 1.0), (1, 3.0), (0, 99.0))  # the first run of a seed counts
     row = {"rewards": "discrete", "gamma": 0.9, "learner": "c51", "rate": 1e-3, "parameters": 1000}
