@@ -286,10 +286,9 @@ class Environment(Data):
     def train_dataloader(self) -> DataLoader:
         """The endless stream of batches, of which each is collected when it is asked for."""
         model: Any = self.trainer.lightning_module  # type: ignore[union-attr]
-        rank = self.trainer.global_rank  # type: ignore[union-attr]
-        seed = self.seed + 1000 * rank
-        if self.steps:  # a resumed run does not meet again what it began with
-            (seed,) = seeds(1, seed, self.steps)
+        place = self.steps, self.trainer.global_rank  # type: ignore[union-attr]
+        # a resumed run does not meet again what it began with, nor a process what another meets
+        (seed,) = seeds(1, self.seed, *place) if any(place) else (self.seed,)
         self.experience = self.open(seed).bind(model.explore)
         if self.steps:  # resumed: ε goes on from there, after a new warm-up
             self.experience.steps, self.experience.warmup = self.steps, self.steps + self.experience.warmup

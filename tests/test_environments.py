@@ -1,6 +1,7 @@
 """Harder environments: what they need, grids and bytes, and that each of their experiments trains."""
 
 import csv
+import itertools
 import json
 import math
 import sys
@@ -202,6 +203,18 @@ def test_exploration_fades_as_fast_in_a_run_that_goes_on():
     assert (first.observation != second.observation).all() and first.random.random() != second.random.random()
     longer = begun({"steps": 500, "epsilon": 0.5, "left": 0.5}, decay=4000)  # the share that is left, of another length
     assert longer.experience.decay == 2000 and longer.experience.exploration == 0.5
+
+
+def test_each_process_has_experience_of_its_own():
+    """Not that of any process of another seed either, nor what it has met itself before it was resumed."""
+    first = {}
+    for seed, rank, steps in itertools.product((0, 1, 1000, 2000), (0, 1, 2), (0, 500)):
+        data = Environment("CartPole-v1", 0, 100, warmup=10, num_envs=1, seed=seed)
+        data.load_state_dict({"steps": steps})
+        data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(explore=None), global_rank=rank)
+        data.train_dataloader()
+        first[tuple(data.experience.observation.flatten().tolist())] = seed, rank, steps
+    assert len(first) == 4 * 3 * 2
 
 
 def test_mistakes_of_environments_are_one_sentence(tmp_path, capsys, monkeypatch):
