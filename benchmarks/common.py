@@ -115,11 +115,11 @@ def train_py(*words: str) -> None:
 
     Raises:
         UserError: if it fails; its own sentence stands above.
-        KeyboardInterrupt: if it was stopped by Ctrl-C.
+        KeyboardInterrupt: if it was stopped by Ctrl-C or SIGTERM.
     """
     status = train.main(list(words))
-    if status == 128 + signal.SIGINT:
-        raise KeyboardInterrupt
+    if status in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+        raise KeyboardInterrupt("what was trained so far is kept; the same command goes on from there")
     if status:
         raise UserError("train.py failed: see above")
 

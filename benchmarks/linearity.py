@@ -32,10 +32,12 @@ found in are left out, with the models that they alone need, and with --model al
 is then this one, of whatever images; several are added up, experts of a class each, say. --cost prints the processor
 time of ten experts instead (set OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its
 accuracy is printed, and so is the L1 that it finds between real test images and their labels. With --figure it draws
-samples of some requests, and beside FILE, as FILE with the suffix .gif, the way from one class to another by their
-weights, always from the same seeds.
+samples of some requests, of those that --only does not leave out, and beside FILE, as FILE with the suffix .gif, the
+way from one class to another by their weights, always from the same seeds.
 """
 
+import hashlib
+import math
 import re
 import statistics
 import sys
@@ -48,6 +50,7 @@ import torch
 from scipy.optimize import nnls
 from torch import Tensor
 
+from bd_lightning.checks import UserError
 from bd_lightning.dynamics import TrackedPosterior
 from bd_lightning.fields import FieldPair, Mixture, RelativeFields, batched, calibrated, combine
 from bd_lightning.networks import MLP
@@ -63,6 +66,7 @@ from datamodules.subsets import random_subset
 
 FULL, FIDS = ("", ", tracked"), ("merge", "union", "ten experts", "without", "all minus", "trained on")
 UNLEARNED = ("all minus", "trained on")
+SHOWN = ("weighting 0", "without 1", "without 7", "all minus 5–9", "merge")
 Way = Callable[[Any, Tensor], FieldPair]
 """The fields that chains of some numbers (B,) are drawn by, for a mixture."""
 
@@ -230,8 +234,8 @@ def main() -> None:
     parser.add_argument("--out", type=arguments.folder, default=Path("runs/linearity"))
     parser.add_argument("--n", type=common.count, default=10_000)
     parser.add_argument("--n-averaged", type=common.count, default=2500)
-    parser.add_argument("--steps", type=common.count, default=8000)
-    parser.add_argument("--seeds", type=common.count, default=1, help="trainings of each model; samples have seed 1")
+    parser.add_argument("--steps", type=common.at_least(8), help="of a training; 8000 if left out")
+    parser.add_argument("--seeds", type=common.count, help="trainings of each model, 1; samples have seed 1")
     parser.add_argument("--autoencoder")
     parser.add_argument("--model", nargs="+", help="trained by model=relative")
     parser.add_argument("--only", type=arguments.pattern, default=re.compile(""))
@@ -240,36 +244,61 @@ def main() -> None:
     options = parser.parse_args()
     if options.cost:
         return cost()
-    if options.model and options.seeds > 1:
-        parser.error("--model is one model, which --seeds does not train: leave one of them out")
-    rows, models = Rows(options.out / "rows.jsonl"), [Models(options, seed) for seed in range(options.seeds)]
+    trained = {name: getattr(options, name) for name in ("steps", "seeds", "autoencoder")}
+    if options.model and (unread := [f"--{name}" for name, value in trained.items() if value is not None]):
+        parser.error(f"--model is trained already: leave {', '.join(unread)} out")
+    options.steps, options.seeds = options.steps or 8000, options.seeds or 1
+    rows, models = checked(Rows(options.out / "rows.jsonl")), [Models(options, seed) for seed in range(options.seeds)]
     names = list(requests(models[0]))
-    if not any(options.only.search(name + way) for name in names for way in ways(name)):
+    wanted = [name for name in names if any(options.only.search(name + way) for way in ways(name))]
+    if not wanted:
         parser.error(f"--only finds none of {', '.join(names)}, alone or followed by one of {'; '.join(WAYS[1:])}")
+    if options.figure and not set(wanted) & set(SHOWN):
+        parser.error(f"--figure shows {', '.join(SHOWN)}, and --only leaves all of them out")
     codes = models[0].data.facts.space
     settings = {"steps": options.steps, "codes": codes, "model": models[0].known}
     judge, done = Judge(models[0]), {}
+    images = hashlib.sha256(judge.test.numpy()).hexdigest()[:8]  # of other ones nothing is known
     for seed, judge.models in enumerate(models):
         for name, make in requests(judge.models).items():
             for way in ways(name):
                 kept = {"request": name + way, "n": options.n_averaged if way in OTHERS else options.n}
                 kept |= {"seed": seed, **settings}
-                if options.only.search(name + way) and not rows.where(**kept):
-                    row = rows.add(**kept, **measure(judge, name, *make(), way, kept["n"]))
-                    print(f"seed {seed}, {name + way}: L1 {row['l1']:.3f}", file=sys.stderr)
-                for row in rows.where(**kept)[:1]:
+                found = [row for row in rows.where(**kept) if row.get("images", images) == images]
+                if options.only.search(name + way) and not found:
+                    found = [rows.add(**kept, images=images, **measure(judge, name, *make(), way, kept["n"]))]
+                    print(f"seed {seed}, {name + way}: L1 {found[0]['l1']:.3f}", file=sys.stderr)
+                for row in found[:1]:
                     done.setdefault(name + way, []).append(row)
     with sound(rows.path):
         report(done, names)
     if options.figure:
         judge.models = models[0]
-        draw(judge, requests(models[0]), options.figure)
+        draw(judge, {name: make for name, make in requests(models[0]).items() if name in wanted}, options.figure)
+
+
+def checked(rows: Rows) -> Rows:
+    """Rows, each of which is what was counted of one request.
+
+    Raises:
+        UserError: naming the first that is not.
+    """
+    for row in rows:
+        shares = [row["asked"], row["counted"]]
+        whole = all(isinstance(part, list) and len(part) == len(shares[0]) for part in shares)
+        numbers = [row["l1"], row["fid"], *(one for part in shares if whole for one in part)]
+        if not whole or not all(type(one) in (int, float) and math.isfinite(one) for one in numbers):
+            raise UserError(
+                f"{row.place} is damaged, asked, counted, l1 and fid are no numbers, or not of as many classes: delete "
+                "that line, or mend it"
+            )
+    return rows
 
 
 def draw(judge: Judge, asked: dict[str, Callable[[], tuple[FieldPair, Tensor]]], path: Path) -> None:
     """Samples of some requests, and the way from one class to another, if there are two."""
-    names, classes = ("weighting 0", "without 1", "without 7", "all minus 5–9", "merge"), judge.models.names
-    shown = [judge.draw(asked[name]()[0], 16) for name in names if name in asked]
+    classes = judge.models.names
+    shown = [judge.draw(asked[name]()[0], 16) for name in SHOWN if name in asked]
     grid_image(torch.cat(shown), columns=16).save(path)
     if len(classes) < 2:
         return

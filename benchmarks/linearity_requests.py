@@ -3,7 +3,7 @@
 import argparse
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -33,8 +33,13 @@ def checkpoint(options: argparse.Namespace, seed: int, name: str, *words: str) -
     run_id = f"{name}-{seed}-{hashlib.sha256(repr(common.contents(words)).encode()).hexdigest()[:8]}"
     own = [f"run_id={run_id}", f"seed={seed}", "ckpt_path=last"]
     own += [f"root={options.out}", f"data.root={options.data}"]
-    common.train_py(*words, *QUIET, *own)
     folder = options.out / "bellman-diffusion" / run_id / "checkpoints"
+    if (last := folder / "last.ckpt").exists():
+        try:
+            checkpoints.read(last)
+        except UserError as error:
+            raise UserError(f"{error}: delete it, and the model is trained anew") from error
+    common.train_py(*words, *QUIET, *own)
     return str(folder / ("best.ckpt" if name == "autoencoder" else "last.ckpt"))
 
 
@@ -50,7 +55,6 @@ class Models(dict[str, Any]):
 
     Attributes:
         names: names of the classes.
-        data: the data that they learn, with the images that they stand for.
         known: what the models that were given are known by, their weights.
         given: their fields with the names of the classes of each.
 
@@ -59,7 +63,7 @@ class Models(dict[str, Any]):
     """
 
     def __init__(self, options: argparse.Namespace, seed: int) -> None:
-        self.options, self.seed, self.names, self.code, self.known = options, seed, DIGITS, "", None
+        self.options, self.seed, self.names, self.known = options, seed, DIGITS, None
         self.given: list[tuple[Any, Sequence[str], float]] = []
         if options.model:
             loaded = [checkpoints.load(path, RelativeDensities) for path in options.model]
@@ -75,13 +79,22 @@ class Models(dict[str, Any]):
                 path, own = options.model[0], ", ".join(has)
                 raise UserError(f"--model {path}: samples are drawn by its sampler sde, and it has {own}")
             combine(self.given, dict.fromkeys(self.names, 1.0))  # refuses those that cannot be asked for their classes
-            config = replaced(loaded[0][1]["data"], "keep", None) if len(loaded) > 1 else loaded[0][1]["data"]
+            self.config = replaced(loaded[0][1]["data"], "keep", None) if len(loaded) > 1 else loaded[0][1]["data"]
             known = [digest(path) for path in options.model]
             self.known = known[0] if len(known) == 1 else hashlib.sha256(" ".join(known).encode()).hexdigest()
-        else:
-            self.code = checkpoint(options, 0, "autoencoder", "experiment=autoencoder")
-            config = common.compose("experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}")["data"]
-        self.data = build.instantiate(replaced(config, "root", str(options.data)), "data")
+
+    @cached_property
+    def code(self) -> str:
+        """The checkpoint of the autoencoder, which is trained when it is first asked for."""
+        return checkpoint(self.options, 0, "autoencoder", "experiment=autoencoder")
+
+    @cached_property
+    def data(self) -> Any:
+        """The data, of the models that were given, or in the autoencoder's codes."""
+        if not self.given:
+            words = "experiment=mnist_latent", f"data.autoencoder.ckpt_path={self.code}"
+            self.config = common.compose(*words)["data"]
+        return build.instantiate(replaced(self.config, "root", str(self.options.data)), "data")
 
     @property
     def sources(self) -> list[tuple[Any, Sequence[str], float]]:

@@ -61,6 +61,20 @@ from benchmarks.rows import Rows, sound
 
 SMOKE = 20
 """Optimiser steps of a training in a rehearsal."""
+RUNS = ("night", "control", "table")
+READ = {
+    "smoke": ("night", "control", "linear", "evaluate", "peer", "table"), "script": ("peer",), "python": ("peer",),
+    "envs": RUNS, "examples": ("night", "linear"), "rates": RUNS, "only": ("night", "control"),
+    "jobs": ("night", "control", "linear", "evaluate", "peer"), "figure": ("night", "table"),
+    "seeds": ("night", "control", "linear", "evaluate", "peer", "table"),
+    "out": ("night", "control", "linear", "evaluate", "peer", "table"),
+}  # fmt: skip
+"""The parts that read an option."""
+USUAL = {
+    "envs": list(ENVS), "examples": list(returns_linearity.EXAMPLES), "only": list(METHODS), "jobs": 2,
+    "python": sys.executable, "out": Path("runs/returns"),
+}  # fmt: skip
+"""What options are where they are not given."""
 
 
 def work(job: tuple) -> tuple[tuple, list[dict], float]:
@@ -181,23 +195,26 @@ def main() -> None:
     words = parser(__doc__)
     parts = ("night", "control", "linear", "evaluate", "peer", "examples", "table")
     words.add_argument("part", choices=parts)
-    words.add_argument("--smoke", action="store_true", help=f"{SMOKE} optimiser steps, one seed, one rate: a rehearsal")
+    rehearsal = f"{SMOKE} optimiser steps, one seed, one rate: a rehearsal"
+    words.add_argument("--smoke", action="store_true", default=None, help=rehearsal)
     words.add_argument("--script", type=Path, help="peer: cleanrl's c51.py, beside its cleanrl_utils")
-    words.add_argument("--python", default=sys.executable, help="peer: an interpreter that has what the script needs")
-    words.add_argument("--envs", nargs="+", default=list(ENVS), help=f"control: which of {', '.join(ENVS)}")
-    known = list(returns_linearity.EXAMPLES)
-    words.add_argument("--examples", nargs="+", default=known, help=f"linear: which of {', '.join(known)}")
+    words.add_argument("--python", help="peer: an interpreter that has what the script needs")
+    words.add_argument("--envs", nargs="+", help=f"control: which of {', '.join(ENVS)}")
+    words.add_argument("--examples", nargs="+", help=f"linear: which of {', '.join(returns_linearity.EXAMPLES)}")
     words.add_argument("--rates", nargs="+", type=float, help="control: the rates that all methods are tried with")
-    words.add_argument("--only", nargs="+", default=list(METHODS), help=f"control: which of {', '.join(METHODS)}")
-    words.add_argument("--jobs", type=int, default=2, help="processes, of one thread each")
+    words.add_argument("--only", nargs="+", help=f"control: which of {', '.join(METHODS)}")
+    words.add_argument("--jobs", type=int, help="processes, of one thread each; 2 if left out")
     words.add_argument(
         "--seeds", type=int, help="seeds from 0 on; 5, but for control, where experiments have their own"
     )
-    words.add_argument("--out", type=Path, default=Path("runs/returns"))
+    words.add_argument("--out", type=Path, help="runs/returns if left out")
     words.add_argument("--figure", type=arguments.picture(".png", ".jpg", ".pdf", ".svg"))
     options = words.parse_args()
-    if options.figure and options.part not in ("night", "table"):
-        words.error(f"{options.part} draws no --figure: table does")
+    given = {name: value for name, value in vars(options).items() if name in READ and value is not None}
+    if unread := [f"--{name}" for name in given if options.part not in READ[name]]:
+        readers = ", ".join(READ[unread[0][2:]])
+        words.error(f"{options.part} does not read {', '.join(unread)} ({readers} would): leave it out")
+    vars(options).update(USUAL | given)
     check(options)
     os.environ["OMP_NUM_THREADS"] = "1"
     if options.smoke:

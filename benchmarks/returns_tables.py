@@ -1,6 +1,7 @@
 """What is asked of the rows of the returns benchmark: rates, ratios, tables and curves."""
 
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -85,12 +86,25 @@ def finished(path: Path) -> list[dict]:
     rows = []
     for line in lines.rows:
         with sound(line.place):
-            rows += [dict(row) for row in line["rows"]]
+            trained = lasted(line["job"])
+            if not line["rows"]:
+                raise ValueError("a job without a row")
+            rows += [{**row, "trained": trained} for row in line["rows"]]
             _refuse_lost(line["rows"])
             for row in line["rows"]:
                 if "env" in row:  # of control
                     _refuse_torn(row)
     return rows
+
+
+def lasted(job: str) -> tuple[int, ...]:
+    """The whole numbers that the words of a job end with: its optimiser steps, and those between evaluations.
+
+    Raises:
+        TypeError: for a job that is no words.
+    """
+    found = re.search(r"((?:, \d+)+)\)\)$", job)
+    return tuple(map(int, found[1].split(", ")[1:])) if found else ()
 
 
 def _refuse_lost(value: Any) -> None:
@@ -119,10 +133,17 @@ def _refuse_torn(row: Row) -> None:
     if not (isinstance(returns, list) and [len(run) for run in returns] == [len(steps)] * len(seeds)):
         raise ValueError(f"returns are not {len(steps)} of each of {len(seeds)} seeds")
     numbers = [row["rate"], row["seconds"], *(value for run in returns for value in run)]
-    if not all(isinstance(value, (int, float)) for value in numbers):
+    if not all(type(value) in (int, float) for value in numbers):
         raise ValueError("its rate, its seconds or one of its returns is no number")
+    if not (0 < row["rate"] < 1 and row["seconds"] >= 0 and steps == sorted(set(steps))):
+        raise ValueError("its rate, its seconds or its env_steps cannot be")
     if not isinstance(row["env"], str) or not isinstance(row["method"], str):
         raise ValueError(f"env and method are {row['env']!r:.60} and {row['method']!r:.60}")
+
+
+def rows_of(rows: Iterable[dict], setting: Setting) -> list[dict]:
+    """The rows of an experiment, of trainings of its length: those of a rehearsal are not."""
+    return [row for row in rows if row["env"] == setting.name and row["trained"] == (setting.steps, setting.eval_every)]
 
 
 def gathered(rows: Iterable[dict], setting: Setting, method: str, rate: float, first: int) -> Row | None:
@@ -145,17 +166,22 @@ def gathered(rows: Iterable[dict], setting: Setting, method: str, rate: float, f
 def runs_of(rows: Iterable[dict], setting: Setting, method: str, rate: float) -> dict[int, tuple[list[float], dict]]:
     """Of each finished seed its run, and the job that it is of."""
     found: dict[int, tuple[list[float], dict]] = {}
-    for row in rows:
-        if (row["env"], row["method"], row["rate"]) == (setting.name, method, rate):
+    for row in rows_of(rows, setting):
+        if (row["method"], row["rate"]) == (method, rate):
             for seed, run in zip(row["seeds"], row["returns"], strict=True):
                 found.setdefault(seed, (run, row))
     return found
 
 
 def tell_of_unfinished(rows: list[dict], setting: Setting) -> None:
-    """Say which runs of a setting are left out of tables, since seeds of theirs are missing."""
+    """Say which runs of a setting are left out of tables, since they are of another length or seeds are missing."""
+    own = rows_of(rows, setting)
+    if others := [row for row in rows if row["env"] == setting.name and row not in own]:
+        lengths = " and ".join(f"{steps:,}" for steps in sorted({sum(row["trained"][:1]) for row in others}))
+        said = f"trainings of {lengths} optimiser steps are left out, it takes {setting.steps:,} (see --smoke)"
+        print(f"{setting.name}: {said}", file=sys.stderr)
     for method, name in METHODS.items():
-        for rate in sorted({row["rate"] for row in rows if (row["env"], row["method"]) == (setting.name, method)}):
+        for rate in sorted({row["rate"] for row in own if row["method"] == method}):
             there = runs_of(rows, setting, method, rate)
             seeds = [seed for seed in there if SEEDS <= seed < SEEDS + setting.seeds]
             if seeds and len(seeds) < setting.seeds:
@@ -165,7 +191,7 @@ def tell_of_unfinished(rows: list[dict], setting: Setting) -> None:
 
 def budget(rows: Iterable[dict], setting: Setting) -> int:
     """The environment steps of a whole run."""
-    return max((row["env_steps"][-1] for row in rows if row["env"] == setting.name), default=1)
+    return max((row["env_steps"][-1] for row in rows_of(rows, setting)), default=1)
 
 
 def score(row: Row, setting: Setting, most: int) -> float:
@@ -184,7 +210,7 @@ def best_rate(rows: list[dict], setting: Setting, method: str) -> tuple[float, l
 
     Of equal scores, as where no run gets to a threshold, the one of the best returns at the end.
     """
-    tried = sorted({row["rate"] for row in rows if row["env"] == setting.name and row["method"] == method})
+    tried = sorted({row["rate"] for row in rows_of(rows, setting) if row["method"] == method})
     ends = min(setting.rates), max(setting.rates)
     tried = [
         rate for rate in tried if rate in setting.rates or (rate < ends[0] or rate > ends[1]) and _near(rate, setting)
@@ -326,18 +352,20 @@ def _line(env: str, what: str, rates: dict, rows: dict[str, Row], cells: dict[st
 
 def evaluation_table(rows: list[dict]) -> None:
     """Print distances to simulated returns."""
-    print("\n| rewards | γ | learner | rate | W1 / sd | mean error / sd | sd / true sd | parameters |")
-    print("|---|---|---|---|---|---|---|---|")
+    print("\n| rewards | γ | learner | rate | steps | W1 / sd | mean error / sd | sd / true sd | parameters |")
+    print("|---|---|---|---|---|---|---|---|---|")
     groups: dict[tuple, dict[int, dict]] = {}  # a seed that was run twice counts once
     for row in rows:
-        groups.setdefault((row["rewards"], row["gamma"], row["learner"], row["rate"]), {}).setdefault(row["seed"], row)
-    for (rewards, gamma, learner, rate), seeds in sorted(groups.items()):
+        key = (row["rewards"], row["gamma"], row["learner"], row["rate"], row["trained"][0])
+        groups.setdefault(key, {}).setdefault(row["seed"], row)
+    for (rewards, gamma, learner, rate, steps), seeds in sorted(groups.items()):
         cells, group = [], list(seeds.values())
         for key in ("w1", "mean_error", "sd_ratio"):
             values = np.array([r[key] for r in group])
             spread = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.3f}{spread}")
-        print(f"| {rewards} | {gamma} | {learner} | {rate:g} | {' | '.join(cells)} | {group[0]['parameters']:,} |")
+        words = f"| {rewards} | {gamma} | {learner} | {rate:g} | {steps:,}"
+        print(f"{words} | {' | '.join(cells)} | {group[0]['parameters']:,} |")
 
 
 def peer_table(rows: list[dict]) -> None:
@@ -351,15 +379,16 @@ def peer_table(rows: list[dict]) -> None:
 
 def linear_table(rows: list[dict]) -> None:
     """Print what linearity gives in control: the mean ± the standard error of every number over seeds."""
-    groups: dict[tuple[str, str], dict[int, dict]] = {}  # a seed that was run twice counts once
+    groups: dict[tuple[str, int, str], dict[int, dict]] = {}  # a seed that was run twice counts once
     for row in rows:
-        groups.setdefault((row["example"], row["way"]), {}).setdefault(row["seed"], row["numbers"])
+        groups.setdefault((row["example"], row["trained"][0], row["way"]), {}).setdefault(row["seed"], row["numbers"])
     shown = None
-    for (example, way), seeds in groups.items():
+    for (example, steps, way), seeds in sorted(groups.items(), key=lambda group: group[0][:2]):
         numbers = list(seeds.values())
-        if example != shown:
-            print(f"\n| {example} | " + " | ".join(numbers[0]) + " | seeds |\n|---|" + "---|" * (len(numbers[0]) + 1))
-            shown = example
+        if (example, steps) != shown:
+            heads = [f"{example}, {steps:,} steps", *numbers[0], "seeds"]
+            print(f"\n| {' | '.join(heads)} |\n|" + "---|" * len(heads))
+            shown = example, steps
         cells = []
         for name in numbers[0]:
             values = np.array([n[name] for n in numbers if n.get(name) is not None], dtype=float)

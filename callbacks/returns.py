@@ -103,7 +103,7 @@ class EpisodeReturns(Evaluation):
     def _tell_of_cuts(self, data: Environment) -> None:
         self._tell(
             "cut",
-            f"an episode of {data.env} was cut after at most {data.cap} steps, which data.max_steps sets: the returns "
+            f"an episode of {data.env} was cut after at most {data.cap} steps (data.max_steps): the returns "
             "that are reported of such episodes end there, the learned ones go on",
         )
 

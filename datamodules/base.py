@@ -41,8 +41,12 @@ class Data(L.LightningDataModule):
             parts: devices × nodes × accumulated batches.
 
         Raises:
-            DataError: if it cannot be cut into so many of two samples at least.
+            DataError: if it cannot be cut into so many of two samples at least, and without a batch size.
         """
+        if "batch_size" not in vars(self):
+            raise DataError(
+                f"{type(self).__name__}.__init__ has to call super().__init__(batch_size), which sets what all have"
+            )
         total = self.total_batch_size
         if total is not None:
             if total % parts or total < 2 * parts:

@@ -113,8 +113,9 @@ def test_damaged_weights_are_one_sentence(tmp_path):
 
 def test_a_seed_that_was_run_twice_counts_once(capsys):
     rows = [(0, 0.0), (0, 0.0), (1, 10.0)]
+    row = {"example": "caution", "trained": (20,)}
     returns_tables.linear_table(
-        [{"example": "caution", "way": way, "seed": s, "numbers": {"mean": v}} for way in "ab" for s, v in rows][:4]
+        [{**row, "way": way, "seed": s, "numbers": {"mean": v}} for way in "ab" for s, v in rows][:4]
     )
     said = capsys.readouterr().out
     assert "| a | 5 ± 5 | 2 |" in said and "| b | 0 | 1 |" in said

@@ -311,7 +311,10 @@ def test_words_that_no_problem_takes_are_refused(traces, words, sentence):
         (fields, f"--out {__file__}", "is a file, not a folder"),
         (linearity, "--n 0", "--n: must be a whole number"),
         (linearity, f"--out {__file__}", "is a file, not a folder"),
-        (linearity, "--model pretrained/mnist --seeds 2", "--model is one model, which --seeds does not train"),
+        (linearity, "--model pretrained/mnist --seeds 2 --steps 9", "trained already: leave --steps, --seeds out"),
+        (linearity, "--steps 7", "--steps: must be a whole number, at least 8, got '7'"),
+        (linearity, "--figure a.png --only union", "--figure shows weighting 0, without 1"),
+        (linearity, "--only foo", "--only finds none of weighting 0"),  # before an autoencoder is trained
         (linearity, "--figure no/such/f.png", "--figure: there is no folder no/such"),
     ],
 )
@@ -513,6 +516,8 @@ def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys
     model.fields.count(torch.arange(10))
 
     class Judge:
+        test = torch.zeros(1)
+
         def __init__(self, models):
             self.models = models
 
@@ -537,10 +542,13 @@ def test_requests_of_other_settings_are_other_rows(tmp_path, monkeypatch, capsys
     other = write_autoencoder(tmp_path / "other.ckpt", (1, 28, 28), "MNIST", (32,))
     bench("--autoencoder", str(other), "--n", "30", "--only", "union$")
     assert asked == [30, 30, 40, 30, 30]
+    Judge.test = torch.ones(1)  # of other images
+    bench(*given, "--n", "30", "--only", "union$")
+    assert asked == [30, 30, 40, 30, 30, 30]
     for word, sentence in (("(", "is no regular expression, missing )"), ("wieghting", "--only finds none of ")):
         with pytest.raises(SystemExit) as stop:
             bench(*given, "--only", word)
         assert stop.value.code == 2 and sentence in capsys.readouterr().err
     monkeypatch.setattr(Path, "mkdir", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-    with pytest.raises(UserError, match=r"No space left on device\): add this row there by hand: \{.*\"l1\": 6"):
+    with pytest.raises(UserError, match=r"No space left on device\): add this row there by hand: \{.*\"l1\": 7"):
         bench(*given, "--n", "50", "--only", "union$")

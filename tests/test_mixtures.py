@@ -147,6 +147,7 @@ def test_a_pattern_merges_all_that_it_stands_for(halves, classify):
         (["mix={3: 1.0e-60, 8: 1.0e-61}"], "numbers between 1e-30 and 1e+30 in size, or 0, got 1e-60"),
         (["mix={true: 2.0}"], "'mix' must be"),
         (["merge={1: 1.0}"], "'merge' must be"),
+        (["merge=a.ckpt"], "got 'a.ckpt': write merge='{NAME: 1.0}', say"),
         (["mix={3: 1.0}", "calibrate=100000000000000"], "'calibrate' must lie between 0 and 1,000,000"),
         (["merge={'': 1.0}"], "a checkpoint has the empty path ''"),
         (["mix={3: 1.0}", "calibrate=-1"], "'calibrate' must lie between 0 and 1,000,000, got -1"),

@@ -113,6 +113,12 @@ def test_labels_of_any_whole_numbers_are_classes(labels, own):
     assert own(DATA.format(declared=TWO, rows=rows), *words, config=CONFIG)[0] == 0
 
 
+def test_data_that_leave_out_what_all_data_need(own):
+    mine = DATA.format(declared="def __init__(self, batch_size=64):\n        self.own = 1", rows="Rows(x)")
+    status, said = own(mine, config=CONFIG)
+    assert status == 2 and "Own.__init__ has to call super().__init__(batch_size)" in said and "Traceback" not in said
+
+
 def test_points_that_are_all_the_same_are_measured(own):
     """Real points are then at no distance from each other, which nothing is relative to."""
     assert own(DATA.format(declared="", rows="Rows(torch.ones_like(x))"), config=CONFIG)[0] == 0

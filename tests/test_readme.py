@@ -1,6 +1,7 @@
 """What the README shows runs as it is printed there."""
 
 import importlib.util
+import json
 import re
 import sys
 from pathlib import Path
@@ -78,6 +79,17 @@ def test_the_recipes_for_returns_train(launch):
     words += ["model.preference._target_=mine.Entropic", "callbacks.returns.episodes=10", "data.warmup=20"]
     folder = launch("\n".join(blocks("docs/guide/extending.md", "python")), *words)
     assert "by Entropic(risk=0.5)" in (folder / "returns.json").read_text()
+
+
+def test_the_recipe_for_an_environment_trains(launch, tmp_path, monkeypatch):
+    gymnasium = pytest.importorskip("gymnasium", reason="gymnasium is not installed: uv sync --group rl")
+    monkeypatch.setattr(gymnasium.envs.registration, "registry", dict(gymnasium.registry))
+    mine, environment = blocks("docs/guide/returns.md", "python")
+    (tmp_path / "mine_env.py").write_text(environment)
+    (tmp_path / "corridor.yaml").write_text(blocks("docs/guide/returns.md", "yaml")[0])
+    words = ["experiment=rl_frozen_lake", "--config", str(tmp_path / "corridor.yaml"), "callbacks.returns.episodes=10"]
+    folder = launch(mine, *words, "data.warmup=20")
+    assert json.loads((folder / "returns.json").read_text())[-1]["returns"]
 
 
 def test_the_recipe_for_features_judges_images(tmp_path):

@@ -152,12 +152,23 @@ def test_mistakes_in_preferences_and_features_of_ones_own_are_one_sentence():
         def __call__(self, representation, w):
             return representation.mean(w) * torch.nan
 
+    class Endless(MeanReturn):
+        def __call__(self, representation, w):
+            return representation.mean(w) / 0
+
+    class Masked(MeanReturn):
+        def __call__(self, representation, w):
+            return representation.mean(w).index_fill(1, torch.tensor([0, 2]), -torch.inf)
+
     seen = np.zeros((3, 16), np.float32)
     for preference, sentence in ((Whole(), r"scores of the shape \[3, 4, 52\], not one of each action, \[3, 4\]"),
-                                 (Lost(), "Lost gives scores that are no numbers")):  # fmt: skip
+                                 (Lost(), "Lost gives scores that are no numbers"),
+                                 (Endless(), "Endless gives scores that are no numbers")):  # fmt: skip
         model = ReturnLearner((16,), 4, GaussianFields(0, 1), preference=preference)
         with pytest.raises(UserError, match=sentence):
             model.greedy(seen)
+    chosen = ReturnLearner((16,), 4, GaussianFields(0, 1), preference=Masked()).greedy(seen)
+    assert set(chosen.tolist()) <= {1, 3}  # actions may be left out
 
     class Short(Flat):
         def __call__(self, shape):
@@ -165,6 +176,36 @@ def test_mistakes_in_preferences_and_features_of_ones_own_are_one_sentence():
 
     with pytest.raises(ValueError, match=r"Short says 9 features, and its layers give \[7\]"):
         ReturnLearner((16,), 4, GaussianFields(0, 1), features=Short())
+
+
+class Own(Categorical):
+    """With a part that is left out, cut, or not summed."""
+
+    def __init__(self, v_min=0.0, v_max=1.0, wrong="", gives=None):
+        super().__init__(v_min, v_max, 5)
+        if wrong == "outputs":
+            del self.outputs
+        elif wrong:
+            part = getattr(super(), wrong)
+            setattr(self, wrong, lambda *arguments: gives(part(*arguments)))
+
+
+def test_representations_of_ones_own_are_tried_before_training():
+    ReturnLearner((3,), 2, Own())
+    cut, whole = (lambda found: found[..., 1:]), (lambda found: found.mean())
+    for wrong, gives, sentence in (
+        ("outputs", None, "Own has no 'outputs': its __init__ has to set outputs, x and spacing"),
+        ("read", cut, r"Own.read gives the shape \[2, 4\] where \[2, 5\] is needed"),
+        ("loss", whole, r"Own.loss gives the shape \[\] where \[2\] is needed"),
+        ("loss", lambda found: found[:, None], r"Own.loss gives the shape \[2, 1\] where \[2\]"),
+        ("mean", whole, r"Own.mean gives the shape \[\]"),
+        ("mixture", cut, r"Own.mixture gives the shape \[2, 4\]"),
+        ("target", cut, r"Own.target gives the shape \[2, 4\]"),
+        ("cdf", cut, r"Own.cdf gives the shape"),
+        ("outside", whole, r"Own.outside gives the shape"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            ReturnLearner((3,), 2, Own(wrong=wrong, gives=gives))
 
 
 def test_what_is_told_of_an_object_is_not_its_address():

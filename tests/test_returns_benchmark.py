@@ -158,6 +158,9 @@ RUN = {"env": "rl_cliff", "method": "c51", "rate": 1e-3, "seeds": [0], "seconds"
         ("control, line 1", RUN | {"returns": [["-9", "-9"]]}),
         ("control, line 1", RUN | {"rate": "1e-3"}),
         ("control, line 1", RUN | {"seconds": None}),
+        ("control, line 1", RUN | {"seconds": -1.0}),
+        ("control, line 1", RUN | {"rate": True}),
+        ("control, line 1", RUN | {"env_steps": [1000, 500]}),
         ("evaluate", {"rewards": "discrete"}),
         ("peer", {"name": "a", "windows": "b"}),
         ("linear, line 1", [1]),
@@ -222,7 +225,7 @@ def test_mistakes_are_one_sentence(words, message, tmp_path, monkeypatch, capsys
 
 def test_runs_whose_seeds_are_not_all_there_are_said_to_be_left_out(capsys):
     row = {"env": "rl_cliff", "method": "c51", "rate": 1e-3, "seeds": [0, 1], "seconds": 1.0, "env_steps": [500],
-           "returns": [[-9.0]] * 2}  # fmt: skip
+           "returns": [[-9.0]] * 2, "trained": (20_000, 500)}  # fmt: skip
     returns_tables.control_table([row, {**row, "seeds": [100], "returns": [[-9.0]]}], [returns_tables.ENVS["rl_cliff"]])
     said = capsys.readouterr()
     assert said.err.startswith("rl_cliff, C51 at 0.001 is left out: 2 of 10 seeds are there (see --seeds)\n")
@@ -234,13 +237,22 @@ def test_runs_whose_seeds_are_not_all_there_are_said_to_be_left_out(capsys):
         for s in ([0, 1], [100])
     ]
     assert returns_tables.control_table(rows, two) and not capsys.readouterr().err
+    assert returns_tables.control_table([{**row, "trained": (20, 10)} for row in rows] + rows, two)
+    assert (
+        "rl_cliff: trainings of 20 optimiser steps are left out, it takes 20,000 (see --smoke)"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_number_that_is_none_is_no_result(tmp_path):
     path = tmp_path / "evaluate.jsonl"
     for number in ("NaN", "[1.0, Infinity]"):
-        path.write_text('{"rows": [{"w1": ' + number + "}]}\n")
+        path.write_text('{"job": "a", "rows": [{"w1": ' + number + "}]}\n")
         with pytest.raises(UserError, match=r"evaluate\.jsonl, line 1 has a row .* it holds (nan|inf)"):
+            returns_tables.finished(path)
+    for damaged in ('{"job": ["x"], "rows": [{}]}', '{"rows": [{}]}', '{"job": "a", "rows": []}'):
+        path.write_text(damaged + "\n")
+        with pytest.raises(UserError, match=r"evaluate\.jsonl, line 1 "):
             returns_tables.finished(path)
 
 
@@ -252,7 +264,8 @@ def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyon
 
     def row(rate, seeds, steps, returns):
         return {"env": env, "method": method, "rate": rate, "seeds": seeds, "seconds": 1.0,
-                "env_steps": [1000 * k for k in range(1, steps + 1)], "returns": returns}  # fmt: skip
+                "env_steps": [1000 * k for k in range(1, steps + 1)], "returns": returns,
+                "trained": (setting.steps, setting.eval_every)}  # fmt: skip
 
     slow = row(5e-4, [100, 101, 102], 5, [[-9, -9, 0, 250, 250]] * 3)
     first, second = row(1e-3, [100, 101], 5, [[-9, 0, 0, 250, 250]] * 2), row(1e-3, [102], 3, [[0, 250, 250]])
@@ -265,7 +278,9 @@ def test_rates_of_returns_are_chosen_from_all_jobs_of_a_row_and_looked_for_beyon
     )
     lost = row(1e-3, [100, 101, 102], 5, [[-9, 0, 0, 0, 0], [-9] * 5, [0, 250, 250, 250, 250]])
     other = {**lost, "env": "rl_cliff", "env_steps": [9000]}
-    assert returns_tables.budget([lost, second, other], setting) == 5000
+    rehearsed = {**lost, "trained": (20, 10), "env_steps": [9000], "returns": [[250]] * 3}
+    assert returns_tables.budget([lost, second, other, rehearsed], setting) == 5000
+    assert returns_tables.gathered([rehearsed, second, first], setting, method, 1e-3, 100) == found
     assert returns_tables.score(lost, setting, 5000) == pytest.approx(
         (2000 * 10_000 * 1000 * 10_000 * 10_000 * 2000) ** (1 / 6)
     )
@@ -303,7 +318,7 @@ def test_the_interval_of_a_ratio_is_that_of_the_means():
 
 def test_each_method_is_reported_at_the_rate_that_was_best_in_tuning(capsys):
     setting = dataclasses.replace(returns_tables.ENVS["rl_cliff"], rates=(1e-3, 2e-3, 4e-3), seeds=1, tuning=1)
-    row = {"env": "rl_cliff", "seconds": 1.0, "env_steps": [500, 1000, 1500]}
+    row = {"env": "rl_cliff", "seconds": 1.0, "env_steps": [500, 1000, 1500], "trained": (20_000, 500)}
     reached = {1e-3: [-200.0, -9, -9], 2e-3: [-9.0, -9, -9], 4e-3: [-200.0, -9, -9]}
     rows = [
         {**row, "method": method, "rate": rate, "seeds": [seed], "returns": [run]}
@@ -329,7 +344,8 @@ def test_where_no_run_gets_there_returns_at_the_end_choose_and_are_told(capsys):
     }
     rows = [
         {"env": "rl_asterix", "method": method, "rate": rate, "seconds": 1.0, "seeds": [first, first + 1],
-         "env_steps": list(range(8)), "returns": [[0.0, 9.0, 0.0, 9.0, 0.0, 0.0, x - 0.5, x + 0.5] for x in found]}
+         "env_steps": list(range(8)), "trained": (60_000, 2500),
+         "returns": [[0.0, 9.0, 0.0, 9.0, 0.0, 0.0, x - 0.5, x + 0.5] for x in found]}
         for (method, rate), found in ends.items()
         for first in (0, 100)
     ]  # fmt: skip
@@ -348,14 +364,25 @@ def test_where_no_run_gets_there_returns_at_the_end_choose_and_are_told(capsys):
 
 def test_tables_count_a_seed_once_and_say_the_spread_of_all(capsys):
     seeds = ((0, 1.0), (1, 3.0), (0, 99.0))  # the first run of a seed counts
-    row = {"rewards": "discrete", "gamma": 0.9, "learner": "c51", "rate": 1e-3, "parameters": 1000}
+    row = {
+        "rewards": "discrete",
+        "gamma": 0.9,
+        "learner": "c51",
+        "rate": 1e-3,
+        "parameters": 1000,
+        "trained": (20, 500),
+    }
     returns_tables.evaluation_table([{**row, "seed": s, "w1": x, "mean_error": 1.0, "sd_ratio": x} for s, x in seeds])
     said = capsys.readouterr().out
-    assert "| discrete | 0.9 | c51 | 0.001 | 2.000 ± 1.414 | 1.000 ± 0.000 | 2.000 ± 1.414 | 1,000 |" in said  # sd
+    assert "| discrete | 0.9 | c51 | 0.001 | 20 | 2.000 ± 1.414 | 1.000 ± 0.000 | 2.000 ± 1.414 | 1,000 |" in said  # sd
     returns_tables.peer_table([{"name": "a", "seed": s, "windows": [10 * x, 20.0]} for s, x in seeds])
     assert "CartPole, a: 20 ± 10, 20 ± 0\n" in capsys.readouterr().out  # standard error
-    returns_tables.linear_table([{"example": "e", "way": "b", "seed": s, "numbers": {"x": x}} for s, x in seeds])
-    assert "| b | 2 ± 1 | 2 |" in capsys.readouterr().out
+    rows = [{"example": "e", "way": "b", "seed": s, "numbers": {"x": x}, "trained": (40,)} for s, x in seeds]
+    rows += [{**row, "trained": (20,), "numbers": {"y": 7.0}} for row in rows]  # a rehearsal of another length
+    returns_tables.linear_table(rows)
+    said = capsys.readouterr().out
+    assert "| e, 40 steps | x | seeds |\n|---|---|---|\n| b | 2 ± 1 | 2 |" in said
+    assert "| e, 20 steps | y | seeds |\n|---|---|---|\n| b | 7 ± 0 | 2 |" in said
 
 
 def test_no_ratio_where_no_run_got_there():
@@ -400,7 +427,9 @@ def test_the_chance_of_ever_falling_is_not_discounted():
 @pytest.mark.parametrize(
     ("name", "words", "sentence"),
     [
-        ("returns", "evaluate --figure a.png", "evaluate draws no --figure"),
+        ("returns", "evaluate --figure a.png", "evaluate does not read --figure (night, table would): leave it out"),
+        ("returns", "evaluate --smoke --only c51 --envs rl_cliff", "evaluate does not read --envs, --only (night,"),
+        ("returns", "examples --jobs 3", "examples does not read --jobs"),
         ("mode_weights", "--checkpoint a --figure a.png", "leave --checkpoint out"),
         ("kernels", "--mobility 9 --seeds 2 --samples 5", "trains nothing: leave --seeds, --samples out"),
     ],

@@ -318,7 +318,10 @@ def _fits(value: Any, hint: Any, key: str) -> bool:
 
 
 def _how_to_name(hint: Any, key: str) -> str:
-    """How a class is named where one is asked for, with those that this package has of it; else nothing."""
+    """How a class is named where one is asked for, with those that this package has of it, and a mapping written."""
+    weighted = [kind for kind in typing.get_args(hint) if typing.get_args(kind)[1:] == (float,)]
+    if weighted:
+        return f": write {key}='{{NAME: 1.0}}', say"
     asked = [c for c in (typing.get_args(hint) or (hint,)) if inspect.isclass(c) and c not in (*PLAIN, Path)]
     known = [c for kind in asked for c in (kind, *kind.__subclasses__()) if c.__module__.startswith("bd_lightning.")]
     names = [f"{c.__module__}.{c.__qualname__}" for c in known if not inspect.isabstract(c)]

@@ -95,6 +95,7 @@ class DistributionalLearner(Module):
         )
         positive(actions=actions, target_every=target_every)
         one_of(tuple(SAMPLERS), sampler=sampler)
+        representation.check()
         self.shape, self.actions, self.sampler = tuple(shape), actions, sampler
         self.representation, self.target_every = representation, target_every
         self.policy, self.exploration = Policy(preference, uniform_policy), exploration or preference
@@ -139,7 +140,7 @@ class DistributionalLearner(Module):
                 f"{type(preference).__name__} gives scores of the shape {list(scores.shape)}, not one of each action, "
                 f"{list(w.shape[:2])}"
             )
-        if scores.isnan().any():
+        if not scores.amax(1).isfinite().all():  # of one that is left out −inf
             raise UserError(
                 f"{type(preference).__name__} gives scores that are no numbers: the network's weights are not finite, "
                 "or its arguments have no meaning"

@@ -91,6 +91,32 @@ class Representation(nn.Module, ABC):
     def outside(self, w: Tensor, reward: Tensor, discount: Tensor) -> Tensor:
         """Share (B,) of the mass of r + γG, G of distributions w (B, N), that lies outside [v_min, v_max]."""
 
+    def check(self) -> None:
+        """Refuse a representation of one's own whose parts do not fit each other.
+
+        Raises:
+            UserError: naming the first that does not.
+        """
+        own = type(self).__name__
+        for part in ("outputs", "x", "spacing"):
+            if not hasattr(self, part):
+                raise UserError(f"{own} has no '{part}': its __init__ has to set outputs, x and spacing")
+
+        def shaped(part: str, found: Tensor, *shape: int) -> Tensor:
+            if tuple(found.shape) != shape:
+                raise UserError(f"{own}.{part} gives the shape {list(found.shape)} where {list(shape)} is needed")
+            return found
+
+        count, outputs, rows = len(self.x), self.outputs, 2
+        y, still = torch.zeros(rows, outputs), torch.zeros(rows)
+        w = shaped("read", self.read(y), rows, count)
+        target = shaped("target", self.target(w, still, still + 0.5), rows, outputs)
+        shaped("loss", self.loss(y, target), rows)
+        shaped("mean", self.mean(w), rows)
+        shaped("mixture", self.mixture(torch.full((rows, 3), 1 / 3), w[:, None].expand(rows, 3, count)), rows, count)
+        shaped("cdf", self.cdf(w, self.x), rows, count)
+        shaped("outside", self.outside(w, still, still + 0.5), rows)
+
     def field_pair(self, w: Tensor, origin: float = 0.0) -> ReturnFields:
         """The fields of one distribution w (N,) at all noise levels, for samplers; points are counted from `origin`.
 
