@@ -69,7 +69,8 @@ SETTINGS = (
 ENVS = {setting.name: setting for setting in SETTINGS}
 
 Row = dict
-"""Evaluations of several seeds: "env_steps" (E,), "returns" (R, E), "seconds" of one run."""
+"""Evaluations of several seeds: "env_steps" (E,), "returns" (R, E), "seconds" of one run, "whole" if no job ended
+early."""
 
 
 def finished(path: Path) -> list[dict]:
@@ -160,7 +161,9 @@ def gathered(rows: Iterable[dict], setting: Setting, method: str, rate: float, f
     returns = [run + run[-1:] * (len(longest) - len(run)) for run, _ in runs]
     seconds = sum(row["seconds"] for _, row in runs) / count
     steps = sum(len(row["env_steps"]) for _, row in runs) / count * setting.eval_every
-    return {"env_steps": longest, "returns": returns, "seconds": seconds, "milliseconds": 1000 * seconds / steps}
+    whole = all(len(row["env_steps"]) == setting.steps // setting.eval_every for _, row in runs)
+    costs = {"seconds": seconds, "milliseconds": 1000 * seconds / steps}
+    return {"env_steps": longest, "returns": returns, "whole": whole, **costs}
 
 
 def runs_of(rows: Iterable[dict], setting: Setting, method: str, rate: float) -> dict[int, tuple[list[float], dict]]:
@@ -288,7 +291,7 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
                 continue
             drawn.append((setting, rates, these))
             lines += [line(setting.name, threshold, rates, these, most) for threshold in setting.thresholds]
-            if not any(there(row, setting.thresholds[-1]) for row in these.values()):  # so no job has ended early
+            if all(row["whole"] for row in these.values()):
                 lines.append(line_of_returns(setting.name, rates, these))
         if not any(which == setting for which, *_ in drawn):
             needed = "all reported seeds of fields of a kind and of another method, at the common or their best rates"
@@ -324,7 +327,7 @@ def line(env: str, threshold: float, rates: dict[str, float], rows: dict[str, Ro
 
 
 def line_of_returns(env: str, rates: dict[str, float], rows: dict[str, Row]) -> str:
-    """The line of the returns at the end of training, ± the standard error of their mean over seeds."""
+    """The line of the returns at the end of whole trainings, ± the standard error of their mean over seeds."""
     values = {method: late(row) for method, row in rows.items()}
     spread = {m: f" ± {np.std(v, ddof=1) / len(v) ** 0.5:.2f}" if len(v) > 1 else "" for m, v in values.items()}
     cells = {method: f"{np.mean(found):.2f}{spread[method]}" for method, found in values.items()}
