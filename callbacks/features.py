@@ -96,9 +96,9 @@ def features_of(features: ImageFeatures, images: Tensor) -> Tensor:
 class ClassifierFeatures(ImageFeatures):
     """The last hidden layer of a small convolutional classifier of the data set.
 
-    Trained once on the training split, in seconds, and cached with its accuracy on the validation split. Good for
-    data far from photographs and where Inception's weights cannot be had; its numbers compare only with numbers from
-    the same classifier.
+    Trained once on the training split, which can take minutes on a CPU, and cached with its accuracy on the validation
+    split. Good for data far from photographs and where Inception's weights cannot be had; its numbers compare only with
+    numbers from the same classifier.
 
     Args:
         width: size of the feature vector.
