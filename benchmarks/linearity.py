@@ -22,15 +22,15 @@ with the class of each sample drawn first:
   classes alike.
 
 L1 is the sum over classes of |share counted − share asked|; FID is to the test images of the classes asked for. Where
-all classes were drawn alone, weightings have a second L1, of the shares that explain what was counted (`explained`):
-that of the classifier's mistakes is left out, which matters where it makes many.
+all classes were drawn alone, weightings have two more, which leave the classifier's mistakes out (`apart`), and beside
+each what counting the samples alone would make of it.
 "Nearer" is, for unlearning, the share of samples that are nearer to a removed training image than to any of as many
 test images of those classes, 0.5 where nothing of the images is remembered; "of real images" the same of test images of
 the classes that stay. Models are trained by --seeds seeds; the table has means ± sd over them. A finished row is kept
 in OUT/rows.jsonl with its settings and not computed again; with --only PATTERN requests whose names the pattern is not
 found in are left out, with the models that they alone need, and with --model all that need more than one model, which
 is then this one, of whatever images; several are added up, experts of a class each, say. --cost prints the processor
-time of ten experts instead (set OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its
+time of ten experts, and the memory of more, instead (set OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its
 accuracy is printed, and so is the L1 that it finds between real test images and their labels. With --figure it draws
 samples of some requests, of those that --only does not leave out, and beside FILE, as FILE with the suffix .gif, the
 way from one class to another by their weights, always from the same seeds.
@@ -42,10 +42,11 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.optimize import nnls
 from torch import Tensor
@@ -164,6 +165,39 @@ def explained(counted: Tensor, alone: Tensor) -> Tensor:
     return shares / shares.sum()
 
 
+def apart(counted: Tensor, asked: Tensor, alone: Tensor) -> tuple[float, float]:
+    """How far what was counted is from what was asked for, by what each class alone is counted as.
+
+    Args:
+        counted: what a classifier took samples of a mixture for, shares (C,).
+        asked: shares (K,) of the classes.
+        alone: what it took samples of each of the K classes alone for, shares (K, C).
+
+    Returns:
+        The L1 of the shares that explain what was counted, and that of the histogram that classes as they are drawn
+        alone have, weighted as asked; the second needs no inverse, but does not see what is confused.
+    """
+    explaining = explained(counted, alone)
+    return float((explaining - asked).abs().sum()), float((counted - asked @ alone).abs().sum())
+
+
+def chance(asked: Tensor, alone: Tensor, sizes: Sequence[int], draws: int = 100) -> tuple[float, float]:
+    """What `apart` is on average where the weights are as asked for, and samples are counted.
+
+    Args:
+        asked: shares (K,).
+        alone: what each class alone is taken for, shares (K, C).
+        sizes: how many samples are counted of each of the K classes, and of the mixture.
+        draws: how often.
+    """
+    drawn, each = np.random.default_rng(0), np.array(sizes)
+    shares = torch.cat([alone, (asked @ alone)[None]]).double()
+    shares = (shares / shares.sum(1, keepdim=True)).numpy()
+    found = [torch.from_numpy(drawn.multinomial(each, shares) / each[:, None]).float() for _ in range(draws)]
+    told, near = zip(*(apart(counted[-1], asked, counted[:-1]) for counted in found))
+    return statistics.mean(told), statistics.mean(near)
+
+
 OTHERS: dict[str, Way] = {
     ", class first": ClassFirst,
     ", averaged scores": lambda mixture, rows: AveragedScores(mixture),
@@ -202,29 +236,55 @@ def measure(judge: Judge, name: str, mixture: Any, wanted: Tensor, way: str, n: 
 
 @torch.no_grad()
 def cost(rounds: int = 31) -> None:
-    """Print what a call of ten experts costs in a sampler, in calls of one network of width 256 with ten classes."""
+    """Print what a call of ten experts costs in a sampler, in calls of one network of width 256 with ten classes.
 
-    def fields(width: int, classes: int) -> RelativeFields:
-        made = RelativeFields(MLP((32,), classes, per_class=True, width=width), 1.0, classes)
-        made.count(torch.arange(classes))
-        return made.eval()
-
-    union = Mixture([(fields(256, 10), torch.ones(10))])
-    lines = []
+    And what more experts cost: time of one call for all, and memory of their weights, which are there twice once they
+    are stacked.
+    """
+    union, lines = Mixture([(fresh_fields(256, 10), torch.ones(10))]), []
     for width in (64, 256):
-        apart = Mixture([(fields(width, 1), torch.ones(1)) for _ in range(10)])
+        apart = apart_experts(width, 10)
         asked = {"union": union, "apart": apart, "batched": batched(apart)}
         for n in (1, 16, 64, 128, 500, 2000):
-            x, seconds = torch.randn(n, 32), {name: [] for name in asked}
-            for _ in range(rounds):
-                for name, mixture in asked.items():
-                    start = time.process_time()
-                    mixture.at(1.0).log_gradients(x, x.new_ones(n))
-                    seconds[name].append(time.process_time() - start)
-            middle = {name: statistics.median(each) for name, each in seconds.items()}
+            middle = seconds_of(asked, n, rounds)
             ratios = [f"{middle[name] / middle['union']:.2f}" for name in ("apart", "batched")]
             lines.append([width, n, f"{1000 * middle['union']:.1f}", *ratios])
     print(table(["width of an expert", "chains", "one network, ms", "ten calls", "one batched call"], lines))
+    of_all = {count: batched(apart_experts(64, count)) for count in (1, 2, 5, 10, 20, 40)}
+    few, many = ([f"{1000 * middle:.1f}" for middle in seconds_of(of_all, n, rounds).values()] for n in (64, 500))
+    weights = [f"{mebibytes(mixture):.2f}" for mixture in of_all.values()]
+    heads = ["experts of width 64", "64 chains, ms", "500 chains, ms", "weights, MiB"]
+    print(table(heads, [[*row] for row in zip(of_all, few, many, weights)]))
+
+
+def fresh_fields(width: int, classes: int) -> RelativeFields:
+    """Fields in 32 numbers whose network has learned nothing."""
+    made = RelativeFields(MLP((32,), classes, per_class=True, width=width), 1.0, classes)
+    made.count(torch.arange(classes))
+    return made.eval()
+
+
+def apart_experts(width: int, count: int) -> Mixture:
+    """The sum of so many of one class each."""
+    return Mixture([(fresh_fields(width, 1), torch.ones(1)) for _ in range(count)])
+
+
+def seconds_of(asked: dict[Any, Mixture], n: int, rounds: int) -> dict[Any, float]:
+    """The median processor time of a call of each mixture with n chains; the mixtures take turns."""
+    x, seconds = torch.randn(n, 32), {name: [] for name in asked}
+    for _ in range(rounds):
+        for name, mixture in asked.items():
+            start = time.process_time()
+            mixture.at(1.0).log_gradients(x, x.new_ones(n))
+            seconds[name].append(time.process_time() - start)
+    return {name: statistics.median(each) for name, each in seconds.items()}
+
+
+def mebibytes(mixture: Mixture) -> float:
+    """Memory of the weights of batched experts, and of their stack."""
+    ((experts, _),) = mixture.terms
+    states = [one.network.state_dict() for one in experts.members] + [experts.stacked or {}]
+    return sum(value.nbytes for state in states for value in state.values()) / 2**20
 
 
 def main() -> None:
@@ -315,18 +375,23 @@ def _left(row: dict) -> float:
     return 100 * sum(share for share, asked in zip(row["counted"], row["asked"]) if asked == 0)
 
 
+def as_drawn_alone(row: dict, alone: list[dict]) -> list[float]:
+    """By `apart` and `chance` in turn, of a weighting, whose classes were also drawn alone."""
+    asked = torch.tensor([row["asked"][one["asked"].index(1.0)] for one in alone])
+    counted = torch.tensor([one["counted"] for one in alone])
+    found = apart(torch.tensor(row["counted"]), asked, counted)
+    by_counting = chance(asked, counted, [*(one["n"] for one in alone), row["n"]])
+    return [number for pair in zip(found, by_counting) for number in pair]
+
+
 def report(rows: dict[str, list[dict]], names: list[str]) -> None:
     """Print the table of the rows that there are, mean ± sd over seeds."""
-    singles = [rows.get(name, []) for name in names if name.startswith("only")]
+    singles = [name for name in names if name.startswith("only")]
 
-    def without_mistakes(row: dict) -> list[float]:
-        """The L1 of the shares that explain what was counted, if the classes were drawn alone by the same seed."""
-        alone = [one for part in singles for one in part if one["seed"] == row["seed"]]
-        if len(alone) < len(singles):
-            return []
-        asked = torch.tensor([row["asked"][one["asked"].index(1.0)] for one in alone])
-        shares = explained(torch.tensor(row["counted"]), torch.tensor([one["counted"] for one in alone]))
-        return [float((shares - asked).abs().sum())]
+    def unmistaken(row: dict) -> list[list[float]]:
+        """`as_drawn_alone`, if all classes were, by the same seed."""
+        alone = [one for name in singles for one in rows.get(name, []) if one["seed"] == row["seed"]]
+        return [as_drawn_alone(row, alone)] if singles and len(alone) == len(singles) else []
 
     names, lines = [name for name in names if any(name + way in rows for way in WAYS)], []
     for name in names:
@@ -339,14 +404,22 @@ def report(rows: dict[str, list[dict]], names: list[str]) -> None:
         lines.append([name, *cells])
     heads = [f"{what}{way or ', fields'}" for way in FULL for what in ("removed class, %", "FID")]
     print(table(["request", *(f"L1{way or ', fields'}" for way in WAYS), *heads], lines))
+    lines = []
     for start in ("weighting", "experts, weighting"):
-        asked = [name for name in names if name.startswith(start)]
         for way in WAYS:
-            errors = [row["l1"] for name in asked for row in rows.get(name + way, [])]
+            found = {name + way: rows.get(name + way, []) for name in names if name.startswith(start)}
+            errors = [row["l1"] for part in found.values() for row in part]
             if errors:
                 print(f"\n{len(errors)} of {start}{way or ', fields'}: L1 {mean_sd(errors, 3)}", end="")
-            if told := [miss for name in asked for row in rows.get(name + way, []) for miss in without_mistakes(row)]:
-                print(f", {mean_sd(told, 3)} of the shares that explain what was counted", end="")
+            judged = {name: [four for row in part for four in unmistaken(row)] for name, part in found.items()}
+            lines += [[name, *(mean_sd(column, 3) for column in zip(*part))] for name, part in judged.items() if part]
+            if told := [four for part in judged.values() for four in part]:
+                explaining, _, near, _ = (mean_sd(column, 3) for column in zip(*told))
+                print(f", {explaining} of the shares that explain what was counted, {near} against the ", end="")
+                print("classes as drawn alone", end="")
+    if lines:
+        heads = ["L1 of the shares that explain it", "L1 against the classes as drawn alone"]
+        print(f"\n\n{table(['request', *(cell for head in heads for cell in (head, 'by counting'))], lines)}", end="")
     for name, part in rows.items():
         if seen := [row for row in part if "nearer" in row]:
             ours, real = (mean_sd((row[key] for row in seen), 3) for key in ("nearer", "nearer_real"))

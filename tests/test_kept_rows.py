@@ -1,6 +1,7 @@
 """Benchmarks that are stopped and repeated, and given other settings: what is kept, counted and shown."""
 
 import contextlib
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -13,7 +14,7 @@ from PIL import Image
 
 from bd_lightning.checks import UserError
 from bd_lightning.dynamics import MultistepDynamics
-from bd_lightning.fields import combine
+from bd_lightning.fields import batched, combine
 from bd_lightning.modules import RelativeDensities
 from bd_lightning.networks import MLP, UNet
 from benchmarks import (
@@ -422,21 +423,44 @@ def test_weightings_are_judged_without_the_mistakes_of_the_classifier(capsys):
     """By the classes drawn alone by the same seed, in whatever order the models name them."""
     alone = {"only 8": ([0.0, 1.0], [0.25, 0.75]), "only 3": ([1.0, 0.0], [1.0, 0.0])}
     rows = {
-        name: [{"seed": 0, "asked": asked, "counted": counted, "l1": 0.5}] for name, (asked, counted) in alone.items()
+        name: [{"seed": 0, "n": 4, "asked": asked, "counted": counted, "l1": 0.5}]
+        for name, (asked, counted) in alone.items()
     }
     rows["weighting 0"] = [
-        {"seed": 0, "asked": [0.6, 0.4], "counted": [0.7, 0.3], "l1": 0.2},
-        {"seed": 1, "asked": [0.6, 0.4], "counted": [0.6, 0.4], "l1": 0.4},
+        {"seed": 0, "n": 4, "asked": [0.6, 0.4], "counted": [0.7, 0.3], "l1": 0.2},
+        {"seed": 1, "n": 4, "asked": [0.6, 0.4], "counted": [0.6, 0.4], "l1": 0.4},
     ]
     linearity.report(rows, list(rows))
     text = capsys.readouterr().out
-    assert "2 of weighting, fields: L1 0.300 ± 0.141, 0.000 of the shares that explain what was counted" in text
+    assert "2 of weighting, fields: L1 0.300 ± 0.141, 0.000 of the shares that explain what was counted, 0.000 " in text
+    assert re.search(r"\| weighting 0 \| 0.000 \| 0\.[1-9]\d* \| 0.000 \| 0\.[1-9]\d* \|", text)  # of 4 samples each
     rows["only 8"][0]["counted"] = {"8": 1.0}
     with pytest.raises(UserError, match="has a row with a value that is none of its kind"), sound(Path("rows.jsonl")):
         linearity.report(rows, list(rows))
     capsys.readouterr()
     linearity.report({"weighting 0": rows["weighting 0"]}, list(rows))
     assert "explain" not in capsys.readouterr().out
+
+
+def test_counting_explains_as_much_as_it_does():
+    """A matrix without mistakes: L1 of two counted shares of n samples is 2 √(2 q (1 − q) / (π n)), by the normal."""
+    asked, n = torch.tensor([0.6, 0.4]), 1000
+    told, near = linearity.chance(asked, torch.eye(2), [n, n, n], draws=2000)
+    assert told == pytest.approx(near, rel=1e-4)
+    assert told == pytest.approx(2 * (2 * 0.24 / math.pi / n) ** 0.5, rel=0.05)
+    mistaken = torch.tensor([[0.8, 0.2], [0.2, 0.8]])  # the inverse widens what counting the mixture costs by 1 / 0.6
+    told, near = linearity.chance(asked, mistaken, [n, n, n], draws=2000)
+    assert told > 1.2 * near
+    assert linearity.apart(asked @ mistaken, asked, mistaken) == pytest.approx((0, 0), abs=1e-6)
+
+
+def test_memory_of_experts_grows_with_their_number():
+    asked = {count: batched(linearity.apart_experts(8, count)) for count in (1, 5)}
+    before = [linearity.mebibytes(mixture) for mixture in asked.values()]
+    assert all(seconds > 0 for seconds in linearity.seconds_of(asked, n=3, rounds=1).values())
+    after = [linearity.mebibytes(mixture) for mixture in asked.values()]
+    assert before[1] == pytest.approx(5 * before[0])
+    assert after == pytest.approx([2 * one for one in before], rel=0.01)  # once stacked
 
 
 @pytest.fixture(scope="module")
