@@ -23,17 +23,17 @@ with the class of each sample drawn first:
 
 L1 is the sum over classes of |share counted − share asked|; FID is to the test images of the classes asked for. Where
 all classes were drawn alone, weightings have two more, which leave the classifier's mistakes out (`apart`), and beside
-each what counting the samples alone would make of it.
-"Nearer" is, for unlearning, the share of samples that are nearer to a removed training image than to any of as many
-test images of those classes, 0.5 where nothing of the images is remembered; "of real images" the same of test images of
-the classes that stay. Models are trained by --seeds seeds; the table has means ± sd over them. A finished row is kept
-in OUT/rows.jsonl with its settings and not computed again; with --only PATTERN requests whose names the pattern is not
-found in are left out, with the models that they alone need, and with --model all that need more than one model, which
-is then this one, of whatever images; several are added up, experts of a class each, say. --cost prints the processor
-time of ten experts, and the memory of more, instead (set OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its
-accuracy is printed, and so is the L1 that it finds between real test images and their labels. With --figure it draws
-samples of some requests, of those that --only does not leave out, and beside FILE, as FILE with the suffix .gif, the
-way from one class to another by their weights, always from the same seeds.
+each what counting the samples alone would make of it. "Nearer" is, for unlearning, the share of samples that are nearer
+to a removed training image than to any of as many test images of those classes, 0.5 where nothing of the images is
+remembered; "of real images" the same of test images of the classes that stay. Models are trained by --seeds seeds; the
+table has means ± sd over them. A finished row is kept in OUT/rows.jsonl with its settings and not computed again; with
+--only PATTERN requests whose names the pattern is not found in are left out, with the models that they alone need, and
+with --model all that need more than one model, which is then this one, of whatever images; several are added up,
+experts of a class each, say. --cost prints the processor time of ten experts, and the memory of more, instead (set
+OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its accuracy is printed, and so is the
+L1 that it finds between real test images and their labels. With --figure it draws samples of some requests, of those
+that --only does not leave out, and beside FILE, as FILE with the suffix .gif, the way from one class to another by
+their weights, always from the same seeds.
 """
 
 import hashlib
