@@ -100,3 +100,10 @@ class SampleNoise:
     def uniform(self) -> Tensor:
         """The next uniform draw, of mean zero and variance one, shape (B, *shape), single precision."""
         return self._drawn(lambda words: [((word >> 8).float() + 0.5) * (2**-23 * 3**0.5) - 3**0.5 for word in words])
+
+    def fraction(self) -> Tensor:
+        """The next draw of one number for each sample, uniform between 0 and 1, shape (B,), single precision."""
+        draw = torch.full_like(self.blocks[:, :1], self.draws)
+        self.draws += 1
+        first, *_ = philox((torch.zeros_like(draw), draw, *self.index), self.key)
+        return ((first[:, 0] >> 8).float() + 0.5) * 2**-24

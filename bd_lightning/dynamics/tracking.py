@@ -7,8 +7,10 @@ by Bayes' rule on the steps taken
 
     log W_c ← log W_c − ‖x' − m_c‖²/(2v) + const,        W_c = w_c at the start.
 
-In the limit of small steps the law of the chains is that of the class drawn first, with the shares w_c, whatever the
-errors of the scores. It needs noise in every step and no negative weights.
+A step of the mixture is one of a class c that is drawn by W, x' = m_c + √v ε. So W_c stays w_c on average, and the law
+of the chains is that of the class drawn once, before the first step, with the shares w_c: at any number of levels, and
+whatever the errors of the scores. (A step by the mean Σ_c W_c m_c, as in the reference, has that law only in the limit
+of small steps: at 60 levels it gave 0.91 for 0.9.) It needs noise in every step and no negative weights.
 
 References:
     | Skreta et al., The Superposition of Diffusion Models Using the Itô Density Estimator, arXiv 2412.17762
@@ -17,16 +19,22 @@ References:
 import math
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from bd_lightning.checks import positive
 from bd_lightning.dynamics.langevin import geometric_ladder
+from bd_lightning.dynamics.noise import SampleNoise
 from bd_lightning.dynamics.sampler import MultiScaleSampler
 
 
-def _mean(weight: Tensor, parts: Tensor) -> Tensor:
-    """Σ_c w_c a_c (B, *), weights (B, C) of a (B, C, *); by no matrix product, which autocast would round."""
-    return (weight.reshape(*weight.shape, *(1,) * (parts.ndim - 2)) * parts).sum(1)
+def _drawn(weight: Tensor, parts: Tensor, noise: SampleNoise) -> Tensor:
+    """a_c (B, *) of a class c for every chain, drawn by log W_c (B, C), of a (B, C, *)."""
+    if weight.shape[1] == 1:
+        return parts[:, 0]
+    heaped = weight.exp().cumsum(1)
+    chosen = (heaped < noise.fraction()[:, None] * heaped[:, -1:]).sum(1)
+    return parts[torch.arange(len(parts), device=parts.device), chosen]
 
 
 @dataclass(frozen=True)
@@ -59,19 +67,20 @@ class TrackedPosterior(MultiScaleSampler):
         yield x
         ladder = geometric_ladder(self.sigma_max, self.sigma_min, self.levels).tolist()
         h, kappa = math.log(ladder[0] / ladder[-1]) / max(1, self.levels - 1), 1 + self.relaxation
-        spread = -math.expm1(-2 * self.relaxation * h)
+        spread = math.sqrt(-math.expm1(-2 * self.relaxation * h))
         weight = before = None
         for here, there in zip(ladder, [*ladder[1:], 0.0]):
             shares, scores = fields.at(here).densities(x, x.new_full((len(x),), here), self.exact_score)
             weight = shares.log_softmax(1) if weight is None else weight
             target = x[:, None] + here**2 * scores
             if there == 0:
-                yield _mean(weight.exp(), target)
+                yield _drawn(weight, target, noise)
                 return
             aim = target if before is None else target + (target - before) / 2
             means = aim + math.exp(-kappa * h) * (x[:, None] - aim)
-            x = _mean(weight.exp(), means) + there * math.sqrt(spread) * noise()
-            far = (x[:, None] - means).flatten(2).square().sum(2)
-            weight = (weight - far / (2 * there**2 * spread)).log_softmax(1)
+            mean, width, step = _drawn(weight, means, noise), there * spread, noise()
+            x = mean + width * step
+            gap = (mean[:, None] - means) / width  # x' − m_c without what all classes share
+            weight = (weight - (gap.square() / 2 + gap * step[:, None]).flatten(2).sum(2)).log_softmax(1)
             before = target
             yield x

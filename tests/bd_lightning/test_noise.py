@@ -25,6 +25,18 @@ def test_the_generator_is_philox(counter, key, expected):
     assert [int(word) for word in philox([torch.tensor([c]) for c in counter], key)] == list(expected)
 
 
+def test_one_number_of_each_stream_is_uniform_and_the_same_in_any_company():
+    together = SampleNoise(range(20_000), (3, 4), seed=7)
+    first, noise, second = together.fraction(), together(), together.fraction()
+    assert first.shape == (20_000,) and 0 < float(first.min()) and float(first.max()) < 1
+    assert np.histogram(first.numpy(), 10, (0, 1))[0] == pytest.approx([2000] * 10, abs=170)  # four standard errors
+    assert abs(float(torch.corrcoef(torch.stack([first, second, noise[:, 0, 0]])).triu(1).abs().max())) < 0.03
+    apart = SampleNoise([5, 19_999], (3, 4), seed=7)
+    assert torch.equal(apart.fraction(), first[[5, 19_999]])
+    assert torch.equal(apart(), noise[[5, 19_999]])
+    assert torch.equal(apart.fraction(), second[[5, 19_999]])
+
+
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (7,), (3, 32, 32)])
 def test_a_stream_is_the_same_in_any_company(shape):
     together = SampleNoise(range(100), shape, seed=2**32 + 5)
