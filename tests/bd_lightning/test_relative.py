@@ -122,7 +122,7 @@ def test_weights_that_are_carried_along_need_no_scalar_field():
 @pytest.mark.parametrize("relaxation", [0.5, 1e-6])
 def test_weights_that_are_carried_along_are_kept_at_any_number_of_levels(relaxation):
     """Steps by the mean of the classes, as of a score, give 0.96 for the 0.9 that is asked for."""
-    modes = [GaussianMixture(torch.tensor([[x, 0.0]]), 0.3) for x in (-2.0, 2.0)]
+    modes = [GaussianMixture([[x, 0.0]], sd=0.3) for x in (-2.0, 2.0)]
     fields = Mixture([(AnalyticSource(modes, [0.5, 0.5], 2.0), torch.tensor([0.9, 0.1]))])
     for levels in (8, 30):
         x = TrackedPosterior(levels=levels, relaxation=relaxation)(fields, SampleNoise(range(20_000), (2,)))
