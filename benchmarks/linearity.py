@@ -27,13 +27,13 @@ each what counting the samples alone would make of it. "Nearer" is, for unlearni
 to a removed training image than to any of as many test images of those classes, 0.5 where nothing of the images is
 remembered; "of real images" the same of test images of the classes that stay. Models are trained by --seeds seeds; the
 table has means ± sd over them. A finished row is kept in OUT/rows.jsonl with its settings and not computed again; with
---only PATTERN requests whose names the pattern is not found in are left out, with the models that they alone need, and
-with --model all that need more than one model, which is then this one, of whatever images; several are added up,
-experts of a class each, say. --cost prints the processor time of ten experts, and the memory of more, instead (set
-OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its accuracy is printed, and so is the
-L1 that it finds between real test images and their labels. With --figure it draws samples of some requests, of those
-that --only does not leave out, and beside FILE, as FILE with the suffix .gif, the way from one class to another by
-their weights, always from the same seeds.
+--only PATTERN requests whose names the pattern is not found in are left out, with the models that they alone need (that
+of all digits is always), and with --model all that need more than one model, which is then this one, of whatever
+images; several are added up, experts of a class each, say. --cost prints the processor time of ten experts, and the
+memory of more, instead (set OMP_NUM_THREADS=1). The classifier is the one that FID takes its features from; its
+accuracy is printed, and so is the L1 that it finds between real test images and their labels. With --figure it draws
+samples of some requests, of those that --only does not leave out, and beside FILE, as FILE with the suffix .gif, the
+way from one class to another by their weights, always from the same seeds.
 """
 
 import hashlib
@@ -95,7 +95,8 @@ class Judge:
         self.test, self.truth = images_of(data, "test")
         self.places = [data.class_names.index(name) for name in models.names]  # of the models' classes in the data's
         self.real, labels = self.judge(self.test)
-        own = float((_shares(labels) - _shares(self.truth)).abs().sum())
+        classes = len(data.class_names)
+        own = float((_shares(labels, classes) - _shares(self.truth, classes)).abs().sum())
         self.train, self.classes = train, _ = images_of(data, "train")
         seen, _ = self.judge(train[random_subset(len(train), min(10_000, len(train)))])
         floor = frechet_distance(self.real, seen)
@@ -147,7 +148,7 @@ def nearer(images: Tensor, train: Tensor, test: Tensor) -> float:
     return float((train_distance < test_distance).double().mean())
 
 
-def _shares(labels: Tensor, classes: int = 10) -> Tensor:
+def _shares(labels: Tensor, classes: int) -> Tensor:
     return torch.bincount(labels, minlength=classes) / len(labels)
 
 

@@ -55,7 +55,8 @@ def value_of(outcomes: Outcomes, action: Tensor, start: int = 0) -> float:
     rewards = torch.zeros(outcomes.states, dtype=torch.float64).index_add(0, states, share * outcomes.reward[own])
     moves = torch.zeros(outcomes.states, outcomes.states, dtype=torch.float64)
     moves.index_put_((states, outcomes.following[own]), share * outcomes.discount[own], accumulate=True)
-    return float(torch.linalg.solve(torch.eye(outcomes.states, dtype=torch.float64) - moves, rewards)[start])
+    value = float(torch.linalg.solve(torch.eye(outcomes.states, dtype=torch.float64) - moves, rewards)[start])
+    return round(value, 9) + 0.0  # what the solver rounds is no value, nor is it divided by
 
 
 def expected_updates(policy: str, seeds: range, steps: int) -> Found:
@@ -209,7 +210,7 @@ def transfer(way: str, seeds: range, steps: int) -> Found:
         )
         return {
             "value of its policy": value,
-            "of that trained there": value / trained_there,
+            "of that trained there": value / trained_there if trained_there else None,
             "W1 of the start": float(gap),
         }
 

@@ -289,6 +289,9 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
             these = {m: row for m, row in found.items() if row is not None}
             if len(these) < 2 or not these.keys() & set(OURS):
                 continue
+            shown = {m: rates[m] for m in these}
+            if any(which == setting and shown == {m: before[m] for m in kept} for which, before, kept in drawn):
+                continue  # the best rates are the common one
             drawn.append((setting, rates, these))
             lines += [line(setting.name, threshold, rates, these, most) for threshold in setting.thresholds]
             if all(row["whole"] for row in these.values()):
@@ -304,7 +307,7 @@ def control_table(rows: list[dict], settings: Iterable[Setting]) -> list[tuple]:
 def _tuned(rows: list[dict], setting: Setting, method: str) -> bool:
     """Whether a method was tried with all rates of a setting; says so if it was with some of them."""
     tried = [rate for rate in setting.rates if gathered(rows, setting, method, rate, TUNING_SEEDS)]
-    if 0 < len(tried) < len(setting.rates):
+    if len(tried) < len(setting.rates) and any((row["env"], row["method"]) == (setting.name, method) for row in rows):
         more = f"{len(tried)} of {len(setting.rates)} rates are there (see --rates)"
         print(f"{setting.name}, {METHODS[method]} is not tuned: {more}", file=sys.stderr)
     return len(tried) == len(setting.rates)
@@ -413,7 +416,12 @@ def table(folder: Path, settings: Iterable[Setting], figure: Path | None) -> Non
         raise UserError(
             f"nothing is finished in {folder} yet: run night, control, linear, evaluate or peer with this --out"
         )
-    drawn = []
+    drawn, settings = [], list(settings)
+    there_are = sorted({str(row["env"]) for row in rows["control"]})
+    if rows["control"] and not set(there_are) & {one.name for one in settings} and sum(map(bool, rows.values())) == 1:
+        raise UserError(
+            f"nothing is finished in {folder} of the --envs that are asked for: it has {', '.join(there_are)}"
+        )
     if rows["control"]:
         with sound(kept["control"]):
             drawn = control_table(rows["control"], settings)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,6 +13,14 @@ from bd_lightning.checks import UserError
 
 UNFINISHED = b" (unfinished)"
 """The end of a line that a killed run began and another one found."""
+
+
+def _whole(line: bytes) -> bool:
+    """Whether a line is a JSON object to its end, which the beginning of a longer one never is."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 class Row(dict[str, Any]):
@@ -31,7 +38,8 @@ class Rows(Sequence[dict[str, Any]]):
     """Finished rows, one JSON object a line, so that a benchmark can be stopped and repeated.
 
     A line that a killed run left unfinished is left out. It stays in the file, which other processes may write to, and
-    is marked as unfinished by the next row that follows it.
+    is marked as unfinished by the next row that follows it. A last line that lacks its end alone, as editors leave it,
+    is a row.
 
     Args:
         path: the file; it need not be there.
@@ -44,9 +52,10 @@ class Rows(Sequence[dict[str, Any]]):
         self.path = path
         self.rows: list[dict[str, Any]] = []
         try:
-            *lines, _ = path.read_bytes().split(b"\n") if path.exists() else [b""]
+            *lines, last = path.read_bytes().split(b"\n") if path.exists() else [b""]
         except OSError as error:
             raise UserError(f"cannot read the rows in {path}: {error.strerror}") from error
+        lines += [last] if _whole(last) else []
         for number, line in enumerate(lines, 1):
             if line.endswith(UNFINISHED):
                 continue
@@ -75,10 +84,10 @@ class Rows(Sequence[dict[str, Any]]):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
-                end = file.seek(0, os.SEEK_END)
-                file.seek(max(end - 1, 0))
-                torn = file.read(1) not in (b"", b"\n")
-                file.write((UNFINISHED + b"\n" if torn else b"") + text.encode() + b"\n")
+                file.seek(0)
+                last = file.read().split(b"\n")[-1]
+                ending = (b"" if _whole(last) else UNFINISHED) + b"\n" if last else b""
+                file.write(ending + text.encode() + b"\n")
         except OSError as error:
             raise UserError(
                 f"cannot write {self.path} ({error.strerror}): add this row there by hand: {text}"

@@ -80,6 +80,16 @@ def test_rows_are_kept_and_a_torn_line_is_dropped(tmp_path):
     assert list(Rows(path)) == [*rows, {"name": "a", "seed": 2}, {"name": "b", "seed": 0}]
 
 
+def test_a_last_row_without_the_end_of_its_line_is_a_row(tmp_path):
+    """As an editor leaves it."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"seed": 0}\n{"seed": 1}')
+    assert list(Rows(path)) == [{"seed": 0}, {"seed": 1}]
+    Rows(path).add(seed=2)
+    assert list(Rows(path)) == [{"seed": 0}, {"seed": 1}, {"seed": 2}]
+    assert path.read_text() == '{"seed": 0}\n{"seed": 1}\n{"seed": 2}\n'
+
+
 @pytest.mark.parametrize("line", ['{"name": "b", "se', "", "3", "\xff"])
 def test_a_damaged_row_is_one_sentence(tmp_path, line):
     path = tmp_path / "rows.jsonl"

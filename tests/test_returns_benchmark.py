@@ -244,6 +244,32 @@ def test_runs_whose_seeds_are_not_all_there_are_said_to_be_left_out(capsys):
     )
 
 
+def test_a_table_of_experiments_that_have_no_rows_is_one_sentence_and_a_line_is_there_once(tmp_path, capsys):
+    row = {"env": "rl_cliff", "rate": 2.5e-4, "seconds": 1.0, "env_steps": [500], "trained": (20_000, 500)}
+    rows = [
+        {**row, "method": method, "seeds": [seed], "returns": [[-9.0]]}
+        for method in ("c51", "returns")
+        for seed in (0, 100)
+    ]
+    for number, kept in enumerate(rows):
+        job = ("control", ("rl_cliff", kept["method"], 2.5e-4, range(number, number + 1), 20_000, 500))
+        Rows(tmp_path / "control.jsonl").add(job=repr(job), seconds=1.0, rows=[kept])
+    with pytest.raises(UserError, match="of the --envs that are asked for: it has rl_cliff"):
+        returns_tables.table(tmp_path, [returns_tables.ENVS["rl_acrobot"]], None)
+    setting = dataclasses.replace(returns_tables.ENVS["rl_cliff"], seeds=1, tuning=1, rates=(2.5e-4,))
+    assert len(returns_tables.control_table(rows, [setting])) == 1  # the best rate is the common one
+    assert capsys.readouterr().out.count("| rl_cliff | -100 |") == 1
+
+
+def test_a_policy_that_never_arrives_is_worth_nothing_and_nothing_is_divided_by_it():
+    """Two states and an end, which the second action reaches from the second state alone."""
+    pair, share = torch.tensor([0, 1, 2, 3, 4, 5]), torch.ones(6)
+    reward, discount = torch.tensor([0, 0, 0, 1.0, 0, 0]), torch.tensor([0.9, 0.9, 0.9, 0, 0, 0])
+    outcomes = Outcomes(3, 2, pair, share, reward, discount, torch.tensor([0, 1, 0, 2, 2, 2]))
+    assert str(linearity.value_of(outcomes, torch.tensor([0, 1, 0]))) == "0.0"
+    assert linearity.value_of(outcomes, torch.tensor([1, 1, 0])) == pytest.approx(0.9)
+
+
 def test_a_number_that_is_none_is_no_result(tmp_path):
     path = tmp_path / "evaluate.jsonl"
     for number in ("NaN", "[1.0, Infinity]"):

@@ -28,10 +28,12 @@ class Experts:
         sigma_data: σ_d of the base Gaussian.
 
     Raises:
-        ValueError: if the base Gaussians differ.
+        ValueError: if the base Gaussians differ, and for what is no `RelativeFields`.
     """
 
     def __init__(self, members: Sequence[RelativeFields]) -> None:
+        if other := [type(one).__name__ for one in members if not isinstance(one, RelativeFields)]:
+            raise ValueError(f"batched takes learned fields (RelativeFields) one by one, not {other[0]}")
         bases = {one.sigma_data for one in members}
         if len(bases) != 1:
             raise ValueError(f"the base Gaussians differ: sigma_data is {' and '.join(map(str, sorted(bases)))}")

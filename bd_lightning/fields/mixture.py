@@ -18,7 +18,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bd_lightning.checks import UserError, one_of
+from bd_lightning.checks import UserError, in_range, one_of
 from bd_lightning.divergences import bcast
 from bd_lightning.fields.base import FieldPair
 
@@ -57,14 +57,16 @@ class Mixture(FieldPair):
     Args:
         terms: sources and their weights: (C,), or (B, C) for one mixture per sample.
         mobility: "constant" or "density", m = 1 or m = ρ.
-        floor: smallest share of the positive part.
+        floor: smallest share of the positive part, above 0 and below 1.
 
     Raises:
-        ValueError: if base Gaussians differ, and when a mixture without a positive weight is used.
+        ValueError: for a floor outside that, if base Gaussians differ, and when a mixture without a positive weight is
+            used.
     """
 
     def __init__(self, terms: Sequence[tuple[Source, Tensor]], mobility: str = "constant", floor: float = 0.01) -> None:
         one_of(("constant", "density"), mobility=mobility)
+        in_range(1e-6, 1 - 1e-6, floor=floor)
         merged: dict[int, tuple[Source, Tensor, Tensor]] = {}
         for source, weights in terms:
             _, before, size = merged.get(id(source), (source, torch.zeros_like(weights), torch.zeros_like(weights)))

@@ -77,14 +77,12 @@ def _cancel(parts: Sequence[tuple[Sequence[str], list[float], list[float]]], kno
 def _weights(
     names: Sequence[str], shares: list[float], weight: float, mix: Mapping[str, float] | None, remove: Sequence[str]
 ) -> list[float]:
-    """Weights of a source's classes; those in mix are already divided by the number of sources that know them."""
+    """Weights of a source's classes; those in mix are already divided by the number of sources that have them."""
     found = [weight] * len(shares)
     for c, name in enumerate(names):
         if mix is not None:
             wanted = mix.get(name, 0.0)
-            if wanted and not shares[c] > 0:
-                raise UserError(f"class '{name}' was not seen in training")
-            found[c] = wanted / shares[c] if wanted else 0.0
+            found[c] = wanted / shares[c] if wanted and shares[c] > 0 else 0.0
         if name in remove:
             found[c] = 0.0
     return found
@@ -129,9 +127,19 @@ def combine(
     for name in [*(mix or ()), *remove]:
         if name not in known:
             raise UserError(f"no class '{name}': the classes are {', '.join(known) or 'not known'}")
-    each = {name: wanted / sum(name in own for _, own, _ in sources) for name, wanted in (mix or {}).items()}
-    for source, names, weight in sources:
-        shares = source.shares.nan_to_num(0).tolist()
+    if twice := [name for name in remove if (mix or {}).get(name)]:
+        raise UserError(f"class '{twice[0]}' is asked for in mix and left out in remove: name it in one of them")
+    learned = [source.shares.nan_to_num(0).tolist() for source, *_ in sources]
+    having = [{name for name, share in zip(own, shares) if share > 0} for shares, (_, own, _) in zip(learned, sources)]
+    each = {}
+    for name, wanted in (mix or {}).items():
+        holders = sum(name in own for own in having)
+        if wanted and not holders and all(len(shares) == len(own) for shares, (_, own, _) in zip(learned, sources)):
+            raise UserError(f"class '{name}' was not seen in training")
+        each[name] = wanted / max(1, holders)
+    for shares, (_, names, weight) in zip(learned, sources):
+        if len(set(names)) < len(names):
+            raise ValueError(f"a source names a class twice: {', '.join(names)}")
         own = names if len(shares) == len(names) else ()  # one density of several classes
         if len(shares) not in (1, len(names)) and names:
             raise ValueError(f"{len(names)} names for the {len(shares)} classes of a source")

@@ -70,11 +70,16 @@ def remembered(batch: Sequence[Tensor], actions: int) -> Outcomes:
     That a transition spans one step (data.n_step=1) cannot be seen in it.
 
     Raises:
-        UserError: for observations that are no states, and for transitions of 1 to n steps, for λ-returns.
+        UserError: for observations that are no states, other actions than these, and for transitions of 1 to n steps,
+            for λ-returns.
     """
     observation, action, reward, discount, following = batch
     if reward.ndim != 1:
         raise UserError("a table of outcomes needs transitions of one step: collect with data.n_step=1")
+    if not ((action >= 0) & (action < actions)).all():
+        raise UserError(
+            f"of {actions} actions there are those from 0 to {actions - 1}; got {sorted(set(action.tolist()))}"
+        )
     for states in (observation, following):
         if states.ndim != 2 or not ((states == 0) | (states == 1)).all() or not (states.sum(1) == 1).all():
             raise UserError("a table of outcomes needs states, one-hot (n, S), as environments with Discrete ones give")
@@ -120,11 +125,12 @@ def backup(representation: GaussianFields, outcomes: Outcomes, w: Tensor, policy
     """
     if not isinstance(representation, GaussianFields):
         raise UserError(f"exact backups need GaussianFields (model=returns), not {type(representation).__name__}")
-    if w.shape[:2] != (outcomes.states, outcomes.actions):
+    if w.shape != (shape := (outcomes.states, outcomes.actions, len(representation.x))):
         raise UserError(
-            f"outcomes of {outcomes.states} states and {outcomes.actions} actions need weights of as many; got weights "
-            f"of shape {tuple(w.shape)}"
+            f"outcomes of {outcomes.states} states and {outcomes.actions} actions need weights of as many, of shape "
+            f"{shape} with these nodes; got weights of shape {tuple(w.shape)}"
         )
+    w = w.to(representation.x)
     following = representation.mixture(policy(representation, w), w)[outcomes.following]
     targets = outcomes.share[:, None] * representation.target(following, outcomes.reward, outcomes.discount)
     pairs = outcomes.states * outcomes.actions

@@ -44,6 +44,11 @@ class Representation(nn.Module, ABC):
         super().__init__()
         if not (math.isfinite(v_min) and math.isfinite(v_max) and v_min < v_max):
             raise ValueError(f"v_min must be below v_max, both finite; got {v_min} and {v_max}")
+        if v_max - v_min < max(2e-5 * max(abs(v_min), abs(v_max)), 1e-30):
+            raise ValueError(
+                f"v_min and v_max are too close to be told apart in single precision, {v_min} and {v_max}: shift "
+                "rewards towards zero, or widen the range"
+            )
         self.v_min, self.v_max = float(v_min), float(v_max)
 
     def _keep(self, **tensors: Tensor) -> None:

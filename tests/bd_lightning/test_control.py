@@ -277,9 +277,13 @@ def test_tables_that_do_not_fit_are_refused():
         (lambda: backup(rep, small, torch.zeros(4, 2, rep.outputs), Policy()), "3 states and 2 actions need weights"),
         (lambda: remembered((eye[:2] + 0.1, one.long(), one, one, eye[:2]), 2), "needs states, one-hot"),
         (lambda: remembered((eye[:2], one.long(), torch.ones(2, 4), one, eye[:2]), 2), "transitions of one step"),
+        (lambda: remembered((eye[:2], one.long(), one, one, eye[:2]), 1), r"from 0 to 0; got \[1\]"),
+        (lambda: backup(rep, small, torch.zeros(3, 2, 5), Policy()), r"got weights of shape \(3, 2, 5\)"),
     ):
         with pytest.raises(UserError, match=sentence):
             wrong()
+    w = torch.zeros(3, 2, len(rep.x))
+    assert torch.equal(backup(rep, small, w.double(), Policy()), backup(rep, small, w, Policy()))
 
 
 def test_mixtures_of_targets_are_linear_in_fields_and_not_in_quantiles():

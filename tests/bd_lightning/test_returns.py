@@ -419,6 +419,8 @@ def test_a_distribution_function_that_falls_is_made_to_rise_between_both_ends():
     ("make", "message"),
     [
         (lambda: GaussianFields(1, 1), "v_min must be below v_max"),
+        (lambda: GaussianFields(1e8, 1e8 + 1), "too close to be told apart in single precision"),
+        (lambda: Categorical(0, 1e-40), "too close to be told apart in single precision"),
         (lambda: Categorical(2, -1), "v_min must be below v_max, both finite; got 2 and -1"),
         (lambda: Categorical(0, math.inf), "both finite"),
         (lambda: GaussianFields(0, 1, learn="score"), "learn must be one of cumulative, density; got 'score'"),

@@ -312,3 +312,29 @@ def test_a_class_of_which_no_pilot_sample_was_drawn_keeps_its_weight():
     asked = mixture(1, 1, 0, 0)
     found = calibrated(asked, lambda _: PARTS[0].sample(50, torch.Generator().manual_seed(0)), rounds=1)
     assert found.terms[0][1].tolist() == pytest.approx([4 / 7, 1, 0, 0], rel=1e-3)
+
+
+def test_a_class_that_one_source_never_saw_is_that_of_another():
+    """A model that knows its name alone, and one that was trained on it: a class that is added later."""
+    early = AnalyticSource(PARTS[:3], [0.5, 0.5, 0.0], 1.1)
+    late = AnalyticSource(PARTS[2:3], [1.0], 1.1)
+    names = ["a", "b", "c"]
+    both = combine([(early, names, 1.0), (late, ["c"], 1.0)], {"a": 0.4, "c": 0.6})
+    assert both.mass() == pytest.approx(1.0)
+    assert [weights.tolist() for _, weights in both.terms] == [[0.8, 0.0, 0.0], [0.6]]
+    with pytest.raises(UserError, match="class 'c' was not seen in training"):
+        combine([(early, names, 1.0)], {"a": 0.4, "c": 0.6})
+
+
+def test_what_is_asked_for_and_left_out_and_other_contradictions_are_refused():
+    names = ["a", "b", "c", "d"]
+    with pytest.raises(UserError, match="class 'b' is asked for in mix and left out in remove"):
+        combine([(SOURCE, names, 1.0)], {"a": 1, "b": 1}, ["b"])
+    with pytest.raises(ValueError, match="a source names a class twice: a, a, c, d"):
+        combine([(SOURCE, ["a", "a", "c", "d"], 1.0)])
+    for floor in (0.0, -3.0, 1.0, 5.0, math.nan):
+        with pytest.raises(ValueError, match="floor must lie between"):
+            Mixture([(SOURCE, torch.tensor(WEIGHTS))], floor=floor)
+    for wrong in (Mixture([(SOURCE, torch.tensor(WEIGHTS))]), batched(Mixture([(learned(1, 2)[0], torch.ones(2))]))):
+        with pytest.raises(ValueError, match="batched takes learned fields"):
+            batched(wrong)
