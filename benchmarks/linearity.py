@@ -325,6 +325,7 @@ def main() -> None:
             for way in ways(name):
                 kept = {"request": name + way, "n": options.n_averaged if way in OTHERS else options.n}
                 kept |= {"seed": seed, **settings}
+                kept |= {"drawn": "class by class"} if way == ", tracked" else {}  # rows of before are by their mean
                 found = [row for row in rows.where(**kept) if row.get("images", images) == images]
                 if options.only.search(name + way) and not found:
                     found = [rows.add(**kept, images=images, **measure(judge, name, *make(), way, kept["n"]))]
