@@ -102,7 +102,7 @@ def combine(
         sources: each with the names of its classes and a weight for its whole density. A source of one density, of data
             with several classes, knows none of them one by one.
         mix: weight of each class, all others zero, where sources have the weight 1; a class that several sources have
-            is their average. None takes each source's density as it was trained.
+            seen is their average. None takes each source's density as it was trained.
         remove: classes whose weight becomes zero.
 
     Returns:
@@ -110,9 +110,9 @@ def combine(
         sampled then is its positive part. Where a source knows no classes it is not known whether one would.
 
     Raises:
-        UserError: for unknown classes, for classes asked of a source that knows none, and for weights that are not
-            numbers or whose sum is not positive.
-        ValueError: for another number of names than of classes.
+        UserError: for unknown classes, for those that no source has seen, for one in both mix and remove, for classes
+            asked of a source that knows none, and for weights that are not numbers or whose sum is not positive.
+        ValueError: for another number of names than of classes, and for a name that a source has twice.
     """
     for what in [*(weight for *_, weight in sources), *(mix or {}).values()]:
         held = isinstance(what, (int, float)) and (what == 0 or 1 / LARGEST <= abs(what) <= LARGEST)

@@ -121,7 +121,7 @@ def backup(representation: GaussianFields, outcomes: Outcomes, w: Tensor, policy
 
     Raises:
         UserError: for another representation, whose outputs are no linear function of weights, and for weights of
-            other states and actions.
+            other states, actions or nodes.
     """
     if not isinstance(representation, GaussianFields):
         raise UserError(f"exact backups need GaussianFields (model=returns), not {type(representation).__name__}")
